@@ -1,0 +1,102 @@
+// The only file that knows Python. Compiled once into _cpu and once into _cuda. Pointers arrive as
+// integers (Tensor.data_ptr()), 0 for an absent tensor; the Python side has checked every shape.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+
+#include "launch.h"
+
+#ifdef XLSTM_BUILD_CPU
+#include <sys/mman.h>
+
+#include "common/parallel.h"
+#include "cpu/dispatch.h"
+#endif
+
+namespace py = pybind11;
+using xlstm::DType;
+using Address = std::uintptr_t;
+
+namespace {
+
+template <class T = void>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+#ifdef XLSTM_BUILD_CPU
+
+void fill(xlstm::Recurrence& args, int cell, int dtype, std::array<std::int64_t, 4> sizes,
+          Address starts, Address x, std::array<std::int64_t, 4> x_stride, Address r, Address b,
+          Address state, double n_floor, double clip_grad) {
+  args.cell = static_cast<xlstm::Cell>(cell);
+  args.dtype = static_cast<DType>(dtype);
+  args.B = sizes[0], args.T = sizes[1], args.H = sizes[2], args.D = sizes[3];
+  args.starts = pointer<const std::int32_t>(starts);
+  args.x = pointer(x);
+  for (int axis = 0; axis < 4; ++axis) args.x_stride[axis] = x_stride[axis];
+  args.r = pointer(r), args.b = pointer(b), args.state = pointer(state);
+  args.n_floor = n_floor, args.clip_grad = clip_grad;
+}
+
+void recurrence_forward(int cell, int dtype, std::array<std::int64_t, 4> sizes, Address starts,
+                        Address x, std::array<std::int64_t, 4> x_stride, Address r, Address b,
+                        Address state, double n_floor, Address h, Address last, Address raw,
+                        Address checkpoints) {
+  xlstm::RecurrenceForward args;
+  fill(args, cell, dtype, sizes, starts, x, x_stride, r, b, state, n_floor, 0.0);
+  args.h = pointer(h), args.last = pointer(last);
+  args.raw = pointer(raw), args.checkpoints = pointer(checkpoints);
+  py::gil_scoped_release unlocked;
+  xlstm::recurrence_forward_cpu(args);
+}
+
+void recurrence_backward(int cell, int dtype, std::array<std::int64_t, 4> sizes, Address starts,
+                         Address r, double n_floor, double clip_grad, Address raw,
+                         Address checkpoints, Address dh, std::array<std::int64_t, 3> dh_stride,
+                         Address dlast, Address dx, Address dr, Address db, Address dstate) {
+  xlstm::RecurrenceBackward args;
+  fill(args, cell, dtype, sizes, starts, 0, {}, r, 0, 0, n_floor, clip_grad);
+  args.raw = pointer(raw), args.checkpoints = pointer(checkpoints);
+  args.dh = pointer(dh), args.dlast = pointer(dlast);
+  for (int axis = 0; axis < 3; ++axis) args.dh_stride[axis] = dh_stride[axis];
+  args.dx = pointer(dx), args.dr = pointer(dr), args.db = pointer(db), args.dstate = pointer(dstate);
+  py::gil_scoped_release unlocked;
+  xlstm::recurrence_backward_cpu(args);
+}
+
+// Asks the kernel for huge pages before the first touch of a fresh buffer: one fault per 2 MiB, not
+// per 4 KiB. Advice only, so a refusal changes nothing.
+void advise_huge_pages(Address address, std::int64_t size_bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr Address kPage = Address{1} << 21;
+  const Address begin = (address + kPage - 1) & ~(kPage - 1);
+  const Address end = (address + static_cast<Address>(size_bytes)) & ~(kPage - 1);
+  if (end > begin) ::madvise(pointer(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)address, (void)size_bytes;
+#endif
+}
+
+void set_parallel_for(Address function) {
+  xlstm::g_parallel_for = reinterpret_cast<xlstm::ParallelFor>(function);
+}
+
+#endif  // XLSTM_BUILD_CPU
+
+}  // namespace
+
+PYBIND11_MODULE(XLSTM_MODULE, m) {
+#ifdef XLSTM_BUILD_CPU
+  m.def("set_parallel_for", &set_parallel_for, "Address of torch_parallel_for, or 0 to run serially");
+  m.def("advise_huge_pages", &advise_huge_pages);
+  m.def("supported_isas", &xlstm::supported_isas, "Instruction sets of this build on this CPU");
+  m.def("current_isa", &xlstm::current_isa);
+  m.def("set_isa", &xlstm::set_isa);
+  m.def("recurrence_forward", &recurrence_forward);
+  m.def("recurrence_backward", &recurrence_backward);
+  m.attr("checkpoint_interval") = xlstm::kCheckpointInterval;
+#endif
+}

@@ -1,0 +1,247 @@
+// Vectors of the instruction set this file is compiled for, on the compilers' vector extension.
+//
+// Vec<T> holds kLanes<T> values; + - * / and comparisons come with the extension, and a comparison
+// gives a lane mask for select(). float32 exp, tanh and log1p are polynomials (error below 2 ulp, NaN
+// stays NaN, exp saturates to 0 and inf); float64 calls libm lane by lane, since it serves gradcheck.
+// Coefficients: least-maximum-error fits of expm1(r) on |r| <= ln2/2 and of atanh(sqrt z)/sqrt z.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/dtype.h"
+#include "common/math.h"
+
+#if defined(__AVX512F__) || defined(__AVX2__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace xlstm::XLSTM_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+template <class T>
+struct VecOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+
+using VecF = Vec<float>;
+using VecD = Vec<double>;
+using VecI = Vec<std::int32_t>;
+using VecU = Vec<std::uint32_t>;
+typedef std::uint16_t VecHalfBits __attribute__((vector_size(kVectorBytes / 2)));
+
+template <>
+struct ElementOf<VecF> {
+  using type = float;
+};
+template <>
+struct ElementOf<VecD> {
+  using type = double;
+};
+
+template <class V>
+XLSTM_HD V select(decltype(V{} > V{}) mask, V a, V b) {
+  return mask ? a : b;
+}
+
+XLSTM_HD VecF abs(VecF x) { return (VecF)((VecI)x & 0x7fffffff); }
+XLSTM_HD VecD abs(VecD x) { return select<VecD>(x < VecD{}, -x, x); }
+
+// x = n ln2 + r with n a whole number and |r| <= ln2 / 2; ln2 in two parts keeps r exact.
+XLSTM_HD VecF round_nearest(VecF x) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const VecF magic = broadcast<VecF>(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+  return (x + magic) - magic;
+#endif
+}
+XLSTM_HD void split_ln2(VecF x, VecF& n, VecF& r) {
+  n = round_nearest(x * 1.44269504f);
+  r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+}
+XLSTM_HD VecF scale_by_power_of_two(VecF x, VecF n) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_scalef_ps((__m512)x, (__m512)n);
+#else
+  // Two factors reach denormal results, which one exponent field cannot hold.
+  const VecI whole = __builtin_convertvector(n, VecI);
+  const VecI half = whole >> 1;
+  const VecF first = (VecF)((half + 127) << 23);
+  const VecF second = (VecF)((whole - half + 127) << 23);
+  return x * first * second;
+#endif
+}
+// exp(r) - 1
+XLSTM_HD VecF expm1_reduced(VecF r) {
+  VecF p = broadcast<VecF>(1.390128312e-03f);
+  p = p * r + 8.363140377e-03f;
+  p = p * r + 4.166685337e-02f;
+  p = p * r + 1.666657732e-01f;
+  p = p * r + 4.999999955e-01f;
+  return p * (r * r) + r;
+}
+XLSTM_HD VecF exp(VecF x) {
+  x = clamp_min(clamp_max(x, 89.0f), -104.0f);
+  VecF n, r;
+  split_ln2(x, n, r);
+  return scale_by_power_of_two(expm1_reduced(r) + 1.0f, n);
+}
+
+// For finite x with 1 <= |x| <= 2^100; below one ulp.
+XLSTM_HD VecF reciprocal(VecF x) {
+#if defined(__AVX512F__)
+  const VecF y = (VecF)_mm512_rcp14_ps((__m512)x);
+  return y * (2.0f - x * y);
+#else
+  return 1.0f / x;
+#endif
+}
+XLSTM_HD VecD reciprocal(VecD x) { return 1.0 / x; }
+
+// expm1(2x) / (expm1(2x) + 2): no cancellation near 0, and +-1 to the last bit beyond 9.02.
+XLSTM_HD VecF tanh(VecF x) {
+  x = clamp_min(clamp_max(x, 9.02f), -9.02f);
+  VecF n, r;
+  split_ln2(x + x, n, r);
+  const VecF power = scale_by_power_of_two(broadcast<VecF>(1.0f), n);
+  const VecF e = power * expm1_reduced(r) + (power - 1.0f);
+  return e * reciprocal(e + 2.0f);
+}
+
+// log1p(y) = 2 atanh(s), s = y / (2 + y), for y in [0, 1].
+XLSTM_HD VecF log1p_unit(VecF y) {
+  const VecF s = y * reciprocal(y + 2.0f);
+  const VecF z = s * s;
+  VecF p = broadcast<VecF>(2.817833092e-01f);
+  p = p * z + 2.796060364e-01f;
+  p = p * z + 4.002491022e-01f;
+  p = p * z + 6.666631468e-01f;
+  p = p * z + 2.000000008e+00f;
+  return s * p;
+}
+
+template <double (*f)(double)>
+XLSTM_HD VecD each_lane(VecD x) {
+  for (int lane = 0; lane < kLanes<double>; ++lane) x[lane] = f(x[lane]);
+  return x;
+}
+XLSTM_HD VecD exp(VecD x) { return each_lane<::exp>(x); }
+XLSTM_HD VecD tanh(VecD x) { return each_lane<::tanh>(x); }
+XLSTM_HD VecD log1p_unit(VecD x) { return each_lane<::log1p>(x); }
+
+template <class V>
+XLSTM_HD element_t<V> horizontal_sum(V x) {
+  element_t<V> sum = 0;
+  for (int lane = 0; lane < kLanes<element_t<V>>; ++lane) sum += x[lane];
+  return sum;
+}
+
+// ---- loads and stores, converting to and from the compute type ----
+
+XLSTM_HD VecF widen(bf16, VecHalfBits bits) {
+  return (VecF)(__builtin_convertvector(bits, VecU) << 16);
+}
+XLSTM_HD VecF widen(f16, VecHalfBits bits) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_cvtph_ps((__m256i)bits);
+#elif defined(__F16C__)
+  return (VecF)_mm256_cvtph_ps((__m128i)bits);
+#else
+  // Exponent and mantissa move into place, 2^112 corrects the bias (and denormals); inf and NaN apart.
+  const VecU wide = __builtin_convertvector(bits, VecU);
+  const VecU sign = (wide & 0x8000u) << 16;
+  const VecU magnitude = (wide & 0x7fffu) << 13;
+  const VecF scaled = (VecF)magnitude * 5.192296858534828e33f;
+  const VecU special = magnitude | 0x7f800000u;
+  const VecU value = (magnitude >= 0x0f800000u) ? special : (VecU)scaled;
+  return (VecF)(value | sign);
+#endif
+}
+// Round to nearest even; NaN stays NaN.
+XLSTM_HD VecHalfBits narrow(bf16, VecF x) {
+  const VecU bits = (VecU)x;
+  const VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const VecU value = (x != x) ? (bits >> 16) | 0x40u : rounded;
+  return __builtin_convertvector(value, VecHalfBits);
+}
+XLSTM_HD VecHalfBits narrow(f16, VecF x) {
+#if defined(__AVX512F__)
+  return (VecHalfBits)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+  return (VecHalfBits)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const VecU bits = (VecU)x;
+  const VecU magnitude = bits & 0x7fffffffu;
+  const VecU sign = (bits >> 16) & 0x8000u;
+  const VecU normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Below 2^-14 the result is denormal: adding 0.5 lets the FPU round at its last bit, 2^-24.
+  const VecU denormal = (VecU)((VecF)magnitude + 0.5f) - 0x3f000000u;
+  VecU value = (magnitude < 0x38800000u) ? denormal : normal;
+  value = (magnitude >= 0x477ff000u) ? VecU{} + 0x7c00u : value;
+  value = (magnitude > 0x7f800000u) ? VecU{} + 0x7e00u : value;
+  return __builtin_convertvector(value | sign, VecHalfBits);
+#endif
+}
+
+template <class T>
+XLSTM_HD Vec<T> load(const T* p) {
+  Vec<T> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+XLSTM_HD VecF load(const bf16* p) {
+  VecHalfBits bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return widen(bf16{}, bits);
+}
+XLSTM_HD VecF load(const f16* p) {
+  VecHalfBits bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return widen(f16{}, bits);
+}
+template <class T>
+XLSTM_HD void store(T* p, Vec<T> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+XLSTM_HD void store(bf16* p, VecF v) {
+  const VecHalfBits bits = narrow(bf16{}, v);
+  std::memcpy(p, &bits, sizeof bits);
+}
+XLSTM_HD void store(f16* p, VecF v) {
+  const VecHalfBits bits = narrow(f16{}, v);
+  std::memcpy(p, &bits, sizeof bits);
+}
+
+// The first `count` lanes only; lanes beyond are `fill` on load and untouched in memory on store.
+template <class T>
+XLSTM_HD Vec<compute_t<T>> load(const T* p, int count, T fill = T{}) {
+  constexpr int kCount = kLanes<compute_t<T>>;
+  if (count >= kCount) return load(p);
+  T buffer[kCount];
+  for (int lane = 0; lane < kCount; ++lane) buffer[lane] = lane < count ? p[lane] : fill;
+  return load(static_cast<const T*>(buffer));
+}
+template <class T>
+XLSTM_HD void store(T* p, Vec<compute_t<T>> v, int count) {
+  constexpr int kCount = kLanes<compute_t<T>>;
+  if (count >= kCount) return store(p, v);
+  T buffer[kCount];
+  store(static_cast<T*>(buffer), v);
+  for (int lane = 0; lane < count; ++lane) p[lane] = buffer[lane];
+}
+
+}  // namespace xlstm::XLSTM_ISA

@@ -1,0 +1,77 @@
+#include "cpu/dispatch.h"
+
+#include <stdexcept>
+
+#include "common/parallel.h"
+#include "cpu/kernels.h"
+
+namespace xlstm {
+
+ParallelFor g_parallel_for = nullptr;
+
+namespace {
+
+struct Isa {
+  const char* name;
+  bool (*supported)();
+  Kernels kernels;
+};
+
+#define XLSTM_KERNELS(ISA) {ISA::recurrence_forward, ISA::recurrence_backward, ISA::kl_div}
+
+// Best first.
+const Isa kIsas[] = {
+#if defined(__x86_64__)
+    {"avx512",
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+     },
+     XLSTM_KERNELS(avx512)},
+    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
+     XLSTM_KERNELS(avx2)},
+#endif
+    {"baseline", [] { return true; }, XLSTM_KERNELS(baseline)},
+};
+
+const Isa* best_isa() {
+  for (const Isa& isa : kIsas) {
+    if (isa.supported()) return &isa;
+  }
+  return nullptr;
+}
+
+const Isa* g_isa = best_isa();
+
+}  // namespace
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : kIsas) {
+    if (isa.supported()) names.emplace_back(isa.name);
+  }
+  return names;
+}
+
+std::string current_isa() { return g_isa->name; }
+
+void set_isa(const std::string& name) {
+  for (const Isa& isa : kIsas) {
+    if (name == isa.name && isa.supported()) {
+      g_isa = &isa;
+      return;
+    }
+  }
+  std::string known;
+  for (const std::string& isa : supported_isas()) known += (known.empty() ? "" : ", ") + isa;
+  throw std::invalid_argument("instruction set must be one of " + known + " on this CPU, got '" + name +
+                              "'");
+}
+
+void recurrence_forward_cpu(const RecurrenceForward& args) { g_isa->kernels.recurrence_forward(args); }
+void recurrence_backward_cpu(const RecurrenceBackward& args) {
+  g_isa->kernels.recurrence_backward(args);
+}
+void kl_div_cpu(const KlDiv& args) { g_isa->kernels.kl_div(args); }
+
+}  // namespace xlstm

@@ -1,0 +1,27 @@
+// What each instruction set provides; cpu/dispatch.cpp picks one table at run time.
+#pragma once
+
+#include "launch.h"
+
+namespace xlstm {
+
+struct Kernels {
+  void (*recurrence_forward)(const RecurrenceForward&);
+  void (*recurrence_backward)(const RecurrenceBackward&);
+  void (*kl_div)(const KlDiv&);
+};
+
+#define XLSTM_DECLARE_KERNELS(ISA)                       \
+  namespace ISA {                                        \
+  void recurrence_forward(const RecurrenceForward&);     \
+  void recurrence_backward(const RecurrenceBackward&);   \
+  void kl_div(const KlDiv&);                             \
+  }
+
+XLSTM_DECLARE_KERNELS(baseline)
+#if defined(__x86_64__)
+XLSTM_DECLARE_KERNELS(avx2)
+XLSTM_DECLARE_KERNELS(avx512)
+#endif
+
+}  // namespace xlstm

@@ -1,0 +1,79 @@
+// The whole C++ surface: one declaration per launcher. Raw pointers, sizes and strides (in elements);
+// no torch and no Python here or below. Every argument is checked by the Python side.
+#pragma once
+
+#include <cstdint>
+
+#include "cells/list.h"
+#include "common/dtype.h"
+
+namespace xlstm {
+
+#define XLSTM_CELL_ENUMERATOR(name, type, states) name,
+enum class Cell : int { XLSTM_CELLS(XLSTM_CELL_ENUMERATOR) };
+#undef XLSTM_CELL_ENUMERATOR
+
+// Steps between two saved states; the backward recomputes the states in between.
+constexpr int kCheckpointInterval = 16;
+
+// A recurrence with a block-diagonal recurrent matrix. Gates i f z o (G = 4); states h c n m (S = 4) or
+// h c (S = 2). "compute" is float32, or float64 for float64 x.
+struct Recurrence {
+  Cell cell;
+  DType dtype;                 // of x, h and their gradients
+  std::int64_t B, T, H, D;     // B counts sequences; T is the time axis of x
+  const std::int32_t* starts;  // (B + 1) token offsets of packed sequences, or null: row b is sequence b
+  const void* x;               // (B, T, G, H, D) by x_stride; D contiguous
+  std::int64_t x_stride[4];    // B, T, G, H
+  const void* r;               // (G, H, D, D) compute, contiguous: [gate, head, out, in]
+  const void* b;               // (G, H, D) compute, contiguous, or null
+  const void* state;           // (S, B, H, D) compute, contiguous, or null for zeros
+  double n_floor;              // sLSTM: n is at least this
+  double clip_grad;            // bound on the recurrent part of dh; not finite: none
+};
+
+struct RecurrenceForward : Recurrence {
+  void* h;            // (B, T, H, D) dtype, contiguous
+  void* last;         // (S, B, H, D) compute, contiguous
+  void* raw;          // (B, T, G, H, D) compute, contiguous: x + R h + b; null when no gradient is wanted
+  void* checkpoints;  // (N, S, H, D) compute, contiguous; null with raw
+};
+
+struct RecurrenceBackward : Recurrence {
+  const void* raw;
+  const void* checkpoints;
+  const void* dh;             // (B, T, H, D) dtype by dh_stride, D contiguous; or null for zeros
+  std::int64_t dh_stride[3];  // B, T, H
+  const void* dlast;          // (S, B, H, D) compute, contiguous, or null for zeros
+  void* dx;                   // (B, T, G, H, D) dtype, contiguous
+  void* dr;                   // (G, H, D, D) compute, contiguous, or null when not wanted
+  void* db;                   // (G, H, D) compute, contiguous, or null when not wanted
+  void* dstate;               // (S, B, H, D) compute, contiguous, or null when not wanted
+};
+
+enum class Divergence : int { kForward = 0, kReverse = 1 };
+
+// Rows of softmax KL divergence mixed with hard-label cross-entropy, and the gradient to the student.
+struct KlDiv {
+  Divergence divergence;
+  DType student_dtype, teacher_dtype;
+  std::int64_t N, V_student, V_teacher;  // logits beyond the narrower vocabulary count as -inf
+  const void* student;                   // (N, V_student), rows student_stride apart, V contiguous
+  std::int64_t student_stride;
+  const void* teacher;  // (N, V_teacher), rows teacher_stride apart
+  std::int64_t teacher_stride;
+  const std::int64_t* labels;  // (N) or null
+  std::int64_t ignore_index;   // rows with this label give loss 0 and gradient 0
+  const float* row_scale;      // (N) or null: multiplies each row's gradient
+  double scale;                // multiplies every row's gradient
+  double temperature, kl_weight, ce_weight;
+  void* loss;  // (N) compute of the student: unscaled loss of each row
+  void* grad;  // (N, V_student) student dtype, rows grad_stride apart; may be `student`; null: loss only
+  std::int64_t grad_stride;
+};
+
+void recurrence_forward_cpu(const RecurrenceForward& args);
+void recurrence_backward_cpu(const RecurrenceBackward& args);
+void kl_div_cpu(const KlDiv& args);
+
+}  // namespace xlstm

@@ -1,0 +1,120 @@
+"""Backends: their names, whether they can run here, and the choice between them.
+
+This is the only module that reads environment variables, once, at import:
+
+``XLSTM_CPU_ISA``  forces the instruction set of the CPU kernels (``avx512``, ``avx2``, ``baseline``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+FORCED_CPU_ISA = os.environ.get("XLSTM_CPU_ISA") or None
+
+
+class Backend(str, Enum):
+    """Where an operation runs. ``auto`` chooses; any other name is an order."""
+
+    AUTO = "auto"
+    REFERENCE = "reference"
+    CPU = "cpu"
+    TRITON = "triton"
+    CUDA = "cuda"
+
+    @classmethod
+    def parse(cls, op: str, name: str) -> Backend:
+        for member in cls:
+            if member.value == name:
+                return member
+        known = ", ".join(repr(member.value) for member in cls)
+        raise ValueError(f"{op}: backend must be one of {known}, got {name!r}")
+
+
+def _missing(extension: str, why: str) -> str | None:
+    found = importlib.util.find_spec(f"xlstm_kernels.{extension}") is not None
+    return None if found else f"xlstm_kernels.{extension} is not built: {why}"
+
+
+# The reason why a backend cannot run anything in this process, or None.
+UNAVAILABLE: Mapping[Backend, str | None] = {
+    Backend.REFERENCE: None,
+    Backend.CPU: _missing("_cpu", "reinstall with `pip install .`, it needs a C++17 compiler"),
+    Backend.TRITON: None if importlib.util.find_spec("triton") else "triton is not installed",
+    Backend.CUDA: _missing("_cuda", "nvcc was not found when the package was installed"),
+}
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation and the modules that implement it, in `auto`'s order of preference.
+
+    A backend module has ``supports(*call) -> str | None`` (the reason why not), ``forward`` and
+    ``backward``. It is imported here but imports its extension (``_cpu``, ``_cuda``, triton) only
+    when it runs. ``reference`` needs no module: plain torch runs every call.
+    """
+
+    name: str
+    table: Mapping[Backend, ModuleType]
+
+    def resolve(self, backend: str, *call: Any) -> Backend:
+        """The backend that runs `call`; raises when a named one cannot. Plain Python over shapes,
+        dtypes and devices, so that torch.compile folds it."""
+        if backend == "reference":
+            return Backend.REFERENCE
+        if backend == "auto":
+            for candidate, module in self.table.items():
+                if UNAVAILABLE[candidate] is None and module.supports(*call) is None:
+                    return candidate
+            return Backend.REFERENCE
+        named = Backend.parse(self.name, backend)
+        why = self.why_not(named)
+        if why is None:
+            why = self.table[named].supports(*call)
+        if why is not None:
+            raise NotImplementedError(
+                f"{self.name}: backend {backend!r} cannot run this call: {why}"
+            )
+        return named
+
+    def why_not(self, backend: Backend) -> str | None:
+        """Why `backend` can run no call of this operation here, or None."""
+        if backend is Backend.REFERENCE:
+            return None
+        if backend not in self.table:
+            return f"{self.name} has no {backend.value} backend"
+        return UNAVAILABLE[backend]
+
+
+_cpu: ModuleType | None = None
+
+
+def load_cpu() -> ModuleType:
+    """`xlstm_kernels._cpu`, connected to torch's thread pool, on the instruction set asked for."""
+    global _cpu
+    if _cpu is None:
+        extension = importlib.import_module("xlstm_kernels._cpu")
+        extension.set_parallel_for(_torch_parallel_for())
+        if FORCED_CPU_ISA is not None:
+            extension.set_isa(FORCED_CPU_ISA)
+        _cpu = extension
+    return _cpu
+
+
+def _torch_parallel_for() -> int:
+    """Address of the C function ``torch_parallel_for`` (torch >= 2.10), or 0 where there is none."""
+    for library in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")):
+        function = getattr(ctypes.CDLL(str(library)), "torch_parallel_for", None)
+        if function is not None:
+            return ctypes.cast(function, ctypes.c_void_p).value or 0
+    return 0

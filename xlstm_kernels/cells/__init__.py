@@ -1,0 +1,43 @@
+"""What each cell computes in one step, in plain torch, and the names of its gates and states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import lstm, slstm
+from .lstm import LSTMState
+from .slstm import SLSTMState
+
+__all__ = ["CELLS", "Cell", "LSTMState", "SLSTMState"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """`step(raw_BGHD, state, n_floor)` takes and returns the states in the order of `State`."""
+
+    State: type[NamedTuple]
+    step: Callable[[Tensor, tuple[Tensor, ...], float], tuple[Tensor, ...]]
+
+    @property
+    def states(self) -> int:
+        return len(self.State._fields)
+
+
+# The same names, in the same order, as csrc/cells/list.h.
+CELLS: dict[str, Cell] = {
+    "slstm": Cell(SLSTMState, slstm.step),
+    "slstm_exp": Cell(SLSTMState, slstm.step_exp),
+    "lstm": Cell(LSTMState, lstm.step),
+}
+
+GATES = ("i", "f", "z", "o")
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Gates, states and accumulators: float32, except for float64 tensors."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

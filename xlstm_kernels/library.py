@@ -1,0 +1,30 @@
+"""torch.library glue, once: an operator is a schema, a fake and an `Op` with its table of backends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .backends import Backend, Op
+
+_LIBRARY = torch.library.Library("xlstm_kernels", "DEF")
+
+
+def define(op: Op, schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Defines ``xlstm_kernels::<op>_<verb>`` and returns its overload.
+
+    `schema` is ``<op>_<verb>(..., str backend) -> ...``: the last argument picks the module, whose
+    function `<verb>` takes the others. `fake` takes all of them and returns empty outputs.
+    """
+    name = schema.partition("(")[0]
+    verb = name.removeprefix(f"{op.name}_")
+
+    def run(*args: Any) -> Any:
+        return getattr(op.table[Backend(args[-1])], verb)(*args[:-1])
+
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"xlstm_kernels::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.xlstm_kernels, name).default

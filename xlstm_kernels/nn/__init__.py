@@ -1,0 +1,1 @@
+"""Layers: parameters, initialisation, and one call into the operations."""

@@ -1,0 +1,3 @@
+from .api import lstm, slstm
+
+__all__ = ["lstm", "slstm"]

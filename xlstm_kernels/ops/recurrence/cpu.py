@@ -1,0 +1,126 @@
+"""The recurrence in C++ on CPU tensors: check, allocate, launch, return."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...backends import load_cpu
+from ...cells import CELLS, compute_dtype
+from ...memory import address, fresh_cpu
+from .shapes import last_shape, saved_shapes
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # csrc/common/dtype.h
+
+
+def supports(x_BTGHD: Tensor, cell: str) -> str | None:
+    if x_BTGHD.device.type != "cpu":
+        return f"it runs on CPU tensors, x is on {x_BTGHD.device}"
+    if x_BTGHD.dtype not in DTYPES:
+        return f"x must be float64, float32, bfloat16 or float16, got {x_BTGHD.dtype}"
+    return None
+
+
+def forward(
+    x_BTGHD: Tensor,
+    r_GHDE: Tensor,
+    b_GHD: Tensor | None,
+    state_SBHD: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cell: str,
+    n_floor: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, T, _, H, D = x_BTGHD.shape
+    dtype = compute_dtype(x_BTGHD.dtype)
+    last = last_shape(x_BTGHD.shape, cu_seqlens, cell)
+    raw, checkpoints = saved_shapes(x_BTGHD.shape, cu_seqlens, cell, save)
+    h_BTHD = fresh_cpu((x_BTGHD.shape[0], T, H, D), x_BTGHD.dtype)
+    last_SBHD = torch.empty(last, dtype=dtype)
+    raw_BTGHD = fresh_cpu(raw, dtype)
+    checkpoints_NSHD = fresh_cpu(checkpoints, dtype)
+    if x_BTGHD.stride(-1) != 1:  # lanes of a vector are neighbours in D
+        x_BTGHD = x_BTGHD.contiguous()
+    r_GHDE, b_GHD = _plain(r_GHDE, dtype), _plain(b_GHD, dtype)
+    state_SBHD, starts = _plain(state_SBHD, dtype), _starts(cu_seqlens, T)
+    load_cpu().recurrence_forward(
+        _cell_index(cell),
+        DTYPES.index(x_BTGHD.dtype),
+        (last[1], T, H, D),
+        address(starts),
+        address(x_BTGHD),
+        x_BTGHD.stride()[:4],
+        address(r_GHDE),
+        address(b_GHD),
+        address(state_SBHD),
+        n_floor,
+        address(h_BTHD),
+        address(last_SBHD),
+        address(raw_BTGHD) if save else 0,
+        address(checkpoints_NSHD) if save else 0,
+    )
+    return h_BTHD, last_SBHD, raw_BTGHD, checkpoints_NSHD
+
+
+def backward(
+    dh_BTHD: Tensor | None,
+    dlast_SBHD: Tensor | None,
+    r_GHDE: Tensor,
+    raw_BTGHD: Tensor,
+    checkpoints_NSHD: Tensor,
+    cu_seqlens: Tensor | None,
+    cell: str,
+    n_floor: float,
+    clip_grad: float | None,
+    like_x: Tensor,
+    want: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, T, _, H, D = raw_BTGHD.shape
+    dtype = raw_BTGHD.dtype
+    last = last_shape(raw_BTGHD.shape, cu_seqlens, cell)
+    want_r, want_b, want_state = want
+    dx_BTGHD = fresh_cpu(raw_BTGHD.shape, like_x.dtype)
+    dr_GHDE = torch.empty(r_GHDE.shape if want_r else (0,), dtype=dtype)
+    db_GHD = torch.empty(r_GHDE.shape[:3] if want_b else (0,), dtype=dtype)
+    dstate_SBHD = torch.empty(last if want_state else (0,), dtype=dtype)
+    if dh_BTHD is not None and dh_BTHD.stride(-1) != 1:
+        dh_BTHD = dh_BTHD.contiguous()
+    r_GHDE, dlast_SBHD = _plain(r_GHDE, dtype), _plain(dlast_SBHD, dtype)
+    starts = _starts(cu_seqlens, T)
+    load_cpu().recurrence_backward(
+        _cell_index(cell),
+        DTYPES.index(like_x.dtype),
+        (last[1], T, H, D),
+        address(starts),
+        address(r_GHDE),
+        n_floor,
+        float("inf") if clip_grad is None else clip_grad,
+        address(raw_BTGHD),
+        address(checkpoints_NSHD),
+        address(dh_BTHD),
+        (0, 0, 0) if dh_BTHD is None else dh_BTHD.stride()[:3],
+        address(dlast_SBHD),
+        address(dx_BTGHD),
+        address(dr_GHDE) if want_r else 0,
+        address(db_GHD) if want_b else 0,
+        address(dstate_SBHD) if want_state else 0,
+    )
+    return dx_BTGHD, dr_GHDE, db_GHD, dstate_SBHD
+
+
+def _cell_index(cell: str) -> int:
+    return list(CELLS).index(cell)
+
+
+def _plain(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype).contiguous()
+
+
+def _starts(cu_seqlens: Tensor | None, T: int) -> Tensor | None:
+    """Token offsets, checked: the kernel indexes with them."""
+    if cu_seqlens is None:
+        return None
+    starts = cu_seqlens.tolist()
+    if starts[0] != 0 or starts[-1] != T or any(a > b for a, b in zip(starts, starts[1:])):
+        raise ValueError(f"cu_seqlens must rise from 0 to T = {T}, got {starts}")
+    return cu_seqlens.contiguous()
