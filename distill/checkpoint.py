@@ -1,0 +1,147 @@
+"""Whole or not at all: files replaced in one move, and training states as safetensors."""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from distill.errors import DistillError
+
+FORMAT = "xlstm_kernels.distill/1"
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Replace `path` by `data` in one move; if anything fails, the old file is still there."""
+    data = data.encode() if isinstance(data, str) else data
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        _sync_directory(path.parent)
+    except OSError as error:
+        raise DistillError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def fingerprint(settings: dict) -> str:
+    """Sixteen hex digits that change with any of the (JSON) settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass
+class Checkpoint:
+    """A stage after `step` steps: weights, optimizer moments, generator, and what has been logged.
+
+    `settings` is everything that decides the weights; a checkpoint is only good for the same ones.
+    `history` has one dict per logged point; `train_s` is the time spent in training steps.
+    """
+
+    settings: dict
+    step: int
+    train_s: float
+    history: list[dict]
+    tensors: dict[str, torch.Tensor]
+
+    def save(self, path: Path) -> None:
+        metadata = {
+            "format": FORMAT,
+            "fingerprint": fingerprint(self.settings),
+            "settings": json.dumps(self.settings),
+            "step": str(self.step),
+            "train_s": repr(self.train_s),
+            "history": json.dumps(self.history),
+        }
+        tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
+        write_atomically(path, save(tensors, metadata))
+
+    @classmethod
+    def load(cls, path: Path) -> "Checkpoint":
+        """Read a checkpoint; a damaged or foreign file is refused with the reason."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise DistillError(f"checkpoint: {path} is damaged ({error}); delete it") from error
+        if metadata.get("format") != FORMAT:
+            raise DistillError(
+                f"checkpoint: {path} must have format {FORMAT!r}, got {metadata.get('format')!r}"
+            )
+        return cls(
+            settings=json.loads(metadata["settings"]),
+            step=int(metadata["step"]),
+            train_s=float(metadata["train_s"]),
+            history=json.loads(metadata["history"]),
+            tensors=tensors,
+        )
+
+    def difference(self, settings: dict) -> str | None:
+        """None if `settings` are those of the checkpoint, else the first few that differ."""
+        keys = sorted(self.settings.keys() | settings.keys())
+        changed = [
+            f"{key} {self.settings.get(key)!r} there, {settings.get(key)!r} here"
+            for key in keys
+            if self.settings.get(key) != settings.get(key)
+        ]
+        return "; ".join(changed[:3]) or None
+
+
+def training_tensors(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
+    """Weights as model.*, optimizer state as optimizer.<parameter>.*, torch's generator as rng."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    tensors["rng"] = torch.get_rng_state()
+    return tensors
+
+
+def restore_training(
+    tensors: dict[str, torch.Tensor], model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """The inverse of `training_tensors`."""
+    restore_model(tensors, model)
+    for name, parameter in model.named_parameters():
+        prefix = f"optimizer.{name}."
+        state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        if state:
+            optimizer.state[parameter] = state
+    torch.set_rng_state(tensors["rng"])
+
+
+def restore_model(tensors: dict[str, torch.Tensor], model: torch.nn.Module) -> None:
+    """Load the weights alone."""
+    weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    model.load_state_dict(weights)

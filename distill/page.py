@@ -1,0 +1,100 @@
+"""The report's page: markup and style, with $names where the numbers go."""
+
+from string import Template
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #fbfbfa; --card: #fff; --ink: #1c2128; --soft: #667080;
+  --line: #e3e5e8; --accent: #2f8fe0; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #13161b; --card: #1a1e25; --ink: #e4e7ec; --soft: #98a2b0; --line: #2c323b; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; }
+main { max-width: 68rem; margin: 0 auto; padding: 3rem 1.25rem 4rem; }
+h1 { font-size: clamp(1.6rem, 4vw, 2.3rem); line-height: 1.15; margin: 0 0 .75rem;
+  letter-spacing: -.02em; }
+h2 { font-size: 1.1rem; margin: 3rem 0 .75rem; }
+p { max-width: 46rem; margin: .5rem 0; }
+.soft, figcaption { color: var(--soft); font-size: .9rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: 1rem;
+  margin: 2rem 0; }
+.tiles div, .plot, .sample { background: var(--card); border: 1px solid var(--line);
+  border-radius: .75rem; }
+.tiles div { padding: 1rem 1.1rem; }
+.tiles b { display: block; font-size: 1.9rem; line-height: 1.2; letter-spacing: -.02em;
+  font-variant-numeric: tabular-nums; }
+.tiles span { color: var(--soft); font-size: .85rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .55rem .8rem; text-align: right; border-bottom: 1px solid var(--line);
+  white-space: nowrap; }
+thead th { color: var(--soft); font-weight: 500; font-size: .82rem; white-space: normal;
+  vertical-align: bottom; }
+tbody th { text-align: left; font-weight: 600; }
+i { display: inline-block; width: .7rem; height: .7rem; border-radius: 50%; margin-right: .5rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr));
+  gap: 1rem; }
+figure { margin: 0; }
+.plot { padding: 1rem 1rem .75rem; }
+.plot figcaption { margin: 0 0 .5rem; color: var(--ink); font-weight: 600; }
+.plot svg { display: block; width: 100%; height: auto; }
+.samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr));
+  gap: 1rem; margin-bottom: 1rem; }
+.sample { padding: .75rem 1rem; min-width: 0; }
+pre { margin: .4rem 0 0; font: 12.5px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
+pre u { text-decoration: none; color: var(--accent); }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .35rem 1.5rem; margin: 0; }
+dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
+@media (max-width: 36rem) {
+  main { padding-top: 1.75rem; } dl { grid-template-columns: 1fr; gap: 0; }
+  dd { margin: 0 0 .6rem; }
+  .tiles { grid-template-columns: 1fr 1fr; gap: .6rem; } .tiles b { font-size: 1.5rem; }
+  .plot { padding: .75rem .5rem .5rem; } }
+"""
+
+PAGE = Template(
+    """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Distillation report</title>
+<style>"""
+    + STYLE
+    + """</style>
+</head>
+<body>
+<main>
+<h1>A small model that learned from a larger one</h1>
+<p>$quality</p>
+<p>$speed</p>
+<div class="tiles">$tiles</div>
+
+<h2>Results on text that no model has seen</h2>
+<div class="scroll">$table</div>
+<p class="soft">Bits per byte: the code length of the held-out files under the model, over their
+size; lower is better. Agreement: how often a model's first choice of the next token is the
+teacher's. Training: the steps of that stage, for the student with the teacher's forward pass.
+Reading: held-out text, many tokens at a time. Writing: one token after another.</p>
+
+<h2>Figures</h2>
+<div class="plots">
+<figure class="plot"><figcaption>Learning, on a part of the held-out text</figcaption>
+$figure_curves</figure>
+<figure class="plot"><figcaption>Quality against size</figcaption>$figure_size</figure>
+<figure class="plot"><figcaption>Student against control, file by file</figcaption>
+$figure_files</figure>
+<figure class="plot"><figcaption>Speed against eager torch</figcaption>$figure_speed</figure>
+</div>
+
+<h2>What the models write</h2>
+$samples
+
+<h2>How this was made</h2>
+<dl>$setup</dl>
+</main>
+</body>
+</html>
+"""
+)

@@ -1,0 +1,118 @@
+"""The report's figures as inline SVG that takes its ink from the page, in light and in dark."""
+
+import io
+import re
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Read on white and on near-black alike.
+COLORS = {"teacher": "#8b93a1", "student": "#2f8fe0", "control": "#e0822f"}
+# Stands for the page's text colour until the SVG is written.
+INK = "#010203"
+
+STYLE = {
+    "font.size": 10,
+    "svg.fonttype": "none",
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "text.color": INK,
+    "grid.color": INK,
+    "grid.alpha": 0.12,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 2.0,
+    "lines.solid_capstyle": "round",
+}
+
+
+def figures(metrics: dict) -> dict[str, str]:
+    """Every figure of the report by name, as SVG text."""
+    draw = {"curves": _curves, "files": _files, "speed": _speed, "size": _size}
+    return {name: _svg(name, function, metrics) for name, function in draw.items()}
+
+
+def _svg(name: str, draw, metrics: dict) -> str:
+    # The salt keeps the ids of several figures in one page apart, and the same in every run.
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=(5.4, 3.3), layout="constrained")
+        draw(figure.subplots(), metrics)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r"(font: [0-9.]+px) [^;\"]+", r"\1 system-ui, sans-serif", svg)
+    size = re.search(r'width="([0-9.]+)pt" height="([0-9.]+)pt"', svg)
+    return svg.replace(size.group(0), 'role="img"', 1) if size else svg
+
+
+def _curves(axes: Axes, metrics: dict) -> None:
+    tokens_per_step = metrics["config"]["rows"] * metrics["config"]["length"]
+    for name in ("teacher", "control", "student"):
+        points = [p for p in metrics["curves"][name] if "heldout_bits_per_byte" in p]
+        x = [p["step"] * tokens_per_step / 1e6 for p in points]
+        y = [p["heldout_bits_per_byte"] for p in points]
+        axes.plot(x, y, color=COLORS[name], marker="o", markersize=3, label=name)
+        axes.annotate(
+            f"{name} {y[-1]:.2f}",
+            (x[-1], y[-1]),
+            xytext=(6, {"control": 7, "student": -5}.get(name, 0)),
+            textcoords="offset points",
+            va="center",
+            color=COLORS[name],
+            annotation_clip=False,
+        )
+    axes.set_xlabel("million tokens of training")
+    axes.set_ylabel("bits per byte, held out")
+    axes.set_xlim(left=0)
+    axes.grid(axis="y")
+
+
+def _files(axes: Axes, metrics: dict) -> None:
+    gains = sorted(file["control"] - file["student"] for file in metrics["files"])
+    colors = [COLORS["student"] if gain > 0 else COLORS["control"] for gain in gains]
+    axes.barh(range(len(gains)), gains, color=colors, height=0.72)
+    axes.axvline(0, color=INK, linewidth=0.6)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel("bits per byte that the teacher saved, one bar a held-out file")
+    axes.grid(axis="x")
+
+
+def _speed(axes: Axes, metrics: dict) -> None:
+    speed = metrics["speed"]
+    names = ("eager torch", "our kernels")
+    values = (speed["reference"]["tokens_per_s"], speed["ours"]["tokens_per_s"])
+    bars = axes.barh(names, values, color=(COLORS["teacher"], COLORS["student"]), height=0.6)
+    axes.bar_label(bars, [f" {value:,.0f}" for value in values], color=INK)
+    axes.set_xlabel("tokens per second, training step of the student")
+    axes.margins(x=0.18)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x")
+
+
+def _size(axes: Axes, metrics: dict) -> None:
+    for name, model in metrics["models"].items():
+        x, y = model["parameters"] / 1e6, model["bits_per_byte"]
+        axes.scatter([x], [y], s=90, color=COLORS[name])
+        axes.annotate(
+            f"{name} {y:.3f}",
+            (x, y),
+            xytext=(10, 0),
+            textcoords="offset points",
+            va="center",
+            color=COLORS[name],
+        )
+    axes.set_xlim(left=0)
+    axes.margins(x=0.35, y=0.25)
+    axes.set_xlabel("million parameters")
+    axes.set_ylabel("bits per byte, held out")
+    axes.grid()

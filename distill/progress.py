@@ -1,0 +1,104 @@
+"""What the user sees while a run goes on: a live bar on a terminal, sparse lines elsewhere."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn
+from rich.table import Column
+from rich.text import Text
+
+PLAIN_INTERVAL_S = 10.0
+
+
+class Meter(Protocol):
+    """Takes one call for every step done."""
+
+    def update(self, done: int, loss: float | None = None, tokens: int = 0) -> None: ...
+
+
+def seconds(value: float) -> str:
+    """A duration to read: 42 s, 3 min 05 s."""
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def rate(tokens_per_s: float) -> str:
+    """A throughput to read: 850, 12.3k."""
+    return f"{tokens_per_s / 1e3:.1f}k" if tokens_per_s >= 1e3 else f"{tokens_per_s:.0f}"
+
+
+class Reporter:
+    """Messages and one meter at a time on a console."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.live = console.is_terminal and not console.is_dumb_terminal
+
+    def say(self, message: str) -> None:
+        self.console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def meter(self, title: str, total: int, start: int = 0) -> Iterator[Meter]:
+        """A meter for a piece of work of `total` steps, `start` of which are already done."""
+        if not self.live:
+            yield PlainMeter(self, title, total, start)
+            return
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}", table_column=Column(min_width=17)),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
+            TextColumn("{task.completed:>4.0f}/{task.total:.0f}"),
+            StatusColumn(),
+        )
+        with Progress(*columns, console=self.console, expand=True) as progress:
+            task = progress.add_task(title, total=total, completed=start, status="")
+            yield LiveMeter(progress, task, total, start)
+
+
+class StatusColumn(ProgressColumn):
+    """Loss, tokens/s and time left, as the meter last put them."""
+
+    def render(self, task) -> Text:
+        return Text(task.fields["status"], style="cyan")
+
+
+class Pace:
+    """Tokens per second and the time left, from the steps this process has done."""
+
+    def __init__(self, total: int, start: int):
+        self.total, self.start, self.began, self.tokens = total, start, time.perf_counter(), 0
+
+    def status(self, done: int, loss: float | None, tokens: int) -> str:
+        self.tokens += tokens
+        elapsed = max(time.perf_counter() - self.began, 1e-9)
+        left = elapsed / max(done - self.start, 1) * (self.total - done)
+        parts = [f"loss {loss:.3f}"] if loss is not None else []
+        parts += [f"{rate(self.tokens / elapsed)} tokens/s"] if self.tokens else []
+        return "  ".join([*parts, f"{seconds(left)} left"])
+
+
+class LiveMeter:
+    def __init__(self, progress: Progress, task, total: int, start: int):
+        self.progress, self.task, self.pace = progress, task, Pace(total, start)
+
+    def update(self, done: int, loss: float | None = None, tokens: int = 0) -> None:
+        status = self.pace.status(done, loss, tokens)
+        self.progress.update(self.task, completed=done, status=status)
+
+
+class PlainMeter:
+    """One line at the start, at the end, and at most every `PLAIN_INTERVAL_S` seconds."""
+
+    def __init__(self, reporter: Reporter, title: str, total: int, start: int):
+        self.reporter, self.title, self.total = reporter, title, total
+        self.pace, self.said_at = Pace(total, start), -PLAIN_INTERVAL_S
+
+    def update(self, done: int, loss: float | None = None, tokens: int = 0) -> None:
+        status = self.pace.status(done, loss, tokens)
+        now = time.perf_counter()
+        if done >= self.total or now - self.said_at >= PLAIN_INTERVAL_S:
+            self.said_at = now
+            self.reporter.say(f"{self.title}  {done}/{self.total}  {status}")
