@@ -73,15 +73,16 @@ class Checkpoint:
     tensors: dict[str, torch.Tensor]
 
     def save(self, path: Path) -> None:
+        tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
         metadata = {
             "format": FORMAT,
+            "sha256": _digest(tensors),
             "fingerprint": fingerprint(self.settings),
             "settings": json.dumps(self.settings),
             "step": str(self.step),
             "train_s": repr(self.train_s),
             "history": json.dumps(self.history),
         }
-        tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
         write_atomically(path, save(tensors, metadata))
 
     @classmethod
@@ -91,12 +92,16 @@ class Checkpoint:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
+        except OSError as error:
+            raise DistillError(f"checkpoint: cannot read {path}: {error}") from error
+        except SafetensorError as error:
             raise DistillError(f"checkpoint: {path} is damaged ({error}); delete it") from error
         if metadata.get("format") != FORMAT:
             raise DistillError(
                 f"checkpoint: {path} must have format {FORMAT!r}, got {metadata.get('format')!r}"
             )
+        if metadata["sha256"] != _digest(tensors):
+            raise DistillError(f"checkpoint: {path} is damaged (wrong checksum); delete it")
         return cls(
             settings=json.loads(metadata["settings"]),
             step=int(metadata["step"]),
@@ -107,13 +112,30 @@ class Checkpoint:
 
     def difference(self, settings: dict) -> str | None:
         """None if `settings` are those of the checkpoint, else the first few that differ."""
-        keys = sorted(self.settings.keys() | settings.keys())
+        there, here = _flat(self.settings), _flat(settings)
         changed = [
-            f"{key} {self.settings.get(key)!r} there, {settings.get(key)!r} here"
-            for key in keys
-            if self.settings.get(key) != settings.get(key)
+            f"{key} {there.get(key)!r} there, {here.get(key)!r} here"
+            for key in sorted(there.keys() | here.keys())
+            if there.get(key) != here.get(key)
         ]
         return "; ".join(changed[:3]) or None
+
+
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        sha.update(name.encode())
+        sha.update(tensors[name].numpy())
+    return sha.hexdigest()
+
+
+def _flat(settings: dict, prefix: str = "") -> dict:
+    """Nested settings with dotted keys."""
+    flat = {}
+    for key, value in settings.items():
+        nested = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return flat
 
 
 def training_tensors(

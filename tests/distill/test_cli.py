@@ -1,0 +1,160 @@
+"""The command line: what a user sees when it goes well, and one line when it does not."""
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from distill.__main__ import main, resume_command
+from distill.results import judge
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+def run_main(capsys, *argv) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of a command in this process."""
+    try:
+        status = main([str(arg) for arg in argv])
+    except SystemExit as stop:
+        status = stop.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def assert_one_line(err: str, *parts: str) -> None:
+    assert err.count("\n") == 1 and err.endswith("\n"), err
+    assert "Traceback" not in err
+    for part in parts:
+        assert part in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["demo", "--stepz", "3"], ["unrecognized arguments: --stepz"]),
+        (["demo", "--steps-scale", "0"], ["--steps-scale", "above 0", "'0'"]),
+        (["demo", "--steps-scale", "nan"], ["--steps-scale", "'nan'"]),
+        (["demo", "--threads", "none"], ["--threads", "at least 1", "'none'"]),
+        (["demo", "--seed", "-1"], ["--seed"]),
+        (["demo", "--backend", "tpu"], ["--backend", "'tpu'"]),
+        (["demolish"], ["'demolish'", "demo"]),
+        ([], ["COMMAND"]),
+    ],
+    ids=lambda value: "_".join(value) if isinstance(value, list) else None,
+)
+def test_bad_flags_are_one_line(capsys, argv, parts):
+    status, out, err = run_main(capsys, *argv)
+    assert (status, out) == (2, "")
+    assert_one_line(err, "--help", *parts)
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "file"])
+def test_bad_corpus_is_one_line(capsys, tmp_path, kind):
+    corpus = tmp_path / "corpus"
+    if kind == "empty":
+        corpus.mkdir()
+    elif kind == "file":
+        corpus.write_text("x = 1\n")
+    status, out, err = run_main(
+        capsys, "demo", "--corpus", corpus, "--run-dir", tmp_path / "run", "--quick"
+    )
+    assert (status, out) == (1, "")
+    assert_one_line(err, "distill: corpus:", str(corpus))
+    assert not (tmp_path / "run").exists()
+
+
+def test_full_disk_is_one_line(capsys, corpus_dir, tmp_path, tiny_preset, monkeypatch):
+    def fail(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.fsync", fail)
+    status, _, err = run_main(
+        capsys, "demo", "--corpus", corpus_dir, "--run-dir", tmp_path, "--quick"
+    )
+    assert status == 1
+    assert_one_line(err, "cannot write", "teacher.safetensors", "No space left on device")
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def test_run_dir_that_is_a_file_is_one_line(capsys, corpus_dir, tmp_path, tiny_preset):
+    run_dir = tmp_path / "run"
+    run_dir.write_text("mine")
+    status, _, err = run_main(
+        capsys, "demo", "--corpus", corpus_dir, "--run-dir", run_dir, "--quick"
+    )
+    assert status == 1
+    assert_one_line(err, "distill:", str(run_dir))
+    assert run_dir.read_text() == "mine"
+
+
+def test_demo_ends_with_a_table_and_a_report(capsys, corpus_dir, tmp_path, tiny_preset):
+    status, out, err = run_main(
+        capsys, "demo", "--corpus", corpus_dir, "--run-dir", tmp_path, "--quick"
+    )
+    assert (status, err) == (0, "")
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    for model in metrics["models"].values():
+        assert f"{model['bits_per_byte']:.3f}" in out
+        assert f"{model['parameters']:,}" in out
+    assert f"{abs(judge(metrics).gain):.3f} bits per byte" in out
+    assert f"{metrics['speed']['ratio']:.1f} times" in out
+    assert str(tmp_path / "report.html") in out
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "checkpoints",
+        "metrics.json",
+        "report.html",
+    ]
+
+
+def test_output_to_a_file_is_plain_and_sparse(capsys, corpus_dir, tmp_path, tiny_preset):
+    _, out, _ = run_main(capsys, "demo", "--corpus", corpus_dir, "--run-dir", tmp_path, "--quick")
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", out)
+    steps = [line for line in out.splitlines() if line.startswith("teacher")]
+    assert len(steps) == 2
+    assert re.fullmatch(r"teacher  6/6  loss \d\.\d{3}  [\d.]+k? tokens/s  0 s left", steps[-1])
+
+
+def test_help_explains_itself_without_loading_torch():
+    code = (
+        "import sys\nfrom distill.__main__ import main\n"
+        "try: main(['demo', '--help'])\nfinally: assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    for word in ("--corpus", "--resume", "--steps-scale", "control", "40 %", "report.html"):
+        assert word in done.stdout
+
+
+def test_resume_command_repeats_the_flags():
+    assert (
+        resume_command(["demo", "--corpus", "my files", "--quick"])
+        == "python -m distill demo --corpus 'my files' --quick --resume"
+    )
+    assert resume_command(["demo", "--resume"]) == "python -m distill demo --resume"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_signal_leaves_a_checkpoint_and_says_how_to_go_on(corpus_dir, tmp_path, signum):
+    command = [sys.executable, "-m", "distill", "demo", "--quick", "--corpus", str(corpus_dir)]
+    command += ["--run-dir", str(tmp_path), "--steps-scale", "900", "--threads", "1"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    try:
+        for line in process.stdout:
+            if line.startswith("teacher"):
+                break
+        time.sleep(0.2)
+        process.send_signal(signum)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signum
+    assert_one_line(err, "stopped; continue with: python -m distill demo", "--resume")
+    assert (tmp_path / "checkpoints" / "teacher.safetensors").exists()
