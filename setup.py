@@ -36,6 +36,7 @@ ISA_FLAGS = {
 MACHINE = {"AMD64": "x86_64"}.get(platform.machine(), platform.machine())
 CXX_FLAGS = (
     "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi -Wno-ignored-attributes"
+    " -Wno-maybe-uninitialized"  # gcc 12 warns inside its own AVX-512 header
     " -ffp-contract=fast -fno-math-errno -fno-trapping-math"
 )
 

@@ -80,8 +80,9 @@ void advise_huge_pages(Address address, std::int64_t size_bytes) {
 #endif
 }
 
-void set_parallel_for(Address function) {
-  xlstm::g_parallel_for = reinterpret_cast<xlstm::ParallelFor>(function);
+void set_thread_pool(Address parallel_for, Address get_num_threads) {
+  xlstm::g_parallel_for = reinterpret_cast<xlstm::ParallelFor>(parallel_for);
+  xlstm::g_get_num_threads = reinterpret_cast<xlstm::GetNumThreads>(get_num_threads);
 }
 
 #endif  // XLSTM_BUILD_CPU
@@ -90,7 +91,8 @@ void set_parallel_for(Address function) {
 
 PYBIND11_MODULE(XLSTM_MODULE, m) {
 #ifdef XLSTM_BUILD_CPU
-  m.def("set_parallel_for", &set_parallel_for, "Address of torch_parallel_for, or 0 to run serially");
+  m.def("set_thread_pool", &set_thread_pool,
+        "Addresses of torch_parallel_for and torch_get_num_threads, or 0 to run serially");
   m.def("advise_huge_pages", &advise_huge_pages);
   m.def("supported_isas", &xlstm::supported_isas, "Instruction sets of this build on this CPU");
   m.def("current_isa", &xlstm::current_isa);

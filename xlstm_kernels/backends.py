@@ -104,17 +104,19 @@ def load_cpu() -> ModuleType:
     global _cpu
     if _cpu is None:
         extension = importlib.import_module("xlstm_kernels._cpu")
-        extension.set_parallel_for(_torch_parallel_for())
+        extension.set_thread_pool(
+            _torch_symbol("torch_parallel_for"), _torch_symbol("torch_get_num_threads")
+        )
         if FORCED_CPU_ISA is not None:
             extension.set_isa(FORCED_CPU_ISA)
         _cpu = extension
     return _cpu
 
 
-def _torch_parallel_for() -> int:
-    """Address of the C function ``torch_parallel_for`` (torch >= 2.10), or 0 where there is none."""
+def _torch_symbol(name: str) -> int:
+    """Address of a C function that libtorch_cpu exports (torch >= 2.10), or 0 where there is none."""
     for library in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")):
-        function = getattr(ctypes.CDLL(str(library)), "torch_parallel_for", None)
+        function = getattr(ctypes.CDLL(str(library)), name, None)
         if function is not None:
             return ctypes.cast(function, ctypes.c_void_p).value or 0
     return 0

@@ -63,10 +63,9 @@ struct SLSTM {
     const V dn = (d[N] - dh_by_n * next[H]) * aux[ANFree];
     const V di = i * (z * dc + dn);                  // by log i', at fixed m'
     const V dlf = f * (prev[C] * dc + prev[N] * dn);  // by log f', at fixed m'
-    const V dm = d[M] - (di + dlf);
-    const V dm_to_i = aux[AIWins] * dm;
-    const V dlf_total = dlf + (dm - dm_to_i);
-    draw[I] = di + dm_to_i;
+    // m' = log i' or log f' takes dm = dm' - di - dlf on top of its own di or dlf.
+    const V dlf_total = select(aux[AIWins] != V{}, dlf, d[M] - di);
+    draw[I] = select(aux[AIWins] != V{}, d[M] - dlf, di);
     draw[F] = dlf_total * aux[ADF];
     draw[Z] = i * dc * (1 - z * z);
     draw[O] = d[H] * next[H] * (1 - o);

@@ -19,8 +19,11 @@ XLSTM_HD double log1p_unit(double y) { return ::log1p(y); }
 XLSTM_HD float reciprocal(float x) { return 1.0f / x; }
 XLSTM_HD double reciprocal(double x) { return 1.0 / x; }
 
-XLSTM_HD float select(bool mask, float a, float b) { return mask ? a : b; }
-XLSTM_HD double select(bool mask, double a, double b) { return mask ? a : b; }
+// Lane by lane where mask is the result of comparing vectors.
+template <class Mask, class V>
+XLSTM_HD V select(Mask mask, V a, V b) {
+  return mask ? a : b;
+}
 
 XLSTM_HD float abs(float x) { return ::fabsf(x); }
 XLSTM_HD double abs(double x) { return ::fabs(x); }

@@ -1,5 +1,5 @@
-// parallel_for over torch's own thread pool, without linking torch: Python hands over the address of
-// the C symbol `torch_parallel_for` once, at import. Without it (torch < 2.10) work runs serially.
+// parallel_for over torch's own thread pool, without linking torch: Python hands over the addresses
+// of two C symbols of libtorch_cpu once, at import. Without it (torch < 2.10) work runs serially.
 #pragma once
 
 #include <cstdint>
@@ -12,15 +12,25 @@ using ParallelBody = void (*)(std::int64_t begin, std::int64_t end, void* contex
 // int (begin, end, grain_size, body, context); 0 means success.
 using ParallelFor = int (*)(std::int64_t, std::int64_t, std::int64_t, ParallelBody, void*);
 
+// int (threads*); 0 means success.
+using GetNumThreads = int (*)(std::uint32_t*);
+
 // Defined in cpu/dispatch.cpp.
 extern ParallelFor g_parallel_for;
+extern GetNumThreads g_get_num_threads;
+
+inline std::int64_t num_threads() {
+  std::uint32_t threads = 1;
+  const bool known = g_parallel_for && g_get_num_threads && g_get_num_threads(&threads) == 0;
+  return known && threads > 0 ? threads : 1;
+}
 
 // Calls f(task) for every task in [0, count), each exactly once, in any order. Threads draw tasks from
 // one counter, so unequal tasks balance. The first exception stops the drawing and is rethrown here.
 template <class F>
-void parallel_for(std::int64_t count, F& f) {
+void parallel_for(std::int64_t count, const F& f) {
   struct Shared {
-    F& call;
+    const F& call;
     std::int64_t count;
     std::int64_t next;
     int failed;

@@ -51,13 +51,8 @@ struct ElementOf<VecD> {
   using type = double;
 };
 
-template <class V>
-XLSTM_HD V select(decltype(V{} > V{}) mask, V a, V b) {
-  return mask ? a : b;
-}
-
 XLSTM_HD VecF abs(VecF x) { return (VecF)((VecI)x & 0x7fffffff); }
-XLSTM_HD VecD abs(VecD x) { return select<VecD>(x < VecD{}, -x, x); }
+XLSTM_HD VecD abs(VecD x) { return select(x < VecD{}, -x, x); }
 
 // x = n ln2 + r with n a whole number and |r| <= ln2 / 2; ln2 in two parts keeps r exact.
 XLSTM_HD VecF round_nearest(VecF x) {

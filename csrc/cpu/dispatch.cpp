@@ -8,6 +8,7 @@
 namespace xlstm {
 
 ParallelFor g_parallel_for = nullptr;
+GetNumThreads g_get_num_threads = nullptr;
 
 namespace {
 

@@ -1,0 +1,39 @@
+// One aligned block of working memory per task, carved up front to back.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+namespace xlstm {
+
+class Scratch {
+ public:
+  // `count` is the number of take() calls, each of which may lose one alignment gap.
+  Scratch(std::size_t size_bytes, int count)
+      : block_(static_cast<char*>(
+            std::aligned_alloc(kAlign, align(size_bytes + static_cast<std::size_t>(count) * kAlign)))),
+        next_(block_) {
+    if (block_ == nullptr) throw std::bad_alloc();
+  }
+  ~Scratch() { std::free(block_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  template <class T>
+  T* take(std::int64_t count) {
+    T* taken = reinterpret_cast<T*>(next_);
+    next_ += align(static_cast<std::size_t>(count) * sizeof(T));
+    return taken;
+  }
+
+ private:
+  static constexpr std::size_t kAlign = 64;
+  static std::size_t align(std::size_t size) { return (size + kAlign - 1) / kAlign * kAlign; }
+
+  char* block_;
+  char* next_;
+};
+
+}  // namespace xlstm
