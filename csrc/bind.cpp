@@ -62,7 +62,8 @@ void recurrence_backward(int cell, int dtype, std::array<std::int64_t, 4> sizes,
   args.raw = pointer(raw), args.checkpoints = pointer(checkpoints);
   args.dh = pointer(dh), args.dlast = pointer(dlast);
   for (int axis = 0; axis < 3; ++axis) args.dh_stride[axis] = dh_stride[axis];
-  args.dx = pointer(dx), args.dr = pointer(dr), args.db = pointer(db), args.dstate = pointer(dstate);
+  args.dx = pointer(dx), args.dr = pointer(dr), args.db = pointer(db),
+  args.dstate = pointer(dstate);
   py::gil_scoped_release unlocked;
   xlstm::recurrence_backward_cpu(args);
 }

@@ -1,5 +1,5 @@
-// The whole C++ surface: one declaration per launcher. Raw pointers, sizes and strides (in elements);
-// no torch and no Python here or below. Every argument is checked by the Python side.
+// The whole C++ surface: one declaration per launcher. Raw pointers, sizes, strides (in elements); no
+// torch and no Python here or below. Every argument is checked by the Python side.
 #pragma once
 
 #include <cstdint>
@@ -16,13 +16,13 @@ enum class Cell : int { XLSTM_CELLS(XLSTM_CELL_ENUMERATOR) };
 // Steps between two saved states; the backward recomputes the states in between.
 constexpr int kCheckpointInterval = 16;
 
-// A recurrence with a block-diagonal recurrent matrix. Gates i f z o (G = 4); states h c n m (S = 4) or
-// h c (S = 2). "compute" is float32, or float64 for float64 x.
+// A recurrence with a block-diagonal recurrent matrix. Gates i f z o (G = 4); states h c n m (S = 4)
+// or h c (S = 2). "compute" is float32, or float64 for float64 x.
 struct Recurrence {
   Cell cell;
   DType dtype;                 // of x, h and their gradients
   std::int64_t B, T, H, D;     // B counts sequences; T is the time axis of x
-  const std::int32_t* starts;  // (B + 1) token offsets of packed sequences, or null: row b is sequence b
+  const std::int32_t* starts;  // (B + 1) offsets of packed sequences; null: row b is sequence b
   const void* x;               // (B, T, G, H, D) by x_stride; D contiguous
   std::int64_t x_stride[4];    // B, T, G, H
   const void* r;               // (G, H, D, D) compute, contiguous: [gate, head, out, in]
@@ -35,7 +35,7 @@ struct Recurrence {
 struct RecurrenceForward : Recurrence {
   void* h;            // (B, T, H, D) dtype, contiguous
   void* last;         // (S, B, H, D) compute, contiguous
-  void* raw;          // (B, T, G, H, D) compute, contiguous: x + R h + b; null when no gradient is wanted
+  void* raw;          // (B, T, G, H, D) compute, contiguous: x + R h + b; null: no gradient
   void* checkpoints;  // (N, S, H, D) compute, contiguous; null with raw
 };
 
@@ -53,7 +53,7 @@ struct RecurrenceBackward : Recurrence {
 
 enum class Divergence : int { kForward = 0, kReverse = 1 };
 
-// Rows of softmax KL divergence mixed with hard-label cross-entropy, and the gradient to the student.
+// Rows of softmax KL divergence mixed with hard-label cross-entropy; the gradient to the student.
 struct KlDiv {
   Divergence divergence;
   DType student_dtype, teacher_dtype;
@@ -68,7 +68,7 @@ struct KlDiv {
   double scale;                // multiplies every row's gradient
   double temperature, kl_weight, ce_weight;
   void* loss;  // (N) compute of the student: unscaled loss of each row
-  void* grad;  // (N, V_student) student dtype, rows grad_stride apart; may be `student`; null: loss only
+  void* grad;  // (N, V_student) student dtype by grad_stride; may be `student`; null: loss only
   std::int64_t grad_stride;
 };
 

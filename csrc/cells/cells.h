@@ -12,8 +12,8 @@ namespace xlstm::XLSTM_ISA {
 template <class F>
 void dispatch_cell(Cell cell, F&& f) {
   switch (cell) {
-#define XLSTM_CELL_CASE(name, type, states)                               \
-  case Cell::name:                                                        \
+#define XLSTM_CELL_CASE(name, type, states)                                       \
+  case Cell::name:                                                                \
     static_assert(type::kStates == states, "cells/list.h and the cell disagree"); \
     return f(type{});
     XLSTM_CELLS(XLSTM_CELL_CASE)

@@ -37,8 +37,8 @@ struct LSTM {
   }
 
   template <class V>
-  static XLSTM_HD void step_grad(const V (&prev)[2], const V (&)[2], const V (&aux)[kAux], V (&d)[2],
-                                 V (&draw)[4]) {
+  static XLSTM_HD void step_grad(const V (&prev)[2], const V (&)[2], const V (&aux)[kAux],
+                                 V (&d)[2], V (&draw)[4]) {
     const V i = aux[AI], f = aux[AF], z = aux[AZ], o = aux[AO], tanh_c = aux[ATanhC];
     const V dc = d[C] + d[H] * o * (1 - tanh_c * tanh_c);
     draw[I] = dc * z * i * (1 - i);

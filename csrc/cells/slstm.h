@@ -61,7 +61,7 @@ struct SLSTM {
     const V dh_by_n = d[H] / next[N];
     const V dc = d[C] + dh_by_n * o;
     const V dn = (d[N] - dh_by_n * next[H]) * aux[ANFree];
-    const V di = i * (z * dc + dn);                  // by log i', at fixed m'
+    const V di = i * (z * dc + dn);                   // by log i', at fixed m'
     const V dlf = f * (prev[C] * dc + prev[N] * dn);  // by log f', at fixed m'
     // m' = log i' or log f' takes dm = dm' - di - dlf on top of its own di or dlf.
     const V dlf_total = select(aux[AIWins] != V{}, dlf, d[M] - di);

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/host_device.h"
+
 namespace xlstm {
 
 enum class DType : int { kFloat64 = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3 };
@@ -27,6 +29,8 @@ struct Compute<double> {
 template <class T>
 using compute_t = typename Compute<T>::type;
 
+namespace XLSTM_ISA {
+
 // Calls f(T{}) with the element type that `dtype` names.
 template <class F>
 void dispatch_dtype(DType dtype, F&& f) {
@@ -42,4 +46,5 @@ void dispatch_dtype(DType dtype, F&& f) {
   }
 }
 
+}  // namespace XLSTM_ISA
 }  // namespace xlstm

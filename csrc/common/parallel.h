@@ -6,6 +6,8 @@
 #include <exception>
 #include <stdexcept>
 
+#include "common/host_device.h"
+
 namespace xlstm {
 
 using ParallelBody = void (*)(std::int64_t begin, std::int64_t end, void* context);
@@ -19,14 +21,17 @@ using GetNumThreads = int (*)(std::uint32_t*);
 extern ParallelFor g_parallel_for;
 extern GetNumThreads g_get_num_threads;
 
+namespace XLSTM_ISA {
+
 inline std::int64_t num_threads() {
   std::uint32_t threads = 1;
   const bool known = g_parallel_for && g_get_num_threads && g_get_num_threads(&threads) == 0;
   return known && threads > 0 ? threads : 1;
 }
 
-// Calls f(task) for every task in [0, count), each exactly once, in any order. Threads draw tasks from
-// one counter, so unequal tasks balance. The first exception stops the drawing and is rethrown here.
+// Calls f(task) for every task in [0, count), each exactly once, in any order. Threads draw tasks
+// from one counter, so unequal tasks balance. The first exception stops the drawing and is rethrown
+// here.
 template <class F>
 void parallel_for(std::int64_t count, const F& f) {
   struct Shared {
@@ -45,7 +50,8 @@ void parallel_for(std::int64_t count, const F& f) {
         s.call(task);
       }
     } catch (...) {
-      if (__atomic_exchange_n(&s.failed, 1, __ATOMIC_ACQ_REL) == 0) s.error = std::current_exception();
+      if (__atomic_exchange_n(&s.failed, 1, __ATOMIC_ACQ_REL) == 0)
+        s.error = std::current_exception();
       __atomic_store_n(&s.next, s.count, __ATOMIC_RELAXED);
     }
   };
@@ -57,4 +63,5 @@ void parallel_for(std::int64_t count, const F& f) {
   if (shared.error) std::rethrow_exception(shared.error);
 }
 
+}  // namespace XLSTM_ISA
 }  // namespace xlstm

@@ -6,14 +6,16 @@
 #include <cstdlib>
 #include <new>
 
-namespace xlstm {
+#include "common/host_device.h"
+
+namespace xlstm::XLSTM_ISA {
 
 class Scratch {
  public:
   // `count` is the number of take() calls, each of which may lose one alignment gap.
   Scratch(std::size_t size_bytes, int count)
-      : block_(static_cast<char*>(
-            std::aligned_alloc(kAlign, align(size_bytes + static_cast<std::size_t>(count) * kAlign)))),
+      : block_(static_cast<char*>(std::aligned_alloc(
+            kAlign, align(size_bytes + static_cast<std::size_t>(count) * kAlign)))),
         next_(block_) {
     if (block_ == nullptr) throw std::bad_alloc();
   }
@@ -36,4 +38,4 @@ class Scratch {
   char* next_;
 };
 
-}  // namespace xlstm
+}  // namespace xlstm::XLSTM_ISA

@@ -2,7 +2,7 @@
 //
 // Vec<T> holds kLanes<T> values; + - * / and comparisons come with the extension, and a comparison
 // gives a lane mask for select(). float32 exp, tanh and log1p are polynomials (error below 2 ulp, NaN
-// stays NaN, exp saturates to 0 and inf); float64 calls libm lane by lane, since it serves gradcheck.
+// stays NaN, exp saturates to 0 and inf); float64 calls libm lane by lane: it serves gradcheck.
 // Coefficients: least-maximum-error fits of expm1(r) on |r| <= ln2/2 and of atanh(sqrt z)/sqrt z.
 #pragma once
 
@@ -59,7 +59,8 @@ XLSTM_HD VecF round_nearest(VecF x) {
 #if defined(__AVX512F__)
   return (VecF)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  const VecF magic = broadcast<VecF>(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+  // 1.5 * 2^23: adding it rounds to a whole number
+  const VecF magic = broadcast<VecF>(12582912.0f);
   return (x + magic) - magic;
 #endif
 }
@@ -156,7 +157,7 @@ XLSTM_HD VecF widen(f16, VecHalfBits bits) {
 #elif defined(__F16C__)
   return (VecF)_mm256_cvtph_ps((__m128i)bits);
 #else
-  // Exponent and mantissa move into place, 2^112 corrects the bias (and denormals); inf and NaN apart.
+  // Exponent and mantissa move into place, 2^112 corrects the bias; inf and NaN apart.
   const VecU wide = __builtin_convertvector(bits, VecU);
   const VecU sign = (wide & 0x8000u) << 16;
   const VecU magnitude = (wide & 0x7fffu) << 13;

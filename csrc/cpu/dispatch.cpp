@@ -65,11 +65,13 @@ void set_isa(const std::string& name) {
   }
   std::string known;
   for (const std::string& isa : supported_isas()) known += (known.empty() ? "" : ", ") + isa;
-  throw std::invalid_argument("instruction set must be one of " + known + " on this CPU, got '" + name +
-                              "'");
+  throw std::invalid_argument("instruction set must be one of " + known + " on this CPU, got '" +
+                              name + "'");
 }
 
-void recurrence_forward_cpu(const RecurrenceForward& args) { g_isa->kernels.recurrence_forward(args); }
+void recurrence_forward_cpu(const RecurrenceForward& args) {
+  g_isa->kernels.recurrence_forward(args);
+}
 void recurrence_backward_cpu(const RecurrenceBackward& args) {
   g_isa->kernels.recurrence_backward(args);
 }

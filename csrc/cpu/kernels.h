@@ -11,11 +11,11 @@ struct Kernels {
   void (*kl_div)(const KlDiv&);
 };
 
-#define XLSTM_DECLARE_KERNELS(ISA)                       \
-  namespace ISA {                                        \
-  void recurrence_forward(const RecurrenceForward&);     \
-  void recurrence_backward(const RecurrenceBackward&);   \
-  void kl_div(const KlDiv&);                             \
+#define XLSTM_DECLARE_KERNELS(ISA)                     \
+  namespace ISA {                                      \
+  void recurrence_forward(const RecurrenceForward&);   \
+  void recurrence_backward(const RecurrenceBackward&); \
+  void kl_div(const KlDiv&);                           \
   }
 
 XLSTM_DECLARE_KERNELS(baseline)
