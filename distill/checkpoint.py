@@ -100,7 +100,7 @@ class Checkpoint:
             raise DistillError(
                 f"checkpoint: {path} must have format {FORMAT!r}, got {metadata.get('format')!r}"
             )
-        if metadata["sha256"] != _digest(tensors):
+        if metadata.get("sha256") != _digest(tensors):
             raise DistillError(f"checkpoint: {path} is damaged (wrong checksum); delete it")
         return cls(
             settings=json.loads(metadata["settings"]),

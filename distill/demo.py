@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from distill import results
-from distill.checkpoint import Checkpoint
+from distill.checkpoint import Checkpoint, write_atomically
 from distill.config import DemoConfig
 from distill.corpus import Batches, Corpus, Text, tokenize
 from distill.errors import DistillError, Interrupt
@@ -67,6 +67,7 @@ class Demo:
             "out"
         )
         text = tokenize(corpus, self.config.vocab_size)
+        write_atomically(self.run_dir / "tokenizer.json", text.tokenizer.to_str())
         self.interrupt.check()
         self.reporter.say(
             f"tokens   byte-level BPE, {text.vocab} entries: {len(text.train_N) / 1e6:.2f} M "

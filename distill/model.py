@@ -27,12 +27,18 @@ class ModelConfig:
 class Block(nn.Module):
     """x + norm(slstm(norm(x))), then x + ffn(norm(x)): the sLSTM block of arXiv:2405.04517."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, index: int):
         super().__init__()
         width = config.width
         self.heads = config.heads
         self.mixer_norm = nn.LayerNorm(width, bias=False)
-        self.mixer = xk.nn.SLSTM(width, width, num_heads=config.heads, backend=config.backend)
+        self.mixer = xk.nn.SLSTM(
+            width,
+            width,
+            num_heads=config.heads,
+            block_ratio=index / max(1, config.layers - 1),
+            backend=config.backend,
+        )
         self.head_norm = nn.Parameter(torch.ones(width))
         self.ffn_norm = nn.LayerNorm(width, bias=False)
         self.up = nn.Linear(width, 2 * config.ffn, bias=False)
@@ -59,7 +65,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab, config.width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.layers))
         self.norm = nn.LayerNorm(config.width, bias=False)
         self._initialise()
 

@@ -83,7 +83,7 @@ Reading: held-out text, many tokens at a time. Writing: one token after another.
 <figure class="plot"><figcaption>Learning, on a part of the held-out text</figcaption>
 $figure_curves</figure>
 <figure class="plot"><figcaption>Quality against size</figcaption>$figure_size</figure>
-<figure class="plot"><figcaption>Student against control, file by file</figcaption>
+<figure class="plot"><figcaption>What the teacher was worth, file by file</figcaption>
 $figure_files</figure>
 <figure class="plot"><figcaption>Speed against eager torch</figcaption>$figure_speed</figure>
 </div>

@@ -25,6 +25,7 @@ STYLE = {
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
     "text.color": INK,
+    "axes.axisbelow": True,
     "grid.color": INK,
     "grid.alpha": 0.12,
     "grid.linewidth": 0.6,
@@ -59,30 +60,27 @@ def _curves(axes: Axes, metrics: dict) -> None:
         points = [p for p in metrics["curves"][name] if "heldout_bits_per_byte" in p]
         x = [p["step"] * tokens_per_step / 1e6 for p in points]
         y = [p["heldout_bits_per_byte"] for p in points]
-        axes.plot(x, y, color=COLORS[name], marker="o", markersize=3, label=name)
-        axes.annotate(
-            f"{name} {y[-1]:.2f}",
-            (x[-1], y[-1]),
-            xytext=(6, {"control": 7, "student": -5}.get(name, 0)),
-            textcoords="offset points",
-            va="center",
-            color=COLORS[name],
-            annotation_clip=False,
-        )
+        width = 1.2 if name == "teacher" else 2.0
+        label = f"{name}, {y[-1]:.3f} at its end"
+        axes.plot(x, y, color=COLORS[name], linewidth=width, marker="o", markersize=3, label=label)
     axes.set_xlabel("million tokens of training")
-    axes.set_ylabel("bits per byte, held out")
+    axes.set_ylabel("bits per byte")
     axes.set_xlim(left=0)
     axes.grid(axis="y")
+    axes.legend(frameon=False)
 
 
 def _files(axes: Axes, metrics: dict) -> None:
-    gains = sorted(file["control"] - file["student"] for file in metrics["files"])
+    files = sorted(metrics["files"], key=lambda file: file["control"] - file["student"])
+    gains = [file["control"] - file["student"] for file in files]
     colors = [COLORS["student"] if gain > 0 else COLORS["control"] for gain in gains]
     axes.barh(range(len(gains)), gains, color=colors, height=0.72)
     axes.axvline(0, color=INK, linewidth=0.6)
-    axes.set_yticks([])
+    names = ["/".join(file["path"].split("/")[-2:]) for file in files]
+    axes.set_yticks(range(len(names)), names, fontsize=min(9, 140 / len(names)))
+    axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    axes.set_xlabel("bits per byte that the teacher saved, one bar a held-out file")
+    axes.set_xlabel("bits per byte: control minus student")
     axes.grid(axis="x")
 
 
@@ -91,7 +89,7 @@ def _speed(axes: Axes, metrics: dict) -> None:
     names = ("eager torch", "our kernels")
     values = (speed["reference"]["tokens_per_s"], speed["ours"]["tokens_per_s"])
     bars = axes.barh(names, values, color=(COLORS["teacher"], COLORS["student"]), height=0.6)
-    axes.bar_label(bars, [f" {value:,.0f}" for value in values], color=INK)
+    axes.bar_label(bars, [f"{value:,.0f}" for value in values], padding=4, color=INK)
     axes.set_xlabel("tokens per second, training step of the student")
     axes.margins(x=0.18)
     axes.spines["left"].set_visible(False)

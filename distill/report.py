@@ -83,7 +83,7 @@ def render(metrics: dict) -> str:
         (f"{models['student']['bits_per_byte']:.3f}", "bits per byte, student"),
         (f"{verdict.gain:+.3f}", "bits per byte saved against the control"),
         (f"{share:.0%}", "of the teacher's parameters"),
-        (f"{metrics['speed']['ratio']:.1f}x", "eager torch, training step"),
+        (f"{metrics['speed']['ratio']:.1f}x", "the speed of eager torch, training step"),
     )
     return PAGE.substitute(
         quality=html.escape(quality_sentence(verdict)),

@@ -10,6 +10,7 @@ import torch
 
 from distill.losses import Distillation, DistillConfig
 from distill.model import LanguageModel, ModelConfig
+from xlstm_kernels.testing import budget, relative_error
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,9 @@ class StepTiming:
 
 @dataclass(frozen=True)
 class Parity:
-    """Largest relative gradient error (2-norm, against float64) and what it is allowed to be.
+    """Largest relative gradient error (2-norm, against float64) and its budget.
 
-    The allowance is the house rule: twice the error of plain float32 torch, plus 4 eps.
+    The budget is that of `xlstm_kernels.testing`.
     """
 
     parameter: str
@@ -62,7 +63,7 @@ class Step:
         self.optimizer.zero_grad()
         logits_BTV, _ = self.model.train()(inputs_BT)
         self.loss.from_logits(logits_BTV, teacher_BTV.to(self.dtype), labels_BT).backward()
-        return {name: p.grad.double() for name, p in self.model.named_parameters()}
+        return {name: p.grad for name, p in self.model.named_parameters()}
 
     def timed(self, inputs_BT, labels_BT, teacher_BTV) -> float:
         """Seconds of forward, loss, backward and optimizer."""
@@ -85,11 +86,10 @@ def parity(
     exact = Step(config, weights, distill, "reference", torch.float64).gradients(*batch)
     plain = Step(config, weights, distill, "reference").gradients(*batch)
     ours = Step(config, weights, distill, backend).gradients(*batch)
-    results = []
-    for name, want in exact.items():
-        size = want.norm().clamp_min(1e-30)
-        budget = 2 * float((plain[name] - want).norm() / size) + 4 * torch.finfo(torch.float32).eps
-        results.append(Parity(name, float((ours[name] - want).norm() / size), budget))
+    results = [
+        Parity(name, relative_error(ours[name], want), budget(plain[name], want, torch.float32))
+        for name, want in exact.items()
+    ]
     return max(results, key=lambda result: result.error / result.budget)
 
 

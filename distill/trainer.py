@@ -152,9 +152,12 @@ class Stage:
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices decay; vectors (norms, biases) do not."""
-    parameters = list(model.parameters())
+    """Matrices decay; norms and biases, whatever their shape, do not."""
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.dim() >= 2 and not name.endswith("bias")
+        (decayed if is_matrix else free).append(parameter)
     return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": free, "weight_decay": 0.0},
     ]
