@@ -35,14 +35,14 @@ def slstm(
         forget_gate: "sigmoid" or "exp", the paper's two choices.
         n_floor: lower bound of the normaliser n; 1.0 is flashrnn's, 0.0 is xlstm's.
         clip_grad: bound on each element of the gradient that flows to h_{t-1} through r.
-        cu_seqlens: (S + 1,) int32 token offsets of S packed sequences; B is then 1 and states have S
-            rows.
+        cu_seqlens: (S + 1,) int32 token offsets of S packed sequences; B is then 1 and states have
+            S rows.
         backend: "auto", or one of "reference", "cpu"; a named backend runs or raises.
 
     Returns:
-        h (B, T, H, D) in x's dtype, and the last state: float32, float64 for float64 x. Gates, states
-        and sums are in that dtype too. Gradients are exact for x, r, b and the initial state, and
-        flow through the returned state.
+        h (B, T, H, D) in x's dtype, and the last state: float32, float64 for float64 x. Gates,
+        states and sums are in that dtype too. Gradients are exact for x, r, b and the initial state,
+        and flow through the returned state.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
@@ -57,12 +57,23 @@ def slstm(
         >>> h.shape, state.c.shape
         (torch.Size([2, 7, 3, 8]), torch.Size([2, 3, 8]))
     """
-    if forget_gate not in ("sigmoid", "exp"):
-        raise ValueError(f"slstm: forget_gate must be 'sigmoid' or 'exp', got {forget_gate!r}")
-    if not (math.isfinite(n_floor) and n_floor >= 0):
-        raise ValueError(f"slstm: n_floor must be a finite number >= 0, got {n_floor}")
+    check_slstm_options("slstm", forget_gate, n_floor, clip_grad)
     cell = "slstm" if forget_gate == "sigmoid" else "slstm_exp"
-    return _recurrence("slstm", cell, x, r, b, state, float(n_floor), clip_grad, cu_seqlens, backend)
+    return _recurrence(
+        "slstm", cell, x, r, b, state, float(n_floor), clip_grad, cu_seqlens, backend
+    )
+
+
+def check_slstm_options(
+    name: str, forget_gate: str, n_floor: float, clip_grad: float | None
+) -> None:
+    """Raises ValueError, in the name of the function or layer `name`, for options that do not fit."""
+    if forget_gate not in ("sigmoid", "exp"):
+        raise ValueError(f"{name}: forget_gate must be 'sigmoid' or 'exp', got {forget_gate!r}")
+    if not (math.isfinite(n_floor) and n_floor >= 0):
+        raise ValueError(f"{name}: n_floor must be a finite number >= 0, got {n_floor}")
+    if clip_grad is not None and not clip_grad > 0:
+        raise ValueError(f"{name}: clip_grad must be a number > 0, got {clip_grad}")
 
 
 def lstm(
@@ -76,8 +87,8 @@ def lstm(
 ) -> tuple[Tensor, LSTMState]:
     """LSTM with a block-diagonal recurrent matrix, over a whole sequence.
 
-    With H = 1 this is the recurrence of `torch.nn.LSTM`: x = F.linear(input, weight_ih_l0) viewed as
-    (B, T, 4, 1, D), r = weight_hh_l0 viewed as (4, 1, D, D), b = bias_ih_l0 + bias_hh_l0.
+    With H = 1 this is the recurrence of `torch.nn.LSTM`: x = F.linear(input, weight_ih_l0) viewed
+    as (B, T, 4, 1, D), r = weight_hh_l0 viewed as (4, 1, D, D), b = bias_ih_l0 + bias_hh_l0.
 
     Args:
         x: (B, T, 4, H, D) gate pre-activations W x, gates in the order i f z o. float64, float32,
@@ -85,8 +96,8 @@ def lstm(
         r: (4, H, D, D) recurrent weights [gate, head, out, in], any float dtype.
         b: (4, H, D) bias, or None.
         state: (h, c), each (B, H, D); None is zeros.
-        cu_seqlens: (S + 1,) int32 token offsets of S packed sequences; B is then 1 and states have S
-            rows.
+        cu_seqlens: (S + 1,) int32 token offsets of S packed sequences; B is then 1 and states have
+            S rows.
         backend: "auto", or one of "reference", "cpu"; a named backend runs or raises.
 
     Returns:
@@ -118,7 +129,7 @@ def _recurrence(
     cu_seqlens: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Any]:
-    _check(name, cell, x_BTGHD, r_GHDE, b_GHD, state, clip_grad, cu_seqlens)
+    _check(name, cell, x_BTGHD, r_GHDE, b_GHD, state, cu_seqlens)
     spec = CELLS[cell]
     dtype = compute_dtype(x_BTGHD.dtype)
     state_SBHD = None if state is None else torch.stack([s.to(dtype) for s in state])
@@ -220,7 +231,6 @@ def _check(
     r: Tensor,
     b: Tensor | None,
     state: tuple[Tensor, ...] | None,
-    clip_grad: float | None,
     cu_seqlens: Tensor | None,
 ) -> None:
     """Shapes, dtypes and devices; nothing here reads a tensor's values."""
@@ -262,5 +272,3 @@ def _check(
             raise ValueError(
                 f"{name}: {argument} must be on x's device {x.device}, got {tensor.device}"
             )
-    if clip_grad is not None and not clip_grad > 0:
-        raise ValueError(f"{name}: clip_grad must be a number > 0, got {clip_grad}")

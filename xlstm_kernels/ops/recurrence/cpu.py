@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -121,6 +123,6 @@ def _starts(cu_seqlens: Tensor | None, T: int) -> Tensor | None:
     if cu_seqlens is None:
         return None
     starts = cu_seqlens.tolist()
-    if starts[0] != 0 or starts[-1] != T or any(a > b for a, b in zip(starts, starts[1:])):
+    if starts[0] != 0 or starts[-1] != T or any(a > b for a, b in pairwise(starts)):
         raise ValueError(f"cu_seqlens must rise from 0 to T = {T}, got {starts}")
     return cu_seqlens.contiguous()

@@ -6,6 +6,7 @@ h_t, c_t, ... = cell.step(raw_t, state_{t-1})
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def forward(
     n_floor: float,
     clip_grad: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Hidden states (B, T, H, D) in x's dtype and the last state (S, B, H, D) in the compute dtype."""
+    """h (B, T, H, D) in x's dtype and the last state (S, B, H, D) in the compute dtype."""
     if cu_seqlens is None:
         return _scan(x_BTGHD, r_GHDE, b_GHD, state_SBHD, cell, n_floor, clip_grad)
     starts = cu_seqlens.tolist()
@@ -51,7 +52,7 @@ def forward(
             n_floor,
             clip_grad,
         )
-        for row, (begin, end) in enumerate(zip(starts, starts[1:], strict=False))
+        for row, (begin, end) in enumerate(pairwise(starts))
     ]
     h, last = zip(*runs, strict=True)
     return torch.cat(h, dim=1), torch.cat(last, dim=1)
