@@ -1,13 +1,15 @@
 """Builds `xlstm_kernels._cpu` always, and `xlstm_kernels._cuda` when nvcc is found.
 
 Nothing here imports torch, so `pip install .` works under build isolation. Environment:
+  CXX                the C++17 compiler, g++ unless said otherwise; clang++ works too
+  CUDA_HOME          where bin/nvcc is looked for before PATH
   XLSTM_CUDA_ARCHS   compute capabilities, "80;90a;100"; the last also goes in as PTX
-  XLSTM_SANITIZE     value for -fsanitize=, "address,undefined" (for the test-suite)
-  CUDA_HOME          where bin/nvcc is, when it is not on PATH
+  XLSTM_SANITIZE     value for -fsanitize=, "address,undefined" (`make sanitize`)
 """
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +24,8 @@ ROOT = Path(__file__).parent.resolve()
 SOURCE = ROOT / "csrc"
 DEFAULT_CUDA_ARCHS = "80;90a;100"
 
-# One object per kernel and instruction set; the launcher picks at run time.
+# One object per kernel and instruction set; cpu/dispatch.cpp picks at run time. Plainest first: of
+# inline functions of the standard library that several objects hold, the linker keeps the first.
 ISA_FLAGS = {
     "x86_64": {
         "baseline": "",
@@ -30,101 +33,127 @@ ISA_FLAGS = {
         "avx512": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mf16c"
         " -mprefer-vector-width=512",
     },
-    "aarch64": {"baseline": ""},
-    "arm64": {"baseline": ""},
 }
 MACHINE = {"AMD64": "x86_64"}.get(platform.machine(), platform.machine())
+SANITIZE = os.environ.get("XLSTM_SANITIZE", "")
 CXX_FLAGS = (
-    "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi -Wno-ignored-attributes"
-    " -Wno-maybe-uninitialized"  # gcc 12 warns inside its own AVX-512 header
+    "-std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi -Wno-ignored-attributes"
+    " -Wno-uninitialized -Wno-maybe-uninitialized"  # gcc 12 warns inside its AVX-512 header
     " -ffp-contract=fast -fno-math-errno -fno-trapping-math"
-)
+) + (f" -O1 -g1 -fno-omit-frame-pointer -fsanitize={SANITIZE}" if SANITIZE else " -O3 -g0")
 
 
 def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    path = os.environ.get("PATH", os.defpath)
+    return shutil.which("nvcc", path=f"{home}/bin{os.pathsep}{path}" if home else path)
 
 
 def find_ninja() -> str:
     try:
         import ninja
-
-        return str(Path(ninja.BIN_DIR) / "ninja")
     except ImportError:
         return "ninja"
+    return str(Path(ninja.BIN_DIR) / "ninja")
 
 
-def gencode(archs: str) -> str:
-    names = [a.strip() for a in archs.replace(",", ";").split(";") if a.strip()]
-    if not names:
-        sys.exit("XLSTM_CUDA_ARCHS is empty; expected compute capabilities such as '80;90a'")
-    sass = [f"-gencode arch=compute_{a},code=sm_{a}" for a in names]
-    return " ".join([*sass, f"-gencode arch=compute_{names[-1]},code=compute_{names[-1]}"])
+def cuda_archs() -> list[str]:
+    asked = os.environ.get("XLSTM_CUDA_ARCHS", DEFAULT_CUDA_ARCHS)
+    archs = [arch.strip() for arch in asked.replace(",", ";").split(";")]
+    if not all(re.fullmatch(r"\d{2,3}[af]?", arch) for arch in archs):
+        sys.exit(
+            f"XLSTM_CUDA_ARCHS must be compute capabilities such as {DEFAULT_CUDA_ARCHS!r},"
+            f" got {asked!r}"
+        )
+    return archs
+
+
+def rules() -> str:
+    """Ninja's rules. Only `bind` sees Python's and pybind11's headers; depfiles name all headers."""
+    cxx = os.environ.get("CXX", "g++")
+    python = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
+    compile_cxx = f"{cxx} -MMD -MF $out.d -I{SOURCE} {CXX_FLAGS} $flags -c $in -o $out"
+    exports = "-Wl,--version-script=exports" if sys.platform == "linux" else ""
+    text = f"""
+rule cxx
+  command = {compile_cxx}
+  depfile = $out.d
+  deps = gcc
+rule bind
+  command = {compile_cxx} {python} '-DXLSTM_SANITIZERS="{SANITIZE}"'
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = {cxx} -shared $in {f"-fsanitize={SANITIZE}" if SANITIZE else ""} {exports} -o $out
+"""
+    if nvcc := find_nvcc():
+        archs = cuda_archs()
+        code = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
+        text += f"""
+rule nvcc
+  command = {nvcc} -MMD -MF $out.d -I{SOURCE} -std=c++17 -O3 {code} $
+      -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]} $
+      -Xcompiler -fPIC,-fvisibility=hidden '-DXLSTM_CUDA_ARCHS="{";".join(archs)}"' $
+      -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule nvlink
+  command = {nvcc} -shared -cudart static $in {exports and "-Xlinker=--version-script=exports"} $
+      -o $out
+"""
+    return text
+
+
+def edges(ext: Extension) -> str:
+    """Ninja's edges of one extension: its objects (CPU kernels once per ISA), then the link."""
+    module = ext.name.rsplit(".", 1)[1]
+    define = f"-DXLSTM_MODULE={module} -DXLSTM_BUILD{module.upper()}"
+    objects = [("bind", SOURCE / "bind.cpp", f"{module}/bind.o", define)]
+    if module == "_cpu":
+        kernels = sorted(SOURCE.glob("cpu/*.cpp"))
+        kernels.remove(dispatch := SOURCE / "cpu" / "dispatch.cpp")
+        objects.append(("cxx", dispatch, "_cpu/dispatch.o", ""))
+        for isa, flags in ISA_FLAGS.get(MACHINE, {"baseline": ""}).items():
+            for source in kernels:
+                name = f"_cpu/{source.stem}.{isa}.o"
+                objects.append(("cxx", source, name, f"{flags} -DXLSTM_ISA={isa}"))
+    else:
+        for source in sorted(SOURCE.glob("cuda/*.cu")):
+            objects.append(("nvcc", source, f"_cuda/{source.stem}.o", ""))
+    text = "".join(f"build {o}: {rule} {s}\n  flags = {flags}\n" for rule, s, o, flags in objects)
+    link = "link" if module == "_cpu" else "nvlink"
+    return f"{text}build {ext.name}.so: {link} {' '.join(o for _, _, o, _ in objects)} | exports\n"
+
+
+def write(path: Path, text: str) -> None:
+    """Leaves the time stamp of an unchanged file alone: ninja rebuilds what is newer."""
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
 
 
 class BuildNinja(build_ext):
-    """Writes one build.ninja for all extensions; depfiles make header edits rebuild their users."""
+    """Runs one build.ninja for all extensions."""
 
     def build_extensions(self) -> None:
-        temp = Path(self.build_temp).resolve()
+        if not find_nvcc():
+            print("xlstm_kernels: nvcc not found, building without CUDA", file=sys.stderr)
+        # An editable install gets a fresh build_temp each time, which would compile everything.
+        tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        temp = ROOT / "build" / f"editable.{tag}" if self.editable_mode else Path(self.build_temp)
         temp.mkdir(parents=True, exist_ok=True)
-        includes = f"-I{SOURCE} -I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
-        sanitize = os.environ.get("XLSTM_SANITIZE", "")
-        extra = f" -fsanitize={sanitize} -fno-omit-frame-pointer -g1" if sanitize else ""
-        cuda = f"{gencode(os.environ.get('XLSTM_CUDA_ARCHS', DEFAULT_CUDA_ARCHS))}"
-        cxx = os.environ.get("CXX", "g++")
-        depfile = "  depfile = $out.d\n  deps = gcc\n"
-        lines = [
-            f"rule cxx\n  command = {cxx} -MMD -MF $out.d {includes} {CXX_FLAGS}{extra}"
-            f" $flags -c $in -o $out\n{depfile}",
-            f"rule link\n  command = {cxx} -shared $in{extra} -o $out\n",
-            f"rule nvcc\n  command = {find_nvcc()} -MMD -MF $out.d -I{SOURCE} -std=c++17 -O3"
-            f" {cuda} -DXLSTM_CUDA_ARCHS_BUILT=$archs -Xcompiler -fPIC,-fvisibility=hidden"
-            f" $flags -c $in -o $out\n{depfile}",
-            f"rule nvlink\n  command = {find_nvcc()} -shared -cudart static $in -o $out\n",
-        ]
-        for ext in self.extensions:
-            lines += self.edges(ext, temp)
-        (temp / "build.ninja").write_text("\n".join(lines) + "\n")
+        write(temp / "exports", "{ global: PyInit_*; local: *; };\n")
+        write(temp / "build.ninja", rules() + "".join(map(edges, self.extensions)))
         command = [find_ninja(), "-C", str(temp), *(["-v"] if self.verbose > 1 else [])]
         if subprocess.run(command).returncode:
-            sys.exit("xlstm_kernels: compiling failed, see the compiler's message above")
+            sys.exit("xlstm_kernels: compiling failed, the compiler's message is above")
         for ext in self.extensions:
             target = Path(self.get_ext_fullpath(ext.name))
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(temp / f"{ext.name}.so", target)
 
-    def edges(self, ext: Extension, temp: Path) -> list[str]:
-        """Ninja edges of one extension: its objects (CPU kernels once per ISA), then the link."""
-        module = ext.name.rsplit(".", 1)[1]
-        objects, lines = [], []
 
-        def edge(rule: str, source: Path, name: str, flags: str) -> None:
-            objects.append(f"{module}/{name}.o")
-            lines.append(f"build {objects[-1]}: {rule} {source}\n  flags = {flags}\n")
-
-        define = f"-DXLSTM_MODULE={module} -DXLSTM_BUILD{module.upper()}"
-        edge("cxx", SOURCE / "bind.cpp", "bind", define)
-        if module == "_cpu":
-            edge("cxx", SOURCE / "cpu" / "dispatch.cpp", "dispatch", "")
-            for isa, flags in ISA_FLAGS.get(MACHINE, {"baseline": ""}).items():
-                for source in sorted(SOURCE.glob("cpu/*.cpp")):
-                    if source.stem != "dispatch":
-                        name = f"{source.stem}.{isa}"
-                        edge("cxx", source, name, f"{flags} -DXLSTM_ISA={isa}")
-        else:
-            for source in sorted(SOURCE.glob("cuda/*.cu")):
-                edge("nvcc", source, source.stem, "")
-        link = "link" if module == "_cpu" else "nvlink"
-        lines.append(f"build {ext.name}.so: {link} {' '.join(objects)}\n")
-        return lines
-
-
-extensions = [Extension("xlstm_kernels._cpu", [])]
-if find_nvcc():
-    extensions.append(Extension("xlstm_kernels._cuda", []))
-else:
-    print("xlstm_kernels: nvcc not found, building without the CUDA backend", file=sys.stderr)
-
-setup(ext_modules=extensions, cmdclass={"build_ext": BuildNinja})
+modules = ["_cpu", "_cuda"] if find_nvcc() and not SANITIZE else ["_cpu"]
+setup(
+    ext_modules=[Extension(f"xlstm_kernels.{module}", []) for module in modules],
+    cmdclass={"build_ext": BuildNinja},
+)

@@ -8,11 +8,20 @@
 
 #include "launch.h"
 
+#ifdef __clang__
+#define XLSTM_COMPILER __VERSION__
+#else
+#define XLSTM_COMPILER "gcc " __VERSION__
+#endif
+
 #ifdef XLSTM_BUILD_CPU
 #include <sys/mman.h>
 
 #include "common/parallel.h"
 #include "cpu/dispatch.h"
+#endif
+#ifdef XLSTM_BUILD_CUDA
+#include "cuda/device.h"
 #endif
 
 namespace py = pybind11;
@@ -86,7 +95,41 @@ void set_thread_pool(Address parallel_for, Address get_num_threads) {
   xlstm::g_get_num_threads = reinterpret_cast<xlstm::GetNumThreads>(get_num_threads);
 }
 
+// Names and numbers of states, in the order of the numbers that recurrence_forward takes.
+py::dict cells() {
+  py::dict found;
+#define XLSTM_CELL_ITEM(name, type, states) found[#name] = states;
+  XLSTM_CELLS(XLSTM_CELL_ITEM)
+#undef XLSTM_CELL_ITEM
+  return found;
+}
+
 #endif  // XLSTM_BUILD_CPU
+
+#ifdef XLSTM_BUILD_CUDA
+
+void scale_rows(int dtype, std::array<std::int64_t, 2> sizes, Address x, std::int64_t x_stride,
+                Address scale, Address stream) {
+  xlstm::ScaleRows args;
+  args.dtype = static_cast<DType>(dtype);
+  args.N = sizes[0], args.V = sizes[1];
+  args.x = pointer(x), args.x_stride = x_stride;
+  args.scale = pointer(scale);
+  py::gil_scoped_release unlocked;
+  xlstm::scale_rows_cuda(args, pointer(stream));
+}
+
+// [{"name": ..., "arch": ..., "memory_bytes": ...}]
+py::list devices() {
+  py::list found;
+  for (const xlstm::CudaDevice& device : xlstm::cuda_devices()) {
+    found.append(py::dict(py::arg("name") = device.name, py::arg("arch") = device.arch,
+                          py::arg("memory_bytes") = device.memory_bytes));
+  }
+  return found;
+}
+
+#endif  // XLSTM_BUILD_CUDA
 
 }  // namespace
 
@@ -98,8 +141,19 @@ PYBIND11_MODULE(XLSTM_MODULE, m) {
   m.def("supported_isas", &xlstm::supported_isas, "Instruction sets of this build on this CPU");
   m.def("current_isa", &xlstm::current_isa);
   m.def("set_isa", &xlstm::set_isa);
+  m.def("num_threads", &xlstm::XLSTM_ISA::num_threads);
+  m.def("has_thread_pool", [] { return xlstm::g_parallel_for != nullptr; });
+  m.def("cells", &cells);
   m.def("recurrence_forward", &recurrence_forward);
   m.def("recurrence_backward", &recurrence_backward);
   m.attr("checkpoint_interval") = xlstm::kCheckpointInterval;
 #endif
+#ifdef XLSTM_BUILD_CUDA
+  m.def("archs", &xlstm::cuda_archs, "Compute capabilities inside; the last one as PTX too");
+  m.def("devices", &devices);
+  m.def("scale_rows", &scale_rows);
+  m.attr("runtime_version") = xlstm::cuda_runtime_version();
+#endif
+  m.attr("compiler") = XLSTM_COMPILER;
+  m.attr("sanitizers") = XLSTM_SANITIZERS;
 }

@@ -72,8 +72,20 @@ struct KlDiv {
   std::int64_t grad_stride;
 };
 
+// x[n, v] *= scale[n] in place: a loss's gradient by its rows, times the gradient that reaches the rows.
+struct ScaleRows {
+  DType dtype;        // of x
+  std::int64_t N, V;  // V contiguous
+  void* x;            // (N, V), rows x_stride apart
+  std::int64_t x_stride;
+  const void* scale;  // (N) compute, contiguous
+};
+
 void recurrence_forward_cpu(const RecurrenceForward& args);
 void recurrence_backward_cpu(const RecurrenceBackward& args);
 void kl_div_cpu(const KlDiv& args);
+
+// `stream` is a cudaStream_t of the current device.
+void scale_rows_cuda(const ScaleRows& args, void* stream);
 
 }  // namespace xlstm

@@ -6,6 +6,7 @@ N rows (tokens).
 """
 
 from . import nn
+from .backends import available_backends
 from .cells import LSTMState, SLSTMState
 from .ops.recurrence import lstm, slstm
 
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LSTMState",
     "SLSTMState",
+    "available_backends",
     "lstm",
     "nn",
     "slstm",

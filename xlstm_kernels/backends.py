@@ -11,7 +11,7 @@ import ctypes
 import importlib
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -61,11 +61,16 @@ class Op:
 
     A backend module has ``supports(*call) -> str | None`` (the reason why not), ``forward`` and
     ``backward``. It is imported here but imports its extension (``_cpu``, ``_cuda``, triton) only
-    when it runs. ``reference`` needs no module: plain torch runs every call.
+    when it runs. ``reference`` needs no module: plain torch runs every call. `functions` are the
+    public functions that end in this operation; None: the one of the same name.
     """
 
     name: str
     table: Mapping[Backend, ModuleType]
+    functions: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        OPS[self.name] = self
 
     def resolve(self, backend: str, *call: Any) -> Backend:
         """The backend that runs `call`; raises when a named one cannot. Plain Python over shapes,
@@ -92,8 +97,42 @@ class Op:
         if backend is Backend.REFERENCE:
             return None
         if backend not in self.table:
-            return f"{self.name} has no {backend.value} backend"
+            return f"it has no {backend.value} backend"
         return UNAVAILABLE[backend]
+
+
+# Every operation by name, in the order of definition. Importing xlstm_kernels defines them all.
+OPS: dict[str, Op] = {}
+
+
+def available_backends() -> dict[str, dict[str, str]]:
+    """For each public function and each backend "ok", or why it can run nothing here.
+
+    Loads the extensions, so one that is built but does not load, or finds no device, is named too.
+
+    Example:
+        >>> import xlstm_kernels as xk
+        >>> xk.available_backends()["slstm"]["cpu"]
+        'ok'
+    """
+    broken = {Backend.CPU: _failure(load_cpu), Backend.CUDA: _failure(lambda: load_cuda().devices())}
+    return {
+        function: {
+            backend.value: op.why_not(backend) or broken.get(backend) or "ok"
+            for backend in Backend
+            if backend is not Backend.AUTO
+        }
+        for op in OPS.values()
+        for function in op.functions or (op.name,)
+    }
+
+
+def _failure(load: Callable[[], object]) -> str | None:
+    try:
+        load()
+    except (ImportError, RuntimeError, ValueError) as error:
+        return str(error)
+    return None
 
 
 _cpu: ModuleType | None = None
@@ -108,9 +147,17 @@ def load_cpu() -> ModuleType:
             _torch_symbol("torch_parallel_for"), _torch_symbol("torch_get_num_threads")
         )
         if FORCED_CPU_ISA is not None:
-            extension.set_isa(FORCED_CPU_ISA)
+            try:
+                extension.set_isa(FORCED_CPU_ISA)
+            except ValueError as error:
+                raise ValueError(f"XLSTM_CPU_ISA: {error}") from None
         _cpu = extension
     return _cpu
+
+
+def load_cuda() -> ModuleType:
+    """`xlstm_kernels._cuda`. It loads without a driver; its functions then raise RuntimeError."""
+    return importlib.import_module("xlstm_kernels._cuda")
 
 
 def _torch_symbol(name: str) -> int:

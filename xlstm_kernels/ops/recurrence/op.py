@@ -13,7 +13,7 @@ from ...library import define
 from . import cpu
 from .shapes import last_shape, saved_shapes
 
-RECURRENCE = Op("recurrence", {Backend.CPU: cpu})
+RECURRENCE = Op("recurrence", {Backend.CPU: cpu}, ("slstm", "lstm"))
 
 
 def _fake_forward(
