@@ -77,6 +77,34 @@ void recurrence_backward(int cell, int dtype, std::array<std::int64_t, 4> sizes,
   xlstm::recurrence_backward_cpu(args);
 }
 
+using Strides = std::array<std::int64_t, 2>;
+
+void kl_div(int divergence, int reduction, std::array<int, 2> dtypes, Strides rows,
+            std::array<std::int64_t, 2> widths, Address student, Strides student_stride,
+            Address teacher, Strides teacher_stride, Address labels, std::int64_t ignore_index,
+            Address row_weight, double temperature, double kl_weight, double ce_weight,
+            Address row_loss, Address loss, Address grad, Strides grad_stride) {
+  xlstm::KlDiv args;
+  args.divergence = static_cast<xlstm::Divergence>(divergence);
+  args.reduction = static_cast<xlstm::Reduction>(reduction);
+  args.student_dtype = static_cast<DType>(dtypes[0]);
+  args.teacher_dtype = static_cast<DType>(dtypes[1]);
+  args.V_student = widths[0], args.V_teacher = widths[1];
+  for (int axis = 0; axis < 2; ++axis) {
+    args.rows[axis] = rows[axis];
+    args.student_stride[axis] = student_stride[axis];
+    args.teacher_stride[axis] = teacher_stride[axis];
+    args.grad_stride[axis] = grad_stride[axis];
+  }
+  args.student = pointer(student), args.teacher = pointer(teacher);
+  args.labels = pointer<const std::int64_t>(labels), args.ignore_index = ignore_index;
+  args.row_weight = pointer(row_weight);
+  args.temperature = temperature, args.kl_weight = kl_weight, args.ce_weight = ce_weight;
+  args.row_loss = pointer(row_loss), args.loss = pointer(loss), args.grad = pointer(grad);
+  py::gil_scoped_release unlocked;
+  xlstm::kl_div_cpu(args);
+}
+
 // Asks the kernel for huge pages before the first touch of a fresh buffer: one fault per 2 MiB, not
 // per 4 KiB. Advice only, so a refusal changes nothing.
 void advise_huge_pages(Address address, std::int64_t size_bytes) {
@@ -146,6 +174,7 @@ PYBIND11_MODULE(XLSTM_MODULE, m) {
   m.def("cells", &cells);
   m.def("recurrence_forward", &recurrence_forward);
   m.def("recurrence_backward", &recurrence_backward);
+  m.def("kl_div", &kl_div);
   m.attr("checkpoint_interval") = xlstm::kCheckpointInterval;
 #endif
 #ifdef XLSTM_BUILD_CUDA

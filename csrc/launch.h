@@ -52,24 +52,29 @@ struct RecurrenceBackward : Recurrence {
 };
 
 enum class Divergence : int { kForward = 0, kReverse = 1 };
+// Mean is over the rows whose label is not ignored, all rows without labels; batch mean over all rows.
+enum class Reduction : int { kNone = 0, kSum = 1, kMean = 2, kBatchMean = 3 };
 
-// Rows of softmax KL divergence mixed with hard-label cross-entropy; the gradient to the student.
+// Rows of softmax KL divergence mixed with hard-label cross-entropy, and the gradient to the student.
+// Row n is at (n / rows[1], n % rows[1]) by two strides, so a shifted (B, T, V) view needs no copy.
 struct KlDiv {
   Divergence divergence;
+  Reduction reduction;
   DType student_dtype, teacher_dtype;
-  std::int64_t N, V_student, V_teacher;  // logits beyond the narrower vocabulary count as -inf
-  const void* student;                   // (N, V_student), rows student_stride apart, V contiguous
-  std::int64_t student_stride;
-  const void* teacher;  // (N, V_teacher), rows teacher_stride apart
-  std::int64_t teacher_stride;
-  const std::int64_t* labels;  // (N) or null
+  std::int64_t rows[2];               // N is their product
+  std::int64_t V_student, V_teacher;  // logits beyond the narrower vocabulary count as -inf
+  const void* student;                // rows of V_student, contiguous
+  std::int64_t student_stride[2];
+  const void* teacher;  // rows of V_teacher, contiguous
+  std::int64_t teacher_stride[2];
+  const std::int64_t* labels;  // (N) or null; in [0, V_student) or ignore_index
   std::int64_t ignore_index;   // rows with this label give loss 0 and gradient 0
-  const float* row_scale;      // (N) or null: multiplies each row's gradient
-  double scale;                // multiplies every row's gradient
+  const void* row_weight;      // (N) compute type of the student, or null for ones
   double temperature, kl_weight, ce_weight;
-  void* loss;  // (N) compute of the student: unscaled loss of each row
-  void* grad;  // (N, V_student) student dtype by grad_stride; may be `student`; null: loss only
-  std::int64_t grad_stride;
+  void* row_loss;  // (N) compute type of the student: weighted loss of each row
+  void* loss;      // their reduction, one element; null for Reduction::kNone
+  void* grad;      // gradient of that, rows of V_student; may be `student`; null: loss only
+  std::int64_t grad_stride[2];
 };
 
 // x[n, v] *= scale[n] in place: a loss's gradient by its rows, times the gradient that reaches the rows.
@@ -83,6 +88,7 @@ struct ScaleRows {
 
 void recurrence_forward_cpu(const RecurrenceForward& args);
 void recurrence_backward_cpu(const RecurrenceBackward& args);
+// Throws std::invalid_argument for a label out of range.
 void kl_div_cpu(const KlDiv& args);
 
 // `stream` is a cudaStream_t of the current device.

@@ -51,6 +51,18 @@ struct ElementOf<VecD> {
   using type = double;
 };
 
+// The larger; b where either is NaN.
+XLSTM_HD VecF maximum(VecF a, VecF b) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (VecF)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return select(a > b, a, b);
+#endif
+}
+XLSTM_HD VecD maximum(VecD a, VecD b) { return select(a > b, a, b); }
+
 XLSTM_HD VecF abs(VecF x) { return (VecF)((VecI)x & 0x7fffffff); }
 XLSTM_HD VecD abs(VecD x) { return select(x < VecD{}, -x, x); }
 
@@ -97,6 +109,36 @@ XLSTM_HD VecF exp(VecF x) {
   return scale_by_power_of_two(expm1_reduced(r) + 1.0f, n);
 }
 
+// 2^x for x <= 1 with NaN kept and everything below -150 (down to the most negative number) giving
+// 0, in two steps: whole 32nds of an octave from a table, the rest |r| <= 1/64 by a quadratic.
+// Below one ulp. The sum x + 1.5 * 2^18 rounds to 32nds; its low five bits are the table's index.
+#if defined(__AVX512F__)
+alignas(64) constexpr float kOctave32[32] = {
+    1.0f,        1.0218972f,  1.04427373f, 1.06714046f, 1.09050775f, 1.1143868f,  1.13878858f,
+    1.1637249f,  1.18920708f, 1.21524739f, 1.24185777f, 1.26905096f, 1.29683959f, 1.32523668f,
+    1.35425556f, 1.38390994f, 1.41421354f, 1.44518077f, 1.47682619f, 1.50916445f, 1.54221082f,
+    1.5759809f,  1.61049032f, 1.64575553f, 1.68179286f, 1.71861935f, 1.75625217f, 1.79470909f,
+    1.8340081f,  1.87416768f, 1.91520655f, 1.95714414f,
+};
+XLSTM_HD VecF exp2_nonpositive(VecF x) {
+  const VecF magic = broadcast<VecF>(393216.0f);
+  const VecF sum = x + magic;
+  const VecF n = sum - magic;
+  const VecF r = x - n;
+  const VecF octave = (VecF)_mm512_permutex2var_ps(_mm512_load_ps(kOctave32), (__m512i)sum,
+                                                   _mm512_load_ps(kOctave32 + 16));
+  const VecF p = (r * 2.402283855e-01f + 6.931573437e-01f) * r + 1.0f;
+  return (VecF)_mm512_scalef_ps((__m512)(octave * p), (__m512)n);
+}
+#else
+XLSTM_HD VecF exp2_nonpositive(VecF x) {
+  x = clamp_min(x, -150.0f);
+  const VecF n = round_nearest(x);
+  const VecF r = (x - n) * 0.693147181f;
+  return scale_by_power_of_two(expm1_reduced(r) + 1.0f, n);
+}
+#endif
+
 // For finite x with 1 <= |x| <= 2^100; below one ulp.
 XLSTM_HD VecF reciprocal(VecF x) {
 #if defined(__AVX512F__)
@@ -136,6 +178,7 @@ XLSTM_HD VecD each_lane(VecD x) {
   return x;
 }
 XLSTM_HD VecD exp(VecD x) { return each_lane<::exp>(x); }
+XLSTM_HD VecD exp2_nonpositive(VecD x) { return each_lane<::exp2>(x); }
 XLSTM_HD VecD tanh(VecD x) { return each_lane<::tanh>(x); }
 XLSTM_HD VecD log1p_unit(VecD x) { return each_lane<::log1p>(x); }
 
