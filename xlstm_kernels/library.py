@@ -1,4 +1,4 @@
-"""torch.library glue, once: an operator is a schema, a fake and an `Op` with its table of backends."""
+"""torch.library glue, once: an operator is a schema, a fake and an `Op` with its backends."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .backends import Backend, Op
+from .backends import Op
 
 _LIBRARY = torch.library.Library("xlstm_kernels", "DEF")
 
@@ -21,8 +21,11 @@ def define(op: Op, schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     name = schema.partition("(")[0]
     verb = name.removeprefix(f"{op.name}_")
 
+    # Keyed by plain strings: an Enum's hash is a Python call, and this runs once a step.
+    modules = {backend.value: module for backend, module in op.table.items()}
+
     def run(*args: Any) -> Any:
-        return getattr(op.table[Backend(args[-1])], verb)(*args[:-1])
+        return getattr(modules[args[-1]], verb)(*args[:-1])
 
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +17,13 @@ __all__ = ["CELLS", "Cell", "LSTMState", "SLSTMState"]
 
 @dataclass(frozen=True)
 class Cell:
-    """`step(raw_BGHD, state, n_floor)` takes and returns the states in the order of `State`."""
+    """`step(raw_BGHD, state, n_floor)` takes and returns the states in the order of `State`.
 
-    State: type[NamedTuple]
+    `function` is the public function that runs the cell.
+    """
+
+    function: str
+    State: type[SLSTMState] | type[LSTMState]
     step: Callable[[Tensor, tuple[Tensor, ...], float], tuple[Tensor, ...]]
 
     @property
@@ -30,9 +33,9 @@ class Cell:
 
 # The same names, in the same order, as csrc/cells/list.h.
 CELLS: dict[str, Cell] = {
-    "slstm": Cell(SLSTMState, slstm.step),
-    "slstm_exp": Cell(SLSTMState, slstm.step_exp),
-    "lstm": Cell(LSTMState, lstm.step),
+    "slstm": Cell("slstm", SLSTMState, slstm.step),
+    "slstm_exp": Cell("slstm", SLSTMState, slstm.step_exp),
+    "lstm": Cell("lstm", LSTMState, lstm.step),
 }
 
 GATES = ("i", "f", "z", "o")

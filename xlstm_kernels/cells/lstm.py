@@ -13,7 +13,10 @@ from torch import Tensor
 
 
 class LSTMState(NamedTuple):
-    """Hidden state and cell, each (B, H, D), float32 (float64 for float64 x). Zero before token one."""
+    """Hidden state and cell, each (B, H, D); float32, float64 for float64 x.
+
+    The state before the first token is zero.
+    """
 
     h: Tensor
     c: Tensor

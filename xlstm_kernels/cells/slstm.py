@@ -19,10 +19,10 @@ from torch import Tensor
 
 
 class SLSTMState(NamedTuple):
-    """Hidden state, cell, normaliser and stabiliser, each (B, H, D), float32 (float64 for float64 x).
+    """Hidden state, cell, normaliser and stabiliser, each (B, H, D); float32 (float64 for float64).
 
-    c and n are stored divided by exp(m); h' does not depend on the choice of m. The state before the
-    first token is zero in all four.
+    c and n are stored divided by exp(m); h' does not depend on the choice of m. The state before
+    the first token is zero in all four.
     """
 
     h: Tensor

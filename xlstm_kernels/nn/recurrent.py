@@ -62,7 +62,8 @@ class Recurrent(nn.Module):
                 f"{type(self).__name__}: x must be (..., input_size) = (..., {self.input_size}),"
                 f" got {tuple(x.shape)}"
             )
-        return F.linear(x, self.weight_ih).unflatten(-1, self.weight_hh.shape[:3])
+        # view, not unflatten: in a single step its wrapper costs as much as the recurrence.
+        return F.linear(x, self.weight_ih).view(*x.shape[:-1], *self.weight_hh.shape[:3])
 
     def extra_repr(self) -> str:
         parts = [f"{self.input_size}, {self.hidden_size}"]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...backends import Backend
 from ...cells import CELLS, GATES, LSTMState, SLSTMState, compute_dtype
 from . import op, reference
 
@@ -41,8 +42,8 @@ def slstm(
 
     Returns:
         h (B, T, H, D) in x's dtype, and the last state: float32, float64 for float64 x. Gates,
-        states and sums are in that dtype too. Gradients are exact for x, r, b and the initial state,
-        and flow through the returned state.
+        states and sums are in that dtype too. Gradients are exact for x, r, b and the initial
+        state, and flow through the returned state.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
@@ -67,7 +68,7 @@ def slstm(
 def check_slstm_options(
     name: str, forget_gate: str, n_floor: float, clip_grad: float | None
 ) -> None:
-    """Raises ValueError, in the name of the function or layer `name`, for options that do not fit."""
+    """Raises ValueError, in the name of the function or layer `name`, for an option that is off."""
     if forget_gate not in ("sigmoid", "exp"):
         raise ValueError(f"{name}: forget_gate must be 'sigmoid' or 'exp', got {forget_gate!r}")
     if not (math.isfinite(n_floor) and n_floor >= 0):
@@ -130,20 +131,26 @@ def _recurrence(
     backend: str,
 ) -> tuple[Tensor, Any]:
     _check(name, cell, x_BTGHD, r_GHDE, b_GHD, state, cu_seqlens)
-    spec = CELLS[cell]
-    dtype = compute_dtype(x_BTGHD.dtype)
-    state_SBHD = None if state is None else torch.stack([s.to(dtype) for s in state])
+    state_SBHD = None
+    if state is not None:
+        state_SBHD = torch.stack(tuple(state))
+        dtype = compute_dtype(x_BTGHD.dtype)
+        if state_SBHD.dtype is not dtype:
+            state_SBHD = state_SBHD.to(dtype)
     chosen = op.RECURRENCE.resolve(backend, x_BTGHD, cell)
     call = (x_BTGHD, r_GHDE, b_GHD, state_SBHD, cu_seqlens, cell, n_floor)
-    if chosen == "reference":
+    if chosen is Backend.REFERENCE:
         h_BTHD, last_SBHD = reference.forward(*call, clip_grad)
-    elif torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x_BTGHD, r_GHDE, b_GHD, state_SBHD)
+    elif torch.is_grad_enabled() and (
+        x_BTGHD.requires_grad
+        or r_GHDE.requires_grad
+        or (b_GHD is not None and b_GHD.requires_grad)
+        or (state_SBHD is not None and state_SBHD.requires_grad)
     ):
         h_BTHD, last_SBHD = Recurrence.apply(name, clip_grad, chosen.value, *call)
     else:
-        h_BTHD, last_SBHD, _, _ = op.forward(*call, False, chosen.value)
-    return h_BTHD, spec.State(*last_SBHD.unbind(0))
+        h_BTHD, last_SBHD = op.forward(*call, False, chosen.value)
+    return h_BTHD, CELLS[cell].State(*last_SBHD.unbind(0))
 
 
 class Recurrence(torch.autograd.Function):
@@ -162,7 +169,7 @@ class Recurrence(torch.autograd.Function):
         n_floor: float,
     ) -> tuple[Tensor, Tensor]:
         h, last, raw, checkpoints = op.forward(
-            x, r, b, state, cu_seqlens, cell, n_floor, True, backend
+            *(x, r, b, state, cu_seqlens, cell, n_floor, True, backend)
         )
         ctx.save_for_backward(r, raw, checkpoints, cu_seqlens, x.new_empty(0))
         ctx.set_materialize_grads(False)
@@ -234,41 +241,55 @@ def _check(
     cu_seqlens: Tensor | None,
 ) -> None:
     """Shapes, dtypes and devices; nothing here reads a tensor's values."""
-    if x.dim() != 5 or x.shape[2] != len(GATES):
+    G = len(GATES)
+    if x.dim() != 5 or x.shape[2] != G:
         raise ValueError(f"{name}: x must be (B, T, 4, H, D), got {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name}: x must be a floating point tensor, got {x.dtype}")
-    B, _, G, H, D = x.shape
+    B, _, _, H, D = x.shape
+    if H == 0 or D == 0:
+        raise ValueError(f"{name}: x must have H and D of at least 1, got {tuple(x.shape)}")
     if cu_seqlens is not None:
-        if B != 1:
-            raise ValueError(f"{name}: x must have B = 1 with cu_seqlens, got B = {B}")
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype != torch.int32:
-            raise ValueError(
-                f"{name}: cu_seqlens must be (S + 1,) int32, got {tuple(cu_seqlens.shape)}"
-                f" {cu_seqlens.dtype}"
-            )
-        B = cu_seqlens.shape[0] - 1
+        B = _count_sequences(name, x, cu_seqlens)
+    _check_tensor(name, "x", x, "", x.shape, x.device)
+    _check_tensor(name, "r", r, "(4, H, D, D)", (G, H, D, D), x.device)
+    if b is not None:
+        _check_tensor(name, "b", b, "(4, H, D)", (G, H, D), x.device)
+    if state is None:
+        return
     fields = CELLS[cell].State._fields
-    if state is not None and len(state) != len(fields):
+    if len(state) != len(fields):
         raise ValueError(f"{name}: state must be ({', '.join(fields)}), got {len(state)} tensors")
-    expected: list[tuple[str, Tensor | None, str, tuple[int, ...]]] = [
-        ("r", r, "(4, H, D, D)", (G, H, D, D)),
-        ("b", b, "(4, H, D)", (G, H, D)),
-    ]
-    for field, part in zip(fields, state or (), strict=False):
-        expected.append((f"state.{field}", part, "(B, H, D)", (B, H, D)))
-    for argument, tensor, letters, shape in expected:
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name}: {argument} must be {letters} = {shape}, got {tuple(tensor.shape)}"
-            )
-        if not tensor.is_floating_point():
-            raise TypeError(
-                f"{name}: {argument} must be a floating point tensor, got {tensor.dtype}"
-            )
-        if tensor.device != x.device:
-            raise ValueError(
-                f"{name}: {argument} must be on x's device {x.device}, got {tensor.device}"
-            )
+    for field, part in zip(fields, state, strict=True):
+        _check_tensor(name, f"state.{field}", part, "(B, H, D)", (B, H, D), x.device)
+
+
+def _check_tensor(
+    name: str,
+    argument: str,
+    tensor: Tensor,
+    letters: str,
+    shape: tuple[int, ...],
+    device: torch.device,
+) -> None:
+    if tensor.shape != shape:
+        raise ValueError(
+            f"{name}: {argument} must be {letters} = {shape}, got {tuple(tensor.shape)}"
+        )
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"{name}: {argument} must be a floating point tensor, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: {argument} must be on x's device {device}, got {tensor.device}")
+
+
+def _count_sequences(name: str, x: Tensor, cu_seqlens: Tensor) -> int:
+    if x.shape[0] != 1:
+        raise ValueError(f"{name}: x must have B = 1 with cu_seqlens, got B = {x.shape[0]}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype != torch.int32:
+        raise ValueError(
+            f"{name}: cu_seqlens must be (S + 1,) int32, got {tuple(cu_seqlens.shape)}"
+            f" {cu_seqlens.dtype}"
+        )
+    if cu_seqlens.device != x.device:
+        raise ValueError(
+            f"{name}: cu_seqlens must be on x's device {x.device}, got {cu_seqlens.device}"
+        )
+    return cu_seqlens.shape[0] - 1

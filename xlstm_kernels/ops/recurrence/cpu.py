@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,9 +10,11 @@ from torch import Tensor
 from ...backends import load_cpu
 from ...cells import CELLS, compute_dtype
 from ...memory import address, fresh_cpu
-from .shapes import last_shape, saved_shapes
+from .shapes import last_shape, saved_shapes, token_starts
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # csrc/common/dtype.h
+CELL_INDEX = {cell: index for index, cell in enumerate(CELLS)}  # csrc/cells/list.h
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
 
 def supports(x_BTGHD: Tensor, cell: str) -> str | None:
@@ -32,21 +34,22 @@ def forward(
     cell: str,
     n_floor: float,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _, T, _, H, D = x_BTGHD.shape
+) -> list[Tensor]:
+    B, T, _, H, D = x_BTGHD.shape
     dtype = compute_dtype(x_BTGHD.dtype)
     last = last_shape(x_BTGHD.shape, cu_seqlens, cell)
-    raw, checkpoints = saved_shapes(x_BTGHD.shape, cu_seqlens, cell, save)
-    h_BTHD = fresh_cpu((x_BTGHD.shape[0], T, H, D), x_BTGHD.dtype)
+    to_save = saved_shapes(x_BTGHD.shape, cu_seqlens, cell) if save else ()
+    h_BTHD = fresh_cpu((B, T, H, D), x_BTGHD.dtype)
     last_SBHD = torch.empty(last, dtype=dtype)
-    raw_BTGHD = fresh_cpu(raw, dtype)
-    checkpoints_NSHD = fresh_cpu(checkpoints, dtype)
-    if x_BTGHD.stride(-1) != 1:  # lanes of a vector are neighbours in D
-        x_BTGHD = x_BTGHD.contiguous()
-    r_GHDE, b_GHD = _plain(r_GHDE, dtype), _plain(b_GHD, dtype)
-    state_SBHD, starts = _plain(state_SBHD, dtype), _starts(cu_seqlens, T)
+    saved = [fresh_cpu(shape, dtype) for shape in to_save]
+    x_BTGHD, starts = _rows(x_BTGHD), _starts(cu_seqlens, T, cell)
+    r_GHDE, b_GHD, state_SBHD = (
+        _plain(r_GHDE, dtype),
+        _plain(b_GHD, dtype),
+        _plain(state_SBHD, dtype),
+    )
     load_cpu().recurrence_forward(
-        _cell_index(cell),
+        CELL_INDEX[cell],
         DTYPES.index(x_BTGHD.dtype),
         (last[1], T, H, D),
         address(starts),
@@ -58,10 +61,9 @@ def forward(
         n_floor,
         address(h_BTHD),
         address(last_SBHD),
-        address(raw_BTGHD) if save else 0,
-        address(checkpoints_NSHD) if save else 0,
+        *([address(t) for t in saved] if save else (0, 0)),
     )
-    return h_BTHD, last_SBHD, raw_BTGHD, checkpoints_NSHD
+    return [h_BTHD, last_SBHD, *saved]
 
 
 def backward(
@@ -85,12 +87,10 @@ def backward(
     dr_GHDE = torch.empty(r_GHDE.shape if want_r else (0,), dtype=dtype)
     db_GHD = torch.empty(r_GHDE.shape[:3] if want_b else (0,), dtype=dtype)
     dstate_SBHD = torch.empty(last if want_state else (0,), dtype=dtype)
-    if dh_BTHD is not None and dh_BTHD.stride(-1) != 1:
-        dh_BTHD = dh_BTHD.contiguous()
     r_GHDE, dlast_SBHD = _plain(r_GHDE, dtype), _plain(dlast_SBHD, dtype)
-    starts = _starts(cu_seqlens, T)
+    dh_BTHD, starts = _rows(dh_BTHD), _starts(cu_seqlens, T, cell)
     load_cpu().recurrence_backward(
-        _cell_index(cell),
+        CELL_INDEX[cell],
         DTYPES.index(like_x.dtype),
         (last[1], T, H, D),
         address(starts),
@@ -110,19 +110,20 @@ def backward(
     return dx_BTGHD, dr_GHDE, db_GHD, dstate_SBHD
 
 
-def _cell_index(cell: str) -> int:
-    return list(CELLS).index(cell)
+def _plain(tensor: MaybeTensor, dtype: torch.dtype) -> MaybeTensor:
+    """Contiguous and of `dtype`; the tensor itself where it is."""
+    if tensor is None or (tensor.dtype is dtype and tensor.is_contiguous()):
+        return tensor
+    return tensor.to(dtype).contiguous()
 
 
-def _plain(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype).contiguous()
+def _rows(tensor: MaybeTensor) -> MaybeTensor:
+    """With neighbours in D side by side, which a vector loads at once."""
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _starts(cu_seqlens: Tensor | None, T: int) -> Tensor | None:
-    """Token offsets, checked: the kernel indexes with them."""
+def _starts(cu_seqlens: Tensor | None, T: int, cell: str) -> Tensor | None:
     if cu_seqlens is None:
         return None
-    starts = cu_seqlens.tolist()
-    if starts[0] != 0 or starts[-1] != T or any(a > b for a, b in pairwise(starts)):
-        raise ValueError(f"cu_seqlens must rise from 0 to T = {T}, got {starts}")
+    token_starts(cu_seqlens, T, cell)
     return cu_seqlens.contiguous()

@@ -26,16 +26,15 @@ def _fake_forward(
     n_floor: float,
     save: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     B, T, _, H, D = x.shape
     dtype = compute_dtype(x.dtype)
-    raw, checkpoints = saved_shapes(x.shape, cu_seqlens, cell, save)
-    return (
+    last = last_shape(x.shape, cu_seqlens, cell)
+    saved = saved_shapes(x.shape, cu_seqlens, cell) if save else ()
+    return [
         x.new_empty((B, T, H, D)),
-        x.new_empty(last_shape(x.shape, cu_seqlens, cell), dtype=dtype),
-        x.new_empty(raw, dtype=dtype),
-        x.new_empty(checkpoints, dtype=dtype),
-    )
+        *(x.new_empty(shape, dtype=dtype) for shape in (last, *saved)),
+    ]
 
 
 def _fake_backward(
@@ -61,10 +60,11 @@ def _fake_backward(
     )
 
 
+# Returns h and the last state, and with `save` also raw and checkpoints.
 forward = define(
     RECURRENCE,
     "recurrence_forward(Tensor x, Tensor r, Tensor? b, Tensor? state, Tensor? cu_seqlens, str cell,"
-    " float n_floor, bool save, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    " float n_floor, bool save, str backend) -> Tensor[]",
     _fake_forward,
 )
 # `like_x` is an empty tensor that carries x's dtype and device; x itself is not kept.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...cells import CELLS, compute_dtype
+from .shapes import last_shape, token_starts
 
 
 class ClipGrad(torch.autograd.Function):
@@ -41,7 +42,11 @@ def forward(
     """h (B, T, H, D) in x's dtype and the last state (S, B, H, D) in the compute dtype."""
     if cu_seqlens is None:
         return _scan(x_BTGHD, r_GHDE, b_GHD, state_SBHD, cell, n_floor, clip_grad)
-    starts = cu_seqlens.tolist()
+    starts = token_starts(cu_seqlens, x_BTGHD.shape[1], cell)
+    if len(starts) == 1:  # no sequence
+        _, _, _, H, D = x_BTGHD.shape
+        last_SBHD = x_BTGHD.new_zeros(last_shape(x_BTGHD.shape, cu_seqlens, cell))
+        return x_BTGHD.new_zeros(1, 0, H, D), last_SBHD.to(compute_dtype(x_BTGHD.dtype))
     runs = [
         _scan(
             x_BTGHD[:, begin:end],

@@ -1,4 +1,4 @@
-"""Shapes of what the recurrence returns and saves.
+"""Shapes of what the recurrence returns and saves, and the token offsets of packed sequences.
 
 raw          (B, T, G, H, D) compute dtype: x + R h + b
 checkpoints  (N, S, H, D) compute dtype: the states before every 16th step of each sequence; row
@@ -8,6 +8,7 @@ checkpoints  (N, S, H, D) compute dtype: the states before every 16th step of ea
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -23,11 +24,9 @@ def last_shape(shape: Sequence[int], cu_seqlens: Tensor | None, cell: str) -> tu
 
 
 def saved_shapes(
-    shape: Sequence[int], cu_seqlens: Tensor | None, cell: str, save: bool
+    shape: Sequence[int], cu_seqlens: Tensor | None, cell: str
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of (raw, checkpoints) for x of `shape`; (0,) when nothing is saved."""
-    if not save:
-        return (0,), (0,)
+    """Shapes of (raw, checkpoints) for x of `shape`."""
     _, T, _, H, D = shape
     S, B, _, _ = last_shape(shape, cu_seqlens, cell)
     if cu_seqlens is None:
@@ -35,3 +34,13 @@ def saved_shapes(
     else:
         rows = T // CHECKPOINT_INTERVAL + B
     return tuple(shape), (rows, S, H, D)
+
+
+def token_starts(cu_seqlens: Tensor, T: int, cell: str) -> list[int]:
+    """The values of `cu_seqlens`, checked: loops and kernels index with them."""
+    starts = cu_seqlens.tolist()
+    if starts[0] != 0 or starts[-1] != T or any(a > b for a, b in pairwise(starts)):
+        raise ValueError(
+            f"{CELLS[cell].function}: cu_seqlens must rise from 0 to T = {T}, got {starts}"
+        )
+    return starts
