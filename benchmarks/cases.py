@@ -1,0 +1,45 @@
+"""Every case, once. To measure another shape, add it here; the rest iterates this list."""
+
+from __future__ import annotations
+
+import torch
+
+from . import kl_div, recurrence
+from .problem import FORWARD, FORWARD_BACKWARD, Case
+
+OPS = ("slstm", "lstm", "kl_div")
+
+# (B, T, H, D)
+SEQUENCES = ((8, 512, 4, 64), (16, 256, 8, 64), (32, 128, 4, 256))
+LAYERS = ((8, 512, 1, 256),)
+# (H, D)
+STEPS = ((4, 64), (4, 128))
+# (N, V)
+LOGITS = ((1024, 32000), (512, 128256))
+
+QUICK_SEQUENCES = ((2, 8, 2, 16),)
+QUICK_LAYERS = ((2, 8, 1, 16),)
+QUICK_STEPS = ((2, 16),)
+QUICK_LOGITS = ((16, 500),)
+
+
+def cases(quick: bool = False) -> list[Case]:
+    """All cases in the order of the tables; `quick` has the same kinds on tiny shapes."""
+    sequences = QUICK_SEQUENCES if quick else SEQUENCES
+    layers = QUICK_LAYERS if quick else LAYERS
+    found: list[Case] = []
+    for op in ("slstm", "lstm"):
+        for shape in sequences:
+            found += [recurrence.sequence(op, shape, d) for d in (FORWARD, FORWARD_BACKWARD)]
+        if op == "lstm":
+            for shape in layers:
+                found += [recurrence.layer(shape, d) for d in (FORWARD, FORWARD_BACKWARD)]
+        found += [recurrence.step(op, H, D) for H, D in (QUICK_STEPS if quick else STEPS)]
+    for N, V in QUICK_LOGITS if quick else LOGITS:
+        found += [kl_div.loss_and_gradient(N, V, d) for d in (torch.float32, torch.bfloat16)]
+    return found
+
+
+def select(ops: list[str], substring: str = "", quick: bool = False) -> list[Case]:
+    """The cases of `ops` (all when empty) whose id contains `substring`."""
+    return [case for case in cases(quick) if (not ops or case.op in ops) and substring in case.id]

@@ -1,0 +1,38 @@
+"""Our rows beside the peers' rows of the same run and case: the lines of tables and plots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .rows import Row
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One of our measured variants of a case, and the peers measured in turn with it, by name."""
+
+    ours: Row
+    peers: dict[str, Row]
+
+    @property
+    def label(self) -> str:
+        name = f"{self.ours.op} {self.ours.direction}"
+        place = self.ours.backend.removeprefix("cpu").strip()
+        dtype = f" {self.ours.dtype}" if self.ours.op == "kl_div" else ""
+        return f"{name}{dtype}{', ' if place else ''}{place}\n{self.ours.shape}"
+
+    def speed_up(self, peer: str) -> float:
+        """How many times faster than the peer; below 1 is slower."""
+        return self.peers[peer].time_us / self.ours.time_us
+
+
+def entries(rows: Iterable[Row]) -> list[Entry]:
+    """In the order of the rows. Only rows of one date and case are compared."""
+    measured = [row for row in rows if row.measured]
+    found = []
+    for row in measured:
+        if row.ours:
+            same = [r for r in measured if (r.date, r.case) == (row.date, row.case) and not r.ours]
+            found.append(Entry(row, {r.backend: r for r in same}))
+    return found

@@ -1,0 +1,106 @@
+"""What we are compared with: plain torch on the same inputs, for the same results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import xlstm_kernels as xk
+
+from .problem import FORWARD, Bound, Case, Tensors, Variant
+
+Bind = Callable[[Case, Tensors, str], Bound]
+
+
+def eager_loop(bind: Bind) -> Variant:
+    """The cell's equations in eager torch, a Python loop over time."""
+    return Variant("eager", lambda case, tensors: bind(case, tensors, "reference"))
+
+
+def compiled_step() -> Variant:
+    """One step of the eager loop under `torch.compile`, called in a loop over time.
+
+    Compiling the whole loop unrolls it: minutes for 128 steps, and again for every other T.
+    """
+    return Variant("torch.compile", _bind_compiled_step, compiles=True)
+
+
+def _bind_compiled_step(case: Case, tensors: Tensors) -> Bound:
+    op = getattr(xk, case.op)
+    State = {"slstm": xk.SLSTMState, "lstm": xk.LSTMState}[case.op]
+    x, r, b = tensors["x"], tensors["r"], tensors["b"]
+    zeros = x.new_zeros(x.shape[0], *x.shape[3:])
+    start = State(*(tensors.get(f"state_{name}", zeros) for name in State._fields))
+
+    def one_step(x_B1GHD: Tensor, r: Tensor, b: Tensor, state: tuple[Tensor, ...]):
+        return op(x_B1GHD, r, b, state, backend="reference")
+
+    compiled = torch.compile(one_step, dynamic=False)
+
+    def call() -> tuple[Tensor, ...]:
+        state, h_T = start, []
+        for x_B1GHD in x.split(1, dim=1):
+            h, state = compiled(x_B1GHD, r, b, state)
+            h_T.append(h)
+        return (torch.cat(h_T, dim=1), *state)
+
+    return Bound(call, {name: tensors[name] for name in case.wrt})
+
+
+def nn_lstm() -> Variant:
+    """`torch.nn.LSTM`, one layer, batch first."""
+    return Variant("nn.LSTM", _bind_nn_lstm)
+
+
+def _bind_nn_lstm(case: Case, tensors: Tensors) -> Bound:
+    input_BTE = tensors["input"]
+    module = torch.nn.LSTM(input_BTE.shape[2], tensors["w_hh"].shape[1], batch_first=True)
+    parameters = {
+        "w_ih": module.weight_ih_l0,
+        "w_hh": module.weight_hh_l0,
+        "b_ih": module.bias_ih_l0,
+        "b_hh": module.bias_hh_l0,
+    }
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+    module.requires_grad_(case.direction != FORWARD)
+
+    def call() -> tuple[Tensor, ...]:
+        h, (last_h, last_c) = module(input_BTE)
+        return h, last_h[0], last_c[0]
+
+    return Bound(call, {"input": input_BTE, **parameters})
+
+
+def eager_kl_div(temperature: float) -> Variant:
+    """`F.kl_div` of log_softmax and softmax, times temperature squared as ours is."""
+    return Variant("eager", lambda _, tensors: _bind_kl_div(_kl_div(temperature), tensors))
+
+
+def compiled_kl_div(temperature: float) -> Variant:
+    """`torch.compile` of the same function."""
+    return Variant(
+        "torch.compile",
+        lambda _, tensors: _bind_kl_div(
+            torch.compile(_kl_div(temperature), dynamic=False), tensors
+        ),
+        compiles=True,
+    )
+
+
+def _kl_div(temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
+    def kl_div(student: Tensor, teacher: Tensor) -> Tensor:
+        log_q = F.log_softmax(student / temperature, -1)
+        p = F.softmax(teacher / temperature, -1)
+        return F.kl_div(log_q, p, reduction="batchmean") * temperature**2
+
+    return kl_div
+
+
+def _bind_kl_div(loss: Callable[[Tensor, Tensor], Tensor], tensors: Tensors) -> Bound:
+    student, teacher = tensors["student"], tensors["teacher"]
+    return Bound(lambda: (loss(student, teacher),), {"student": student})

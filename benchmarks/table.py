@@ -1,0 +1,60 @@
+"""Rows as a table in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from .rows import Row
+
+
+def duration(time_us: float) -> str:
+    """Three digits with a unit: 9.31 us, 3.05 ms, 2.93 s."""
+    for unit, size in (("s", 1e6), ("ms", 1e3)):
+        if time_us >= size:
+            return f"{time_us / size:.3g} {unit}"
+    return f"{time_us:.3g} us"
+
+
+def ratio(slower_us: float, faster_us: float) -> str:
+    """How many times faster: 0.94x, 3.2x, 41x."""
+    value = slower_us / faster_us
+    return f"{value:.0f}x" if value >= 9.95 else f"{value:.2g}x"
+
+
+def terminal_table(rows: Sequence[Row]) -> Table:
+    """One line a variant, grouped by case; "ours is" compares the case's first variant of ours."""
+    table = Table(title_justify="left", header_style="bold", expand=False)
+    for name in ("case", "backend"):
+        table.add_column(name, no_wrap=True)
+    for name in ("time", "p20 - p80", "ours is", "GB/s", "GFLOP/s", "% of roof", "error", "budget"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for case in dict.fromkeys(row.case for row in rows):
+        group = [row for row in rows if row.case == case]
+        ours = next((row for row in group if row.ours and row.measured), None)
+        for index, row in enumerate(group):
+            table.add_row(
+                case if index == 0 else "",
+                row.backend,
+                *_cells(row, ours),
+                style="bold" if row.ours else None,
+                end_section=index == len(group) - 1,
+            )
+    return table
+
+
+def _cells(row: Row, ours: Row | None) -> list[str]:
+    accuracy = [f"{row.error:.1e}", f"{row.budget:.1e}"] if row.error == row.error else ["", ""]
+    if not row.measured:
+        return ["not timed", "", "", "", "", "", *accuracy]
+    faster = "" if ours is None or row.ours else f"{ratio(row.time_us, ours.time_us)} faster"
+    return [
+        duration(row.time_us),
+        f"{duration(row.p20_us)} - {duration(row.p80_us)}",
+        faster,
+        f"{row.bandwidth_gb_s:.3g}",
+        f"{row.gflop_s:.3g}" if row.flops else "",
+        f"{row.roofline_percent:.0f} {row.bound}",
+        *accuracy,
+    ]
