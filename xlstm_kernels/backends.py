@@ -115,7 +115,10 @@ def available_backends() -> dict[str, dict[str, str]]:
         >>> xk.available_backends()["slstm"]["cpu"]
         'ok'
     """
-    broken = {Backend.CPU: _failure(load_cpu), Backend.CUDA: _failure(lambda: load_cuda().devices())}
+    broken = {
+        Backend.CPU: _failure(load_cpu),
+        Backend.CUDA: _failure(lambda: load_cuda().devices()),
+    }
     return {
         function: {
             backend.value: op.why_not(backend) or broken.get(backend) or "ok"

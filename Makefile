@@ -1,0 +1,71 @@
+# `make install` and `make demo` are all a first look needs. `make help` lists the rest.
+
+PYTHON ?= .venv/bin/python
+# The release that the project's own numbers and tests come from; any torch >= 2.10 works:
+# `make install TORCH=torch` takes the newest, `make install TORCH=/path/to/torch.whl` a file.
+TORCH ?= torch==2.13.0
+
+# The tests of each operation, which also run under every instruction set and under the sanitizers.
+OP_TESTS = $(wildcard $(patsubst xlstm_kernels/ops/%/op.py,tests/test_%*.py,$(wildcard xlstm_kernels/ops/*/op.py)))
+# One thread a worker: two workers with a thread pool each would fight for the cores.
+PYTEST = $(PYTHON) -m pytest -q
+PARALLEL = OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist worksteal
+OTHER_ISAS = $(shell $(PYTHON) -c "from xlstm_kernels.backends import load_cpu; print(*load_cpu().supported_isas()[1:])")
+SANITIZED = build/sanitized
+
+.PHONY: help install demo check test test-fast test-isas sanitize lint format bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+install: .venv/bin/python  ## torch and this package, editable, with everything it can use, in .venv
+	.venv/bin/python -m pip install --quiet "$(TORCH)"
+	.venv/bin/python -m pip install --quiet -e ".[distill,bench,test,lint]"
+	.venv/bin/python -m xlstm_kernels
+
+.venv/bin/python:
+	python3 -m venv .venv
+
+demo:  ## distil a language model on this machine, in a few minutes
+	$(PYTHON) -m distill demo
+
+check: lint test sanitize  ## everything that must hold before a change goes in
+
+test: test-isas  ## every test, the operations under each instruction set of this CPU
+	$(PARALLEL)
+
+test-fast:  ## the tests that take no more than seconds each
+	$(PARALLEL) -m "not slow"
+
+test-isas:
+	@for isa in $(OTHER_ISAS); do \
+	  echo "operations on $$isa"; \
+	  XLSTM_CPU_ISA=$$isa $(PARALLEL) -m "not slow" $(OP_TESTS) || exit 1; \
+	done
+
+# A build of its own beside the installed one. Leaks are not looked for: Python and torch keep what
+# they allocate until the process ends.
+sanitize:  ## the operations' tests on a build with AddressSanitizer and UBSan
+	XLSTM_SANITIZE=address,undefined $(PYTHON) setup.py --quiet build \
+	  --build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/temp
+	PYTHONPATH=$(SANITIZED)/lib LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  $(dir $(PYTHON))pytest -q -m "not slow" $(OP_TESTS) tests/test_sanitizers.py
+
+lint:  ## formatting, lint and types
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' | xargs $(dir $(PYTHON))clang-format --dry-run -Werror
+	$(PYTHON) -m mypy
+
+format:  ## what `make lint` asks for, as far as tools can do it
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' | xargs $(dir $(PYTHON))clang-format -i
+
+bench:  ## measure this machine, append to benchmarks/results, write the README's tables
+	$(PYTHON) -m benchmarks run --save
+	$(PYTHON) -m benchmarks report
+
+clean:  ## remove what builds leave behind; .venv and runs stay
+	rm -rf build dist *.egg-info xlstm_kernels/*.so .pytest_cache .mypy_cache .ruff_cache
