@@ -136,17 +136,6 @@ py::dict cells() {
 
 #ifdef XLSTM_BUILD_CUDA
 
-void scale_rows(int dtype, std::array<std::int64_t, 2> sizes, Address x, std::int64_t x_stride,
-                Address scale, Address stream) {
-  xlstm::ScaleRows args;
-  args.dtype = static_cast<DType>(dtype);
-  args.N = sizes[0], args.V = sizes[1];
-  args.x = pointer(x), args.x_stride = x_stride;
-  args.scale = pointer(scale);
-  py::gil_scoped_release unlocked;
-  xlstm::scale_rows_cuda(args, pointer(stream));
-}
-
 // [{"name": ..., "arch": ..., "memory_bytes": ...}]
 py::list devices() {
   py::list found;
@@ -158,6 +147,22 @@ py::list devices() {
 }
 
 #endif  // XLSTM_BUILD_CUDA
+
+// `stream` is for CUDA alone.
+void scale_rows(int dtype, std::array<std::int64_t, 2> sizes, Address x, std::int64_t x_stride,
+                Address scale, [[maybe_unused]] Address stream) {
+  xlstm::ScaleRows args;
+  args.dtype = static_cast<DType>(dtype);
+  args.N = sizes[0], args.V = sizes[1];
+  args.x = pointer(x), args.x_stride = x_stride;
+  args.scale = pointer(scale);
+  py::gil_scoped_release unlocked;
+#ifdef XLSTM_BUILD_CUDA
+  xlstm::scale_rows_cuda(args, pointer(stream));
+#else
+  xlstm::scale_rows_cpu(args);
+#endif
+}
 
 }  // namespace
 
@@ -180,9 +185,9 @@ PYBIND11_MODULE(XLSTM_MODULE, m) {
 #ifdef XLSTM_BUILD_CUDA
   m.def("archs", &xlstm::cuda_archs, "Compute capabilities inside; the last one as PTX too");
   m.def("devices", &devices);
-  m.def("scale_rows", &scale_rows);
   m.attr("runtime_version") = xlstm::cuda_runtime_version();
 #endif
+  m.def("scale_rows", &scale_rows);
   m.attr("compiler") = XLSTM_COMPILER;
   m.attr("sanitizers") = XLSTM_SANITIZERS;
 }

@@ -90,6 +90,7 @@ void recurrence_forward_cpu(const RecurrenceForward& args);
 void recurrence_backward_cpu(const RecurrenceBackward& args);
 // Throws std::invalid_argument for a label out of range.
 void kl_div_cpu(const KlDiv& args);
+void scale_rows_cpu(const ScaleRows& args);
 
 // `stream` is a cudaStream_t of the current device.
 void scale_rows_cuda(const ScaleRows& args, void* stream);

@@ -8,6 +8,7 @@ N rows (tokens).
 from . import nn
 from .backends import available_backends
 from .cells import LSTMState, SLSTMState
+from .ops.kl_div import kl_div
 from .ops.recurrence import lstm, slstm
 
 __version__ = "0.1.0"
@@ -16,6 +17,7 @@ __all__ = [
     "LSTMState",
     "SLSTMState",
     "available_backends",
+    "kl_div",
     "lstm",
     "nn",
     "slstm",

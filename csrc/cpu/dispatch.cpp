@@ -18,7 +18,8 @@ struct Isa {
   Kernels kernels;
 };
 
-#define XLSTM_KERNELS(ISA) {ISA::recurrence_forward, ISA::recurrence_backward, ISA::kl_div}
+#define XLSTM_KERNELS(ISA) \
+  {ISA::recurrence_forward, ISA::recurrence_backward, ISA::kl_div, ISA::scale_rows}
 
 // Best first.
 const Isa kIsas[] = {
@@ -76,5 +77,6 @@ void recurrence_backward_cpu(const RecurrenceBackward& args) {
   g_isa->kernels.recurrence_backward(args);
 }
 void kl_div_cpu(const KlDiv& args) { g_isa->kernels.kl_div(args); }
+void scale_rows_cpu(const ScaleRows& args) { g_isa->kernels.scale_rows(args); }
 
 }  // namespace xlstm

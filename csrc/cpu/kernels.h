@@ -9,6 +9,7 @@ struct Kernels {
   void (*recurrence_forward)(const RecurrenceForward&);
   void (*recurrence_backward)(const RecurrenceBackward&);
   void (*kl_div)(const KlDiv&);
+  void (*scale_rows)(const ScaleRows&);
 };
 
 #define XLSTM_DECLARE_KERNELS(ISA)                     \
@@ -16,6 +17,7 @@ struct Kernels {
   void recurrence_forward(const RecurrenceForward&);   \
   void recurrence_backward(const RecurrenceBackward&); \
   void kl_div(const KlDiv&);                           \
+  void scale_rows(const ScaleRows&);                   \
   }
 
 XLSTM_DECLARE_KERNELS(baseline)

@@ -1,0 +1,3 @@
+from .api import kl_div
+
+__all__ = ["kl_div"]

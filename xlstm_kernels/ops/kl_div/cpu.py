@@ -1,0 +1,132 @@
+"""The KL divergence in C++ on CPU tensors: check, allocate, launch, return."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...backends import load_cpu
+from ...cells import compute_dtype
+from ...memory import address, fresh_cpu
+from .options import DIVERGENCES, REDUCTIONS, Options
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # csrc/common/dtype.h
+
+Rows = tuple[int, int]
+
+
+def supports(student: Tensor, teacher: Tensor) -> str | None:
+    if student.device.type != "cpu":
+        return f"it runs on CPU tensors, student_logits is on {student.device}"
+    for name, tensor in (("student_logits", student), ("teacher_logits", teacher)):
+        if tensor.dtype not in DTYPES:
+            return f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}"
+    return None
+
+
+def forward(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    row_weight: Tensor | None,
+    *call: Any,
+) -> list[Tensor]:
+    *options, want_grad = call
+    grad = fresh_cpu(student.shape, student.dtype) if want_grad else None
+    if row_strides(student, teacher) is None:
+        student, teacher = student.contiguous(), teacher.contiguous()
+    loss = _launch(student, teacher, labels, row_weight, Options(*options), grad)
+    return [loss] if grad is None else [loss, grad]
+
+
+def overwrite(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    row_weight: Tensor | None,
+    *options: Any,
+) -> Tensor:
+    if row_strides(student, teacher) is None:
+        loss, grad = forward(student, teacher, labels, row_weight, *options, True)
+        student.copy_(grad)
+        return loss
+    return _launch(student, teacher, labels, row_weight, Options(*options), student)
+
+
+def scale(grad: Tensor, factor: Tensor) -> None:
+    """In place; rows whose factor is 1 are not touched."""
+    factor = factor.to(compute_dtype(grad.dtype)).expand(grad.shape[:-1])
+    if not grad.is_contiguous():
+        if grad.dim() > 2:  # one slice after the other, so that no temporary has grad's size
+            for part, part_factor in zip(grad, factor, strict=True):
+                scale(part, part_factor)
+        else:
+            grad.mul_(factor.unsqueeze(-1))
+        return
+    factor, V = factor.contiguous(), grad.shape[-1]
+    load_cpu().scale_rows(
+        DTYPES.index(grad.dtype), (grad.numel() // V, V), address(grad), V, address(factor), 0
+    )
+
+
+def row_strides(*tensors: Tensor) -> tuple[Rows, list[Rows]] | None:
+    """(rows, strides of each tensor) that address all rows as a matrix of rows, so that a view such
+    as ``logits[:, :-1]`` needs no copy; None where two strides are not enough or V is strided."""
+    if any(tensor.stride(-1) != 1 and tensor.shape[-1] > 1 for tensor in tensors):
+        return None
+    axes: list[tuple[int, list[int]]] = []  # outer to inner: size, stride in each tensor
+    for axis, size in enumerate(tensors[0].shape[:-1]):
+        strides = [tensor.stride(axis) for tensor in tensors]
+        if size == 1:
+            continue
+        if axes and axes[-1][1] == [size * stride for stride in strides]:
+            axes[-1] = axes[-1][0] * size, strides
+        else:
+            axes.append((size, strides))
+    if len(axes) > 2:
+        return None
+    axes = [(1, [0] * len(tensors))] * (2 - len(axes)) + axes
+    (outer, outer_strides), (inner, inner_strides) = axes
+    return (outer, inner), list(zip(outer_strides, inner_strides, strict=True))
+
+
+def _launch(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    row_weight: Tensor | None,
+    options: Options,
+    grad: Tensor | None,
+) -> Tensor:
+    leading, dtype = student.shape[:-1], compute_dtype(student.dtype)
+    logits = (student, teacher) if grad is None else (student, teacher, grad)
+    rows, strides = row_strides(*logits) or (None, None)
+    labels = None if labels is None else labels.to(torch.int64).contiguous()
+    row_weight = None if row_weight is None else row_weight.to(dtype).contiguous()
+    row_loss = torch.empty(leading, dtype=dtype)
+    reduced = options.reduction != "none"
+    loss = torch.empty((), dtype=dtype) if reduced else row_loss
+    load_cpu().kl_div(
+        DIVERGENCES.index(options.divergence),
+        REDUCTIONS.index(options.reduction),
+        (DTYPES.index(student.dtype), DTYPES.index(teacher.dtype)),
+        rows,
+        (student.shape[-1], teacher.shape[-1]),
+        address(student),
+        strides[0],
+        address(teacher),
+        strides[1],
+        address(labels),
+        options.ignore_index,
+        address(row_weight),
+        options.temperature,
+        options.kl_weight,
+        options.ce_weight,
+        address(row_loss),
+        address(loss) if reduced else 0,
+        address(grad),
+        strides[2] if grad is not None else (0, 0),
+    )
+    return loss
