@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from .timing import Subject, interleave
+
+CACHE_BYTES = 2 << 20  # the second level of today's server cores; what fits is timed warm
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,12 @@ class Ceilings:
     fresh_clone_gb_s: float
 
     def bound(self, flops: int, moved_bytes: int) -> tuple[str, float]:
-        """Which ceiling holds this much work longer, "memory" or "compute", and the time in us."""
+        """Which ceiling holds this much work longer, "memory" or "compute", and the time in us.
+
+        Work that fits in a cache is bound by neither: ("latency", NaN).
+        """
+        if moved_bytes < CACHE_BYTES:
+            return "latency", math.nan
         memory_us = moved_bytes / self.copy_gb_s / 1e3
         compute_us = flops / self.sgemm_gflop_s / 1e3
         return ("memory", memory_us) if memory_us >= compute_us else ("compute", compute_us)

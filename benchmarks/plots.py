@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from .entries import Entry
 from .table import ratio
@@ -19,7 +20,7 @@ CEILING_NAMES = {"memory": "of copy bandwidth", "compute": "of the sgemm rate"}
 STYLE = {
     "font.family": "sans-serif",
     "font.size": 9,
-    "svg.fonttype": "path",
+    "svg.fonttype": "none",
     "svg.hashsalt": "benchmarks",  # the same numbers give the same file
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -79,7 +80,9 @@ def _speed_ups(axes: Axes, entries: Sequence[Entry], peers: Sequence[str]) -> No
     low = min([1.0, *(entry.speed_up(name) for entry in entries for name in entry.peers)])
     high = max([2.0, *(entry.speed_up(name) for entry in entries for name in entry.peers)])
     axes.set_xlim(low * 0.75, high * 1.9)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.axvline(1, color=INK, linewidth=0.9)
     axes.grid(axis="x")
     axes.set_xlabel("times faster than")
@@ -96,8 +99,12 @@ def _shares(axes: Axes, entries: Sequence[Entry]) -> None:
             [i for i, _ in chosen], values, 0.5, color=color, label=CEILING_NAMES[bound]
         )
         axes.bar_label(bars, [f"{value:.0f} %" for value in values], padding=3, fontsize=8)
-    axes.set_xlim(0, max(112.0, *(1.15 * entry.ours.roofline_percent for entry in entries)))
+    highest = max(
+        (e.ours.roofline_percent for e in entries if e.ours.bound in CEILING_COLORS), default=0
+    )
+    axes.set_xlim(0, max(112.0, 1.15 * highest))
     axes.axvline(100, color=INK, linewidth=0.9)
     axes.grid(axis="x")
     axes.set_xlabel("percent of the ceiling measured in the same run")
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+    if highest:
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)

@@ -59,7 +59,7 @@ def fill(text: str, marker: str, content: str) -> str:
 def markdown(rows: Sequence[Row], found: Sequence[Entry]) -> str:
     """A table with a line per variant of ours, what was not timed, and how it was measured."""
     peers = list(dict.fromkeys(row.backend for row in rows if not row.ours))
-    header = ["", "ours", *(f"{peer}" for peer in peers), "of the ceiling", "error / budget"]
+    header = ["operation", "ours", *peers, "of the ceiling", "error / budget"]
     lines = [_line(header), _line(["---", *["---:"] * (len(header) - 1)])]
     for entry in found:
         row = entry.ours
@@ -69,7 +69,9 @@ def markdown(rows: Sequence[Row], found: Sequence[Entry]) -> str:
                     entry.label.replace("\n", "<br>"),
                     f"**{duration(row.time_us)}**",
                     *(_against(entry, peer) for peer in peers),
-                    f"{row.roofline_percent:.0f} % {CEILINGS[row.bound]}",
+                    f"{row.roofline_percent:.0f} % {CEILINGS[row.bound]}"
+                    if row.bound in CEILINGS
+                    else "",
                     f"{row.error:.0e} / {row.budget:.0e}",
                 ]
             )

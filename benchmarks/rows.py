@@ -18,9 +18,9 @@ class Row:
     """A measurement, or the reason why there is none (then the times are NaN).
 
     date names the run. complete: the run had every case of the op. error and budget: relative
-    2-norm error of the worst result against the float64 reference, and what our kernels are
+    2-norm error of the `worst` result against the float64 reference, and what our kernels are
     allowed. roofline_percent: of the ceiling that `bound` names, which was measured in the same
-    run.
+    run; NaN where latency is the bound.
     """
 
     date: str
@@ -43,6 +43,7 @@ class Row:
     gflop_s: float
     bound: str
     roofline_percent: float
+    worst: str
     error: float
     budget: float
     copy_gb_s: float

@@ -67,6 +67,7 @@ def _row(
         gflop_s=case.flops / time.time_us / 1e3 if case.flops else math.nan,
         bound=bound,
         roofline_percent=100 * floor_us / time.time_us,
+        worst=verdict.worst if verdict else "",
         error=verdict.error if verdict else NAN,
         budget=verdict.budget if verdict else NAN,
         **asdict(run.ceilings),

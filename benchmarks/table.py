@@ -12,7 +12,7 @@ from .rows import Row
 def duration(time_us: float) -> str:
     """Three digits with a unit: 9.31 us, 3.05 ms, 2.93 s."""
     for unit, size in (("s", 1e6), ("ms", 1e3)):
-        if time_us >= size:
+        if time_us >= 0.9995 * size:
             return f"{time_us / size:.3g} {unit}"
     return f"{time_us:.3g} us"
 
@@ -20,7 +20,8 @@ def duration(time_us: float) -> str:
 def ratio(slower_us: float, faster_us: float) -> str:
     """How many times faster: 0.94x, 3.2x, 41x."""
     value = slower_us / faster_us
-    return f"{value:.0f}x" if value >= 9.95 else f"{value:.2g}x"
+    digits = 0 if value >= 9.95 else 1 if value >= 1.995 else 2
+    return f"{value:.{digits}f}x"
 
 
 def terminal_table(rows: Sequence[Row]) -> Table:
@@ -55,6 +56,6 @@ def _cells(row: Row, ours: Row | None) -> list[str]:
         faster,
         f"{row.bandwidth_gb_s:.3g}",
         f"{row.gflop_s:.3g}" if row.flops else "",
-        f"{row.roofline_percent:.0f} {row.bound}",
+        row.bound if row.bound == "latency" else f"{row.roofline_percent:.0f} {row.bound}",
         *accuracy,
     ]

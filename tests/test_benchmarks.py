@@ -61,6 +61,7 @@ def row(**changes: object) -> rows.Row:
         "time_us": 1000.0,
         "bound": "compute",
         "roofline_percent": 70.0,
+        "worst": "h",
         "error": 1e-7,
         "budget": 5e-7,
         "device": "CPU",
@@ -113,8 +114,9 @@ class TestTiming:
         assert [ratio(t, 10.0) for t in (9.4, 32, 410)] == ["0.94x", "3.2x", "41x"]
 
     def test_roofline_takes_the_longer_floor(self):
-        assert ROOF.bound(flops=10**6, moved_bytes=10**4) == ("compute", 10.0)
-        assert ROOF.bound(flops=0, moved_bytes=10**6) == ("memory", 100.0)
+        assert ROOF.bound(flops=10**9, moved_bytes=10**7) == ("compute", 10000.0)
+        assert ROOF.bound(flops=0, moved_bytes=10**7) == ("memory", 1000.0)
+        assert ROOF.bound(flops=0, moved_bytes=10**6)[0] == "latency"
 
 
 class TestCases:
@@ -273,7 +275,7 @@ class TestReport:
         text = first[0]
         assert "stale" not in text and text.count("kept") == 2
         assert "(results/some-cpu/speed-recurrence.svg)" in text
-        assert "| **1 ms** | 12 ms (12x) | 900 us (0.9x) |  | 70 % sgemm |" in text
+        assert "| **1 ms** | 12 ms (12x) | 900 us (0.90x) |  | 70 % sgemm |" in text
         assert "Not timed: slstm-fwd-B1-f32 torch.compile: no compiler" in text
         assert "CPU measurement, 2026-01-02" in text and report.NOT_MEASURED in text
 
