@@ -98,7 +98,11 @@ def _add_demo(commands) -> None:
         metavar="DIR",
         help="where checkpoints, metrics and the report go (default: %(default)s)",
     )
-    run.add_argument("--resume", action="store_true", help="continue what RUN_DIR holds")
+    run.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue what RUN_DIR holds; to the same bits with the same number of threads",
+    )
     run.add_argument(
         "--quick",
         action="store_true",
@@ -139,18 +143,23 @@ def run_demo(args: argparse.Namespace) -> None:
     from distill.config import demo_config
     from distill.corpus import load_corpus, standard_library
     from distill.demo import Demo
+    from distill.machine import resolve_backend
     from distill.progress import Reporter
     from distill.report import publish
 
     if args.threads:
         torch.set_num_threads(args.threads)
     console = Console(highlight=False)
-    config = demo_config(args.quick, args.steps_scale, args.seed, args.backend)
+    reporter = Reporter(console)
+    backend = resolve_backend(args.backend)
+    config = demo_config(args.quick, args.steps_scale, args.seed, backend)
     with Interrupt() as interrupt:
         corpus = load_corpus(
             args.corpus or standard_library(), args.pattern, heldout_bytes=config.heldout_bytes
         )
-        demo = Demo(config, corpus, args.run_dir, args.resume, Reporter(console), interrupt)
+        slow = ", plain eager torch: many times slower" if backend == "reference" else ""
+        reporter.say(f"kernels  backend {backend!r}, {torch.get_num_threads()} threads{slow}")
+        demo = Demo(config, corpus, args.run_dir, args.resume, reporter, interrupt)
         publish(demo.run(), args.run_dir, console)
 
 

@@ -8,6 +8,12 @@ from pathlib import Path
 
 import torch
 
+import xlstm_kernels as xk
+from distill.errors import DistillError
+
+# What the models and their losses are made of.
+OPS = ("slstm", "kl_div")
+
 
 def describe_machine() -> dict:
     """Processor, threads and versions, as plain values for JSON."""
@@ -21,6 +27,22 @@ def describe_machine() -> dict:
         "torch": torch.__version__,
         "xlstm_kernels": _version("xlstm_kernels"),
     }
+
+
+def resolve_backend(name: str) -> str:
+    """The backend that the demo's operations run on: the fused kernels for "auto", if they can.
+
+    A named backend that cannot run them is refused with the reason.
+    """
+    available = xk.available_backends()
+    wanted = "cpu" if name == "auto" else name
+    for op in OPS:
+        why = available[op][wanted]
+        if why != "ok" and name == "auto":
+            return "reference"
+        if why != "ok":
+            raise DistillError(f"--backend: {name!r} cannot run {op} here: {why}")
+    return wanted
 
 
 def _version(package: str) -> str:
