@@ -15,9 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "xlstm_kernels"
 SOURCE = ROOT / "csrc"
 
+# The files of an operation's folder that have no role by name.
+HELPERS = r"{op}\.(?!(api|op|reference|cpu|cuda|triton)$)\w+"
 # Module (within xlstm_kernels, by regular expression) -> modules of the package that it may import.
 # {op} is the operation's own folder. The first match counts.
-HELPERS = r"{op}\.(?!(api|op|reference|cpu|cuda|triton)$)\w+"
 MAY_IMPORT = {
     r"__init__": r"backends|cells|nn|compat|ops\.\w+",
     r"__main__": r"|backends",
@@ -52,11 +53,11 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 # Longer than that, and why.
 LONG_FILES = {
-    "csrc/cpu/kl_div.cpp": "two divergences, each with and without labels, gradient and temperature",
+    "csrc/cpu/kl_div.cpp": "two divergences, each with or without gradient, labels, temperature",
     "csrc/cpu/recurrence.cpp": "forward and backward share the plan of tiles and the packing of R",
 }
 LONG_FUNCTIONS = {
-    "csrc/cpu/recurrence.cpp:operator()": "buffers, chunks and states of one tile, backward in time",
+    "csrc/cpu/recurrence.cpp:operator()": "buffers, chunks and states of a tile, backward in time",
     "distill/__main__.py:_add_demo": "one add_argument after the other",
 }
 
