@@ -24,30 +24,42 @@ def hard_labels(model: nn.Module, inputs_BT: torch.Tensor, labels_BT: torch.Tens
     return F.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten())
 
 
-class Distillation:
-    """ce_weight * cross-entropy + kl_weight * temperature^2 * KL(teacher | student), per token."""
+def distillation(
+    logits_BTV: torch.Tensor,
+    teacher_BTV: torch.Tensor,
+    labels_BT: torch.Tensor,
+    config: DistillConfig,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """ce_weight * cross-entropy + kl_weight * temperature^2 * KL(teacher | student), in nats.
 
-    def __init__(self, teacher: nn.Module, config: DistillConfig, backend: str = "auto"):
-        self.teacher, self.config, self.backend = teacher.eval(), config, backend
+    The gradient is written over `logits_BTV`.
+    """
+    return xk.kl_div(
+        logits_BTV.flatten(0, 1),
+        teacher_BTV.flatten(0, 1),
+        labels_BT.flatten(),
+        temperature=config.temperature,
+        ce_weight=config.ce_weight,
+        kl_weight=config.kl_weight,
+        # The logits are used for nothing else, and a fresh gradient of their size is not free.
+        inplace_grad=True,
+        backend=backend,
+    )
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """`distillation` from a teacher that runs beside the student."""
+
+    teacher: nn.Module
+    config: DistillConfig
+    backend: str = "auto"
 
     def __call__(
         self, model: nn.Module, inputs_BT: torch.Tensor, labels_BT: torch.Tensor
     ) -> torch.Tensor:
         with torch.no_grad():
-            teacher_BTV, _ = self.teacher(inputs_BT)
+            teacher_BTV, _ = self.teacher.eval()(inputs_BT)
         logits_BTV, _ = model(inputs_BT)
-        return self.from_logits(logits_BTV, teacher_BTV, labels_BT)
-
-    def from_logits(
-        self, logits_BTV: torch.Tensor, teacher_BTV: torch.Tensor, labels_BT: torch.Tensor
-    ) -> torch.Tensor:
-        """The loss when the teacher's logits are already known."""
-        return xk.kl_div(
-            logits_BTV.flatten(0, 1),
-            teacher_BTV.flatten(0, 1),
-            labels_BT.flatten(),
-            temperature=self.config.temperature,
-            ce_weight=self.config.ce_weight,
-            kl_weight=self.config.kl_weight,
-            backend=self.backend,
-        )
+        return distillation(logits_BTV, teacher_BTV, labels_BT, self.config, self.backend)

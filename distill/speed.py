@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from distill.losses import Distillation, DistillConfig
+from distill.losses import DistillConfig, distillation
 from distill.model import LanguageModel, ModelConfig
 from xlstm_kernels.testing import budget, relative_error
 
@@ -55,24 +55,24 @@ class Step:
     ):
         self.model = LanguageModel(dataclasses.replace(config, backend=backend)).to(dtype)
         self.model.load_state_dict(weights)
-        self.loss = Distillation(self.model, distill, backend)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
-        self.backend, self.dtype = backend, dtype
+        self.distill, self.backend, self.dtype = distill, backend, dtype
 
     def gradients(self, inputs_BT, labels_BT, teacher_BTV) -> dict[str, torch.Tensor]:
-        self.optimizer.zero_grad()
-        logits_BTV, _ = self.model.train()(inputs_BT)
-        self.loss.from_logits(logits_BTV, teacher_BTV.to(self.dtype), labels_BT).backward()
+        self._backward(inputs_BT, labels_BT, teacher_BTV.to(self.dtype))
         return {name: p.grad for name, p in self.model.named_parameters()}
 
     def timed(self, inputs_BT, labels_BT, teacher_BTV) -> float:
         """Seconds of forward, loss, backward and optimizer."""
         began = time.perf_counter()
-        self.optimizer.zero_grad()
-        logits_BTV, _ = self.model.train()(inputs_BT)
-        self.loss.from_logits(logits_BTV, teacher_BTV, labels_BT).backward()
+        self._backward(inputs_BT, labels_BT, teacher_BTV)
         self.optimizer.step()
         return time.perf_counter() - began
+
+    def _backward(self, inputs_BT, labels_BT, teacher_BTV) -> None:
+        self.optimizer.zero_grad()
+        logits_BTV, _ = self.model(inputs_BT)
+        distillation(logits_BTV, teacher_BTV, labels_BT, self.distill, self.backend).backward()
 
 
 def parity(
