@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from benchmarks.cases import OPS, cases
 from benchmarks.ceilings import Ceilings
 from benchmarks.entries import entries
 from benchmarks.gate import Gate
-from benchmarks.machine import Machine
+from benchmarks.machine import ROOT, Machine
 from benchmarks.problem import Bound, Case, Trial, UnavailableError, Variant, tracked
 from benchmarks.runner import Run, run_case
 from benchmarks.table import duration, ratio
@@ -317,3 +319,12 @@ class TestCommandLine:
     def test_list(self, capsys):
         assert main(["list", "--op", "lstm"]) == 0
         assert "lstm-fwd+bwd-layer-B8-T512-H1-D256-f32" in capsys.readouterr().out.split()
+
+
+def test_cases_run_under_pytest_benchmark():
+    pytest.importorskip("pytest_benchmark")
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "--quick", "-q"]
+    done = subprocess.run([*command, "-k", "kl_div"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "kl_div-fwd+bwd-N16-V500-bf16-cpu in place" in done.stdout
+    assert "6 passed, 2 skipped" in done.stdout
