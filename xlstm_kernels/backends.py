@@ -72,9 +72,10 @@ class Op:
     def __post_init__(self) -> None:
         OPS[self.name] = self
 
-    def resolve(self, backend: str, *call: Any) -> Backend:
-        """The backend that runs `call`; raises when a named one cannot. Plain Python over shapes,
-        dtypes and devices, so that torch.compile folds it."""
+    def resolve(self, backend: str, *call: Any, function: str | None = None) -> Backend:
+        """The backend that runs `call`; raises, in the name of `function` (the operation where
+        None), when a named one cannot. Plain Python over shapes, dtypes and devices, so that
+        torch.compile folds it."""
         if backend == "reference":
             return Backend.REFERENCE
         if backend == "auto":
@@ -82,13 +83,14 @@ class Op:
                 if UNAVAILABLE[candidate] is None and module.supports(*call) is None:
                     return candidate
             return Backend.REFERENCE
-        named = Backend.parse(self.name, backend)
+        function = function or self.name
+        named = Backend.parse(function, backend)
         why = self.why_not(named)
         if why is None:
             why = self.table[named].supports(*call)
         if why is not None:
             raise NotImplementedError(
-                f"{self.name}: backend {backend!r} cannot run this call: {why}"
+                f"{function}: backend {backend!r} cannot run this call: {why}"
             )
         return named
 
@@ -164,7 +166,7 @@ def load_cuda() -> ModuleType:
 
 
 def _torch_symbol(name: str) -> int:
-    """Address of a C function that libtorch_cpu exports (torch >= 2.10), or 0 where there is none."""
+    """Address of a C function of libtorch_cpu (exported since torch 2.10), 0 if there is none."""
     for library in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")):
         function = getattr(ctypes.CDLL(str(library)), name, None)
         if function is not None:
