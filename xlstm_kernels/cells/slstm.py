@@ -45,9 +45,11 @@ def _step(
     i, _, z, o = raw_BGHD.unbind(1)
     _, c, n, m = state
     lf = log_f_BHD + m
-    m_new = torch.where((n == 0) | (i > lf), i, lf)
-    i_gate = torch.exp(i - m_new)
-    f_gate = torch.exp((lf - m_new).clamp(max=80.0))
+    i_wins = (n == 0) | (i > lf)
+    m_new = torch.where(i_wins, i, lf)
+    # One of the two exponents is zero; subtracting m_new from it would leave rounding in gradients.
+    lower = torch.exp(torch.where(i_wins, lf - i, i - lf).clamp(max=80.0))
+    i_gate, f_gate = torch.where(i_wins, 1.0, lower), torch.where(i_wins, lower, 1.0)
     c_new = f_gate * c + i_gate * torch.tanh(z)
     n_sum = f_gate * n + i_gate
     n_new = torch.where(n_sum < n_floor, n_floor, n_sum)

@@ -71,7 +71,7 @@ def check_slstm_options(
     """Raises ValueError, in the name of the function or layer `name`, for an option that is off."""
     if forget_gate not in ("sigmoid", "exp"):
         raise ValueError(f"{name}: forget_gate must be 'sigmoid' or 'exp', got {forget_gate!r}")
-    if not (math.isfinite(n_floor) and n_floor >= 0):
+    if not 0 <= n_floor < math.inf:
         raise ValueError(f"{name}: n_floor must be a finite number >= 0, got {n_floor}")
     if clip_grad is not None and not clip_grad > 0:
         raise ValueError(f"{name}: clip_grad must be a number > 0, got {clip_grad}")
@@ -137,7 +137,7 @@ def _recurrence(
         dtype = compute_dtype(x_BTGHD.dtype)
         if state_SBHD.dtype is not dtype:
             state_SBHD = state_SBHD.to(dtype)
-    chosen = op.RECURRENCE.resolve(backend, x_BTGHD, cell)
+    chosen = op.RECURRENCE.resolve(backend, x_BTGHD, cell, function=name)
     call = (x_BTGHD, r_GHDE, b_GHD, state_SBHD, cu_seqlens, cell, n_floor)
     if chosen is Backend.REFERENCE:
         h_BTHD, last_SBHD = reference.forward(*call, clip_grad)

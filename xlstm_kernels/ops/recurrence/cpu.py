@@ -42,12 +42,16 @@ def forward(
     h_BTHD = fresh_cpu((B, T, H, D), x_BTGHD.dtype)
     last_SBHD = torch.empty(last, dtype=dtype)
     saved = [fresh_cpu(shape, dtype) for shape in to_save]
+    if save and cu_seqlens is not None:
+        saved[1].zero_()  # its last rows belong to no sequence
     x_BTGHD, starts = _rows(x_BTGHD), _starts(cu_seqlens, T, cell)
     r_GHDE, b_GHD, state_SBHD = (
         _plain(r_GHDE, dtype),
         _plain(b_GHD, dtype),
         _plain(state_SBHD, dtype),
     )
+    if last[1] == 0:
+        return [h_BTHD, last_SBHD, *saved]
     load_cpu().recurrence_forward(
         CELL_INDEX[cell],
         DTYPES.index(x_BTGHD.dtype),
@@ -89,6 +93,8 @@ def backward(
     dstate_SBHD = torch.empty(last if want_state else (0,), dtype=dtype)
     r_GHDE, dlast_SBHD = _plain(r_GHDE, dtype), _plain(dlast_SBHD, dtype)
     dh_BTHD, starts = _rows(dh_BTHD), _starts(cu_seqlens, T, cell)
+    if last[1] == 0:
+        return dx_BTGHD, dr_GHDE.zero_(), db_GHD.zero_(), dstate_SBHD
     load_cpu().recurrence_backward(
         CELL_INDEX[cell],
         DTYPES.index(like_x.dtype),

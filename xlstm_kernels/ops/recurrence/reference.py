@@ -40,8 +40,24 @@ def forward(
     clip_grad: float | None,
 ) -> tuple[Tensor, Tensor]:
     """h (B, T, H, D) in x's dtype and the last state (S, B, H, D) in the compute dtype."""
-    if cu_seqlens is None:
-        return _scan(x_BTGHD, r_GHDE, b_GHD, state_SBHD, cell, n_floor, clip_grad)
+    with torch.autocast(x_BTGHD.device.type, enabled=False):
+        if cu_seqlens is None:
+            return _scan(x_BTGHD, r_GHDE, b_GHD, state_SBHD, cell, n_floor, clip_grad)
+        return _scan_packed(
+            x_BTGHD, r_GHDE, b_GHD, state_SBHD, cu_seqlens, cell, n_floor, clip_grad
+        )
+
+
+def _scan_packed(
+    x_BTGHD: Tensor,
+    r_GHDE: Tensor,
+    b_GHD: Tensor | None,
+    state_SBHD: Tensor | None,
+    cu_seqlens: Tensor,
+    cell: str,
+    n_floor: float,
+    clip_grad: float | None,
+) -> tuple[Tensor, Tensor]:
     starts = token_starts(cu_seqlens, x_BTGHD.shape[1], cell)
     if len(starts) == 1:  # no sequence
         _, _, _, H, D = x_BTGHD.shape

@@ -1,0 +1,29 @@
+"""Settings of every test: reproducible, and loud where memory is read before it is written."""
+
+import hypothesis
+import pytest
+import torch
+
+# The same examples in every run.
+hypothesis.settings.register_profile(
+    "fixed", derandomize=True, deadline=None, max_examples=25, database=None
+)
+hypothesis.settings.load_profile("fixed")
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan():
+    """torch.empty is filled with NaN, so that what a kernel does not write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def threads():
+    """set(count) changes the size of torch's thread pool for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
