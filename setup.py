@@ -77,14 +77,17 @@ def rules() -> str:
     text = f"""
 rule cxx
   command = {compile_cxx}
+  description = {cxx} $out
   depfile = $out.d
   deps = gcc
 rule bind
   command = {compile_cxx} {python} '-DXLSTM_SANITIZERS="{SANITIZE}"'
+  description = {cxx} $out
   depfile = $out.d
   deps = gcc
 rule link
   command = {cxx} -shared $in {f"-fsanitize={SANITIZE}" if SANITIZE else ""} {exports} -o $out
+  description = link $out
 """
     if nvcc := find_nvcc():
         archs = cuda_archs()
@@ -95,11 +98,13 @@ rule nvcc
       -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]} $
       -Xcompiler -fPIC,-fvisibility=hidden '-DXLSTM_CUDA_ARCHS="{";".join(archs)}"' $
       -c $in -o $out
+  description = nvcc $out
   depfile = $out.d
   deps = gcc
 rule nvlink
   command = {nvcc} -shared -cudart static $in {exports and "-Xlinker=--version-script=exports"} $
       -o $out
+  description = link $out
 """
     return text
 
