@@ -43,7 +43,7 @@ STANDARD = DemoConfig(
     probe_tokens=4096,
     speed_rows=8,
     speed_repeats=5,
-    sample_tokens=96,
+    sample_tokens=72,
 )
 
 # For continuous integration: the same path in seconds, with numbers that mean nothing.

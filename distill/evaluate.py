@@ -30,8 +30,8 @@ class Scores:
 def score(
     model: LanguageModel,
     tokens_N: torch.Tensor,
-    rows: int = 16,
-    length: int = 256,
+    rows: int = 8,
+    length: int = 128,
     after_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> Scores:
     """Score a stream: each token but the first is predicted exactly once.
@@ -52,11 +52,13 @@ def score(
     for start in range(0, run, length):
         part = slice(start, start + length)
         logits_BTV, state = model(inputs_BR[:, part], state)
-        logits_BVT = logits_BTV.float().transpose(1, 2)
-        nats_BR[:, part] = F.cross_entropy(logits_BVT, labels_BR[:, part], reduction="none")
+        labels_BT = labels_BR[:, part]
+        logits_NV = logits_BTV.flatten(0, 1).float()
+        nats_N = F.cross_entropy(logits_NV, labels_BT.flatten(), reduction="none")
+        nats_BR[:, part] = nats_N.view_as(labels_BT)
         top_BR[:, part] = logits_BTV.argmax(dim=-1)
         done = min(start + length, run) * rows
-        after_batch(min(done, n_predicted), labels_BR[:, part].numel())
+        after_batch(min(done, n_predicted), labels_BT.numel())
     wall_s = time.perf_counter() - began
     return Scores(nats_BR.flatten()[:n_predicted], top_BR.flatten()[:n_predicted], wall_s)
 

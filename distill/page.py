@@ -25,12 +25,13 @@ p { max-width: 46rem; margin: .5rem 0; }
   font-variant-numeric: tabular-nums; }
 .tiles span { color: var(--soft); font-size: .85rem; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .55rem .8rem; text-align: right; border-bottom: 1px solid var(--line);
-  white-space: nowrap; }
-thead th { color: var(--soft); font-weight: 500; font-size: .82rem; white-space: normal;
-  vertical-align: bottom; }
-tbody th { text-align: left; font-weight: 600; }
+table { border-collapse: collapse; width: 100%; max-width: 46rem;
+  font-variant-numeric: tabular-nums; }
+th, td { padding: .5rem .8rem; text-align: right; border-bottom: 1px solid var(--line); }
+th:first-child { padding-left: 0; text-align: left; }
+thead th { font-weight: 600; white-space: nowrap; }
+tbody th { color: var(--soft); font-weight: 400; }
+tbody tr:first-child * { color: var(--ink); font-weight: 600; }
 i { display: inline-block; width: .7rem; height: .7rem; border-radius: 50%; margin-right: .5rem; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr));
   gap: 1rem; }
@@ -50,7 +51,8 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
   main { padding-top: 1.75rem; } dl { grid-template-columns: 1fr; gap: 0; }
   dd { margin: 0 0 .6rem; }
   .tiles { grid-template-columns: 1fr 1fr; gap: .6rem; } .tiles b { font-size: 1.5rem; }
-  .plot { padding: .75rem .5rem .5rem; } }
+  .plot { padding: .75rem .5rem .5rem; } table { font-size: .82rem; }
+  th, td { padding: .45rem .3rem; } i { width: .55rem; height: .55rem; margin-right: .3rem; } }
 """
 
 PAGE = Template(

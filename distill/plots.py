@@ -109,8 +109,9 @@ def _size(axes: Axes, metrics: dict) -> None:
             va="center",
             color=COLORS[name],
         )
-    axes.set_xlim(left=0)
-    axes.margins(x=0.35, y=0.25)
+    axes.margins(y=0.25)
+    largest = max(model["parameters"] for model in metrics["models"].values())
+    axes.set_xlim(0, 1.45 * largest / 1e6)
     axes.set_xlabel("million parameters")
     axes.set_ylabel("bits per byte, held out")
     axes.grid()

@@ -25,7 +25,7 @@ def publish(metrics: dict, run_dir: Path, console: Console) -> None:
 
 
 # title, cell(model) -> text
-COLUMNS = (
+ROWS = (
     ("bits per byte", lambda m: f"{m['bits_per_byte']:.3f}"),
     ("agrees with teacher", lambda m: f"{m['agreement']:.1%}"),
     ("parameters", lambda m: f"{m['parameters']:,}"),
@@ -43,7 +43,7 @@ def print_table(metrics: dict, console: Console) -> None:
     table.add_column("held-out text")
     for name in metrics["models"]:
         table.add_column(name, justify="right", min_width=9)
-    for title, cell in COLUMNS:
+    for title, cell in ROWS:
         table.add_row(title, *(cell(model) for model in metrics["models"].values()))
     console.print(table)
     for sentence in (quality_sentence(judge(metrics)), speed_sentence(metrics)):
@@ -55,7 +55,7 @@ def quality_sentence(verdict: Verdict) -> str:
     word = "better" if verdict.gain > 0 else "worse"
     text = (
         f"The student is {abs(verdict.gain):.3f} bits per byte {word} than its control "
-        f"(95 % over files: {verdict.low:+.3f} to {verdict.high:+.3f}), "
+        f"(95% over files: {verdict.low:+.3f} to {verdict.high:+.3f}), "
         f"better on {verdict.files_better} of {verdict.files} held-out files"
     )
     if not math.isnan(verdict.gap_closed):
@@ -97,12 +97,13 @@ def render(metrics: dict) -> str:
 
 
 def _table(metrics: dict) -> str:
-    head = "<th></th>" + "".join(f"<th>{html.escape(title)}</th>" for title, _ in COLUMNS)
+    models = metrics["models"]
+    head = "".join(f'<th><i style="background:{COLORS[name]}"></i>{name}</th>' for name in models)
     rows = []
-    for name, model in metrics["models"].items():
-        cells = "".join(f"<td>{html.escape(cell(model))}</td>" for _, cell in COLUMNS)
-        rows.append(f'<tr><th><i style="background:{COLORS[name]}"></i>{name}</th>{cells}</tr>')
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    for title, cell in ROWS:
+        cells = "".join(f"<td>{html.escape(cell(model))}</td>" for model in models.values())
+        rows.append(f"<tr><th>{html.escape(title)}</th>{cells}</tr>")
+    return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
 def _samples(metrics: dict) -> str:

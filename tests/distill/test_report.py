@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from distill.report import COLUMNS, quality_sentence, render
+from distill.report import ROWS, quality_sentence, render
 from distill.results import judge
 
 
@@ -26,7 +26,7 @@ def metrics(metrics_cache, make_demo, tmp_path):
 def test_page_contains_the_numbers(metrics):
     page = html.unescape(render(metrics))
     for model in metrics["models"].values():
-        for title, cell in COLUMNS:
+        for title, cell in ROWS:
             assert title in page
             assert cell(model) in page
     assert f"{metrics['speed']['ours']['tokens_per_s']:,.0f}" in page
