@@ -68,7 +68,7 @@ def _add_demo(commands) -> None:
         help="train a teacher, distil a student, compare it with a control, write a report",
         description=(
             "Trains a language model (the teacher) on the source of Python's standard library, "
-            "distils it into a student with at most 40 %% of its parameters, and trains a control: "
+            "distils it into a student with at most 40 % of its parameters, and trains a control: "
             "the same student, from the same weights, on the same batches, without the teacher. "
             "Scores all three on files that none has seen, times the kernels against plain eager "
             "torch, prints a table and writes RUN_DIR/report.html and RUN_DIR/metrics.json. Ctrl-C "

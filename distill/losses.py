@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import xlstm_kernels as xk
+from distill.model import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,9 @@ class DistillConfig:
     temperature: float
 
 
-def hard_labels(model: nn.Module, inputs_BT: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+def hard_labels(
+    model: LanguageModel, inputs_BT: torch.Tensor, labels_BT: torch.Tensor
+) -> torch.Tensor:
     """Cross-entropy with the text, in nats per token."""
     logits_BTV, _ = model(inputs_BT)
     return F.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten())
@@ -52,12 +54,12 @@ def distillation(
 class Distillation:
     """`distillation` from a teacher that runs beside the student."""
 
-    teacher: nn.Module
+    teacher: LanguageModel
     config: DistillConfig
     backend: str = "auto"
 
     def __call__(
-        self, model: nn.Module, inputs_BT: torch.Tensor, labels_BT: torch.Tensor
+        self, model: LanguageModel, inputs_BT: torch.Tensor, labels_BT: torch.Tensor
     ) -> torch.Tensor:
         with torch.no_grad():
             teacher_BTV, _ = self.teacher.eval()(inputs_BT)

@@ -11,8 +11,8 @@ from distill.corpus import Corpus, Text
 from distill.errors import DistillError, Interrupt
 from distill.evaluate import Scores, agreement, bits_per_byte, bits_per_byte_by_file, score
 from distill.model import generate, n_bytes, n_parameters
-from distill.progress import Reporter
-from distill.speed import parity, time_steps
+from distill.progress import Meter, Reporter
+from distill.speed import Batch, parity, time_steps
 from distill.trainer import Stage
 
 MODELS = ("teacher", "student", "control")
@@ -32,7 +32,7 @@ def score_models(
     for name, stage in stages.items():
         with reporter.meter(f"score {name}", len(text.heldout.tokens_N) - 1) as meter:
 
-            def after_batch(done: int, tokens: int, meter=meter) -> None:
+            def after_batch(done: int, tokens: int, meter: Meter = meter) -> None:
                 interrupt.check()
                 meter.update(done, tokens=tokens)
 
@@ -71,7 +71,7 @@ def compare_backends(
     """Time the student's training step on our kernels and on eager torch, parity first."""
     student, backend = stages["student"].model, config.student.backend
     batch = _speed_batch(stages, config)
-    small = tuple(tensor[:2] for tensor in batch)
+    small = (batch[0][:2], batch[1][:2], batch[2][:2])
     worst = parity(student.config, student.state_dict(), config.distill, backend, small)
     interrupt.check()
     if not worst.holds:
@@ -108,7 +108,7 @@ def compare_backends(
 
 
 @torch.no_grad()
-def _speed_batch(stages: dict[str, Stage], config: DemoConfig) -> tuple[torch.Tensor, ...]:
+def _speed_batch(stages: dict[str, Stage], config: DemoConfig) -> Batch:
     inputs_BT, labels_BT = stages["student"].batches.batch(0)
     inputs_BT, labels_BT = inputs_BT[: config.speed_rows], labels_BT[: config.speed_rows]
     teacher_BTV, _ = stages["teacher"].model.eval()(inputs_BT)

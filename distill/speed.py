@@ -12,6 +12,9 @@ from distill.losses import DistillConfig, distillation
 from distill.model import LanguageModel, ModelConfig
 from xlstm_kernels.testing import budget, relative_error
 
+# inputs_BT, labels_BT, teacher_BTV
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
 
 @dataclass(frozen=True)
 class StepTiming:
@@ -58,20 +61,22 @@ class Step:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
         self.distill, self.backend, self.dtype = distill, backend, dtype
 
-    def gradients(self, inputs_BT, labels_BT, teacher_BTV) -> dict[str, torch.Tensor]:
-        self._backward(inputs_BT, labels_BT, teacher_BTV.to(self.dtype))
+    def gradients(self, batch: Batch) -> dict[str, torch.Tensor]:
+        self._backward(batch)
         return {name: p.grad for name, p in self.model.named_parameters()}
 
-    def timed(self, inputs_BT, labels_BT, teacher_BTV) -> float:
+    def timed(self, batch: Batch) -> float:
         """Seconds of forward, loss, backward and optimizer."""
         began = time.perf_counter()
-        self._backward(inputs_BT, labels_BT, teacher_BTV)
+        self._backward(batch)
         self.optimizer.step()
         return time.perf_counter() - began
 
-    def _backward(self, inputs_BT, labels_BT, teacher_BTV) -> None:
+    def _backward(self, batch: Batch) -> None:
+        inputs_BT, labels_BT, teacher_BTV = batch
         self.optimizer.zero_grad()
         logits_BTV, _ = self.model(inputs_BT)
+        teacher_BTV = teacher_BTV.to(self.dtype)
         distillation(logits_BTV, teacher_BTV, labels_BT, self.distill, self.backend).backward()
 
 
@@ -80,12 +85,12 @@ def parity(
     weights: dict[str, torch.Tensor],
     distill: DistillConfig,
     backend: str,
-    batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    batch: Batch,
 ) -> Parity:
     """The worst parameter's gradient error of `backend` beside its budget."""
-    exact = Step(config, weights, distill, "reference", torch.float64).gradients(*batch)
-    plain = Step(config, weights, distill, "reference").gradients(*batch)
-    ours = Step(config, weights, distill, backend).gradients(*batch)
+    exact = Step(config, weights, distill, "reference", torch.float64).gradients(batch)
+    plain = Step(config, weights, distill, "reference").gradients(batch)
+    ours = Step(config, weights, distill, backend).gradients(batch)
     results = [
         Parity(name, relative_error(ours[name], want), budget(plain[name], want, torch.float32))
         for name, want in exact.items()
@@ -98,7 +103,7 @@ def time_steps(
     weights: dict[str, torch.Tensor],
     distill: DistillConfig,
     backends: tuple[str, ...],
-    batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    batch: Batch,
     repeats: int,
     after_step: Callable[[int], None] = lambda done: None,
 ) -> list[StepTiming]:
@@ -111,7 +116,7 @@ def time_steps(
     done = 0
     for repeat in range(repeats + 1):
         for step in steps:
-            step_s = step.timed(*batch)
+            step_s = step.timed(batch)
             if repeat > 0:
                 seconds[step.backend].append(step_s)
             done += 1

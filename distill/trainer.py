@@ -12,10 +12,11 @@ from torch import nn
 from distill.checkpoint import Checkpoint, restore_model, restore_training, training_tensors
 from distill.corpus import Batches
 from distill.errors import DistillError, Interrupt
+from distill.model import LanguageModel
 from distill.progress import Meter
 
 # loss(model, inputs_BT, labels_BT) -> scalar
-Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+Loss = Callable[[LanguageModel, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,12 @@ class Stage:
 
     name: str
     config: StageConfig
-    model: nn.Module
+    model: LanguageModel
     loss: Loss
     batches: Batches
     path: Path
     settings: dict
-    probe: Callable[[nn.Module], dict[str, float]] = lambda model: {}
+    probe: Callable[[LanguageModel], dict[str, float]] = lambda model: {}
     interrupt: Interrupt = field(default_factory=Interrupt)
     step: int = 0
     train_s: float = 0.0
@@ -153,7 +154,8 @@ class Stage:
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Matrices decay; norms and biases, whatever their shape, do not."""
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.dim() >= 2 and not name.endswith("bias")
         (decayed if is_matrix else free).append(parameter)

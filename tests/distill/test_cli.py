@@ -128,7 +128,7 @@ def test_help_explains_itself_without_loading_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    for word in ("--corpus", "--resume", "--steps-scale", "control", "40 %", "report.html"):
+    for word in ("--corpus", "--resume", "--steps-scale", "control", "40 % of", "report.html"):
         assert word in done.stdout
 
 
