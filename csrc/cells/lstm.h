@@ -19,20 +19,15 @@ struct LSTM {
   enum Gate { I, F, Z, O };
   enum Aux { AI, AF, AZ, AO, ATanhC };
 
-  template <class V>
-  static XLSTM_HD V sigmoid(V x) {
-    return reciprocal(exp(-clamp_min(x, -80)) + 1);
-  }
-
   template <bool kWantAux, class V>
   static XLSTM_HD void step(const V (&raw)[4], const V (&prev)[2], V (&next)[2], V (&aux)[kAux],
                             const CellOptions&) {
-    const V i = sigmoid(raw[I]), f = sigmoid(raw[F]), z = tanh(raw[Z]), o = sigmoid(raw[O]);
-    next[C] = f * prev[C] + i * z;
-    const V tanh_c = tanh(next[C]);
-    next[H] = o * tanh_c;
+    const V f = sigmoid(raw[F]);
+    next[C] = f * prev[C] + sigmoid_times_tanh(raw[I], raw[Z]);
+    next[H] = sigmoid_times_tanh(raw[O], next[C]);
     if constexpr (kWantAux) {
-      aux[AI] = i, aux[AF] = f, aux[AZ] = z, aux[AO] = o, aux[ATanhC] = tanh_c;
+      aux[AI] = sigmoid(raw[I]), aux[AF] = f, aux[AZ] = tanh(raw[Z]), aux[AO] = sigmoid(raw[O]);
+      aux[ATanhC] = tanh(next[C]);
     }
   }
 

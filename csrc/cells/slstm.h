@@ -31,8 +31,7 @@ struct SLSTM {
                             const CellOptions& options) {
     const V zero{}, one = zero + 1;
     const V gap = exp(-abs(raw[F]));  // exp(-|f|), shared by log_sigmoid and its derivative
-    const V lf =
-        prev[M] + (kExpForget ? raw[F] : select(raw[F] < zero, raw[F], zero) - log1p_unit(gap));
+    const V lf = prev[M] + (kExpForget ? raw[F] : clamp_max(raw[F], 0) - log1p_unit(gap));
     const auto i_wins = (prev[N] == zero) | (raw[I] > lf);
     next[M] = select(i_wins, raw[I], lf);
     const V lower = exp(clamp_max(select(i_wins, lf - raw[I], raw[I] - lf), 80));
@@ -40,11 +39,13 @@ struct SLSTM {
     const V z = tanh(raw[Z]);
     const V n_sum = f * prev[N] + i;
     next[C] = f * prev[C] + i * z;
-    const V n_floor = zero + static_cast<element_t<V>>(options.n_floor);
-    next[N] = select(n_sum < n_floor, n_floor, n_sum);
-    const V o = reciprocal(exp(-clamp_min(raw[O], -80)) + 1);
-    next[H] = o * (next[C] / next[N]);
+    const element_t<V> n_floor = static_cast<element_t<V>>(options.n_floor);
+    next[N] = clamp_min(n_sum, n_floor);
+    // o' c' / n' with one division.
+    const V o_inverse = sigmoid_inverse(raw[O]);
+    next[H] = next[C] / (next[N] * o_inverse);
     if constexpr (kWantAux) {
+      const V o = reciprocal(o_inverse);
       aux[AI] = i, aux[AF] = f, aux[AZ] = z, aux[AO] = o;
       aux[ADF] = kExpForget ? one : select(raw[F] < zero, one, gap) * reciprocal(gap + 1);
       aux[AIWins] = select(i_wins, one, zero);

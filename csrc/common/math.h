@@ -18,6 +18,12 @@ XLSTM_HD float log1p_unit(float y) { return ::log1pf(y); }
 XLSTM_HD double log1p_unit(double y) { return ::log1p(y); }
 XLSTM_HD float reciprocal(float x) { return 1.0f / x; }
 XLSTM_HD double reciprocal(double x) { return 1.0 / x; }
+XLSTM_HD float sigmoid_inverse(float x) { return 1.0f + exp(-x); }
+XLSTM_HD double sigmoid_inverse(double x) { return 1.0 + exp(-x); }
+XLSTM_HD float sigmoid(float x) { return 1.0f / sigmoid_inverse(x); }
+XLSTM_HD double sigmoid(double x) { return 1.0 / sigmoid_inverse(x); }
+XLSTM_HD float sigmoid_times_tanh(float a, float b) { return sigmoid(a) * tanh(b); }
+XLSTM_HD double sigmoid_times_tanh(double a, double b) { return sigmoid(a) * tanh(b); }
 
 // Lane by lane where mask is the result of comparing vectors.
 template <class Mask, class V>

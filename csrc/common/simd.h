@@ -2,8 +2,8 @@
 //
 // Vec<T> holds kLanes<T> values; + - * / and comparisons come with the extension, and a comparison
 // gives a lane mask for select(). float32 exp, tanh and log1p are polynomials (error below 2 ulp, NaN
-// stays NaN, exp saturates to 0 and inf); float64 calls libm lane by lane: it serves gradcheck.
-// Coefficients: least-maximum-error fits of expm1(r) on |r| <= ln2/2 and of atanh(sqrt z)/sqrt z.
+// stays NaN, exp saturates to 0 and inf); float64 calls libm lane by lane, since it serves gradcheck.
+// Coefficients: least-maximum-error fits of (2^f - 1) / f on |f| <= 1/2 and of log1p(y) / y on [0, 1].
 #pragma once
 
 #include <cstdint>
@@ -66,21 +66,47 @@ XLSTM_HD VecD maximum(VecD a, VecD b) { return select(a > b, a, b); }
 XLSTM_HD VecF abs(VecF x) { return (VecF)((VecI)x & 0x7fffffff); }
 XLSTM_HD VecD abs(VecD x) { return select(x < VecD{}, -x, x); }
 
-// x = n ln2 + r with n a whole number and |r| <= ln2 / 2; ln2 in two parts keeps r exact.
-XLSTM_HD VecF round_nearest(VecF x) {
+// min and max instructions return their second operand when one is NaN: x goes there.
 #if defined(__AVX512F__)
-  return (VecF)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+XLSTM_HD VecF clamp_max(VecF x, float bound) {
+  return (VecF)_mm512_min_ps(_mm512_set1_ps(bound), (__m512)x);
+}
+XLSTM_HD VecF clamp_min(VecF x, float bound) {
+  return (VecF)_mm512_max_ps(_mm512_set1_ps(bound), (__m512)x);
+}
+#elif defined(__AVX2__)
+XLSTM_HD VecF clamp_max(VecF x, float bound) {
+  return (VecF)_mm256_min_ps(_mm256_set1_ps(bound), (__m256)x);
+}
+XLSTM_HD VecF clamp_min(VecF x, float bound) {
+  return (VecF)_mm256_max_ps(_mm256_set1_ps(bound), (__m256)x);
+}
+#endif
+
+// exp(x) = 2^n 2^f with n a whole number and |f| <= 1/2, for |x| < 2^20.
+struct Power {
+  VecF n, f;
+};
+XLSTM_HD Power split_power(VecF x) {
+  constexpr float kLog2e = 1.44269504f, kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds
+  const VecF n = (x * kLog2e + kMagic) - kMagic;
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return {n, x * kLog2e - n};  // one rounding: contracted to a fused multiply-add
 #else
-  // 1.5 * 2^23: adding it rounds to a whole number
-  const VecF magic = broadcast<VecF>(12582912.0f);
-  return (x + magic) - magic;
+  return {n, ((x - n * 0.693359375f) - n * -2.12194440e-4f) * kLog2e};
 #endif
 }
-XLSTM_HD void split_ln2(VecF x, VecF& n, VecF& r) {
-  n = round_nearest(x * 1.44269504f);
-  r = x - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
+// 2^f - 1
+XLSTM_HD VecF exp2m1(VecF f) {
+  VecF p = broadcast<VecF>(1.540349497e-04f);
+  p = p * f + 1.339073541e-03f;
+  p = p * f + 9.618237549e-03f;
+  p = p * f + 5.550357434e-02f;
+  p = p * f + 2.402264979e-01f;
+  p = p * f + 6.931471879e-01f;
+  return p * f;
 }
+// For n a whole number in [-252, 254].
 XLSTM_HD VecF scale_by_power_of_two(VecF x, VecF n) {
 #if defined(__AVX512F__)
   return (VecF)_mm512_scalef_ps((__m512)x, (__m512)n);
@@ -93,26 +119,9 @@ XLSTM_HD VecF scale_by_power_of_two(VecF x, VecF n) {
   return x * first * second;
 #endif
 }
-// exp(r) - 1
-XLSTM_HD VecF expm1_reduced(VecF r) {
-  VecF p = broadcast<VecF>(1.390128312e-03f);
-  p = p * r + 8.363140377e-03f;
-  p = p * r + 4.166685337e-02f;
-  p = p * r + 1.666657732e-01f;
-  p = p * r + 4.999999955e-01f;
-  return p * (r * r) + r;
-}
-XLSTM_HD VecF exp(VecF x) {
-  x = clamp_min(clamp_max(x, 89.0f), -104.0f);
-  VecF n, r;
-  split_ln2(x, n, r);
-  return scale_by_power_of_two(expm1_reduced(r) + 1.0f, n);
-}
-
-// 2^x for x <= 1 with NaN kept and everything below -150 (down to the most negative number) giving
-// 0, in two steps: whole 32nds of an octave from a table, the rest |r| <= 1/64 by a quadratic.
-// Below one ulp. The sum x + 1.5 * 2^18 rounds to 32nds; its low five bits are the table's index.
 #if defined(__AVX512F__)
+// 2^x in two steps: whole 32nds of an octave n from a table, the rest |r| <= 1/64 by a quadratic; below
+// one ulp. `sum` is x + 1.5 * 2^18, which rounds x to 32nds: its low five bits index the table.
 alignas(64) constexpr float kOctave32[32] = {
     1.0f,        1.0218972f,  1.04427373f, 1.06714046f, 1.09050775f, 1.1143868f,  1.13878858f,
     1.1637249f,  1.18920708f, 1.21524739f, 1.24185777f, 1.26905096f, 1.29683959f, 1.32523668f,
@@ -120,26 +129,47 @@ alignas(64) constexpr float kOctave32[32] = {
     1.5759809f,  1.61049032f, 1.64575553f, 1.68179286f, 1.71861935f, 1.75625217f, 1.79470909f,
     1.8340081f,  1.87416768f, 1.91520655f, 1.95714414f,
 };
-XLSTM_HD VecF exp2_nonpositive(VecF x) {
-  const VecF magic = broadcast<VecF>(393216.0f);
-  const VecF sum = x + magic;
-  const VecF n = sum - magic;
-  const VecF r = x - n;
+XLSTM_HD VecF exp2_by_table(VecF sum, VecF n, VecF r) {
   const VecF octave = (VecF)_mm512_permutex2var_ps(_mm512_load_ps(kOctave32), (__m512i)sum,
                                                    _mm512_load_ps(kOctave32 + 16));
   const VecF p = (r * 2.402283855e-01f + 6.931573437e-01f) * r + 1.0f;
   return (VecF)_mm512_scalef_ps((__m512)(octave * p), (__m512)n);
 }
-#else
-XLSTM_HD VecF exp2_nonpositive(VecF x) {
-  x = clamp_min(x, -150.0f);
-  const VecF n = round_nearest(x);
-  const VecF r = (x - n) * 0.693147181f;
-  return scale_by_power_of_two(expm1_reduced(r) + 1.0f, n);
-}
 #endif
+XLSTM_HD VecF exp_bounded(VecF x) {  // |x| <= 104
+#if defined(__AVX512F__)
+  constexpr float kLog2e = 1.44269504f, kMagic = 393216.0f;
+  const VecF sum = x * kLog2e + kMagic;
+  const VecF n = sum - kMagic;
+  return exp2_by_table(sum, n, x * kLog2e - n);
+#else
+  const Power power = split_power(x);
+  return scale_by_power_of_two(exp2m1(power.f) + 1.0f, power.n);
+#endif
+}
+XLSTM_HD VecF expm1_bounded(VecF x) {  // |x| <= 80
+  const Power power = split_power(x);
+  const VecF scale = scale_by_power_of_two(broadcast<VecF>(1.0f), power.n);
+  return scale * exp2m1(power.f) + (scale - 1.0f);
+}
+XLSTM_HD VecF exp(VecF x) { return exp_bounded(clamp_min(clamp_max(x, 89.0f), -104.0f)); }
 
-// For finite x with 1 <= |x| <= 2^100; below one ulp.
+// For x <= 1, NaN kept, everything below -150 (down to the most negative number) giving 0.
+XLSTM_HD VecF exp2_nonpositive(VecF x) {
+#if defined(__AVX512F__)
+  const VecF magic = broadcast<VecF>(393216.0f);
+  const VecF sum = x + magic;
+  const VecF n = sum - magic;
+  return exp2_by_table(sum, n, x - n);
+#else
+  x = clamp_min(x, -150.0f);
+  const VecF magic = broadcast<VecF>(12582912.0f);
+  const VecF n = (x + magic) - magic;
+  return scale_by_power_of_two(exp2m1(x - n) + 1.0f, n);
+#endif
+}
+
+// For finite x with 1 <= |x| <= 2^126; below one ulp.
 XLSTM_HD VecF reciprocal(VecF x) {
 #if defined(__AVX512F__)
   const VecF y = (VecF)_mm512_rcp14_ps((__m512)x);
@@ -148,28 +178,40 @@ XLSTM_HD VecF reciprocal(VecF x) {
   return 1.0f / x;
 #endif
 }
-XLSTM_HD VecD reciprocal(VecD x) { return 1.0 / x; }
 
-// expm1(2x) / (expm1(2x) + 2): no cancellation near 0, and +-1 to the last bit beyond 9.02.
-XLSTM_HD VecF tanh(VecF x) {
+// 1 + exp(-x); x saturates at +-60.
+XLSTM_HD VecF sigmoid_inverse(VecF x) {
+  return exp_bounded(-clamp_min(clamp_max(x, 60.0f), -60.0f)) + 1.0f;
+}
+XLSTM_HD VecF sigmoid(VecF x) { return reciprocal(sigmoid_inverse(x)); }
+
+// tanh(x) = e / (e + 2), e = expm1(2x): no cancellation near 0, and +-1 to the last bit beyond 9.02.
+XLSTM_HD VecF tanh_expm1(VecF x) {
   x = clamp_min(clamp_max(x, 9.02f), -9.02f);
-  VecF n, r;
-  split_ln2(x + x, n, r);
-  const VecF power = scale_by_power_of_two(broadcast<VecF>(1.0f), n);
-  const VecF e = power * expm1_reduced(r) + (power - 1.0f);
+  return expm1_bounded(x + x);
+}
+XLSTM_HD VecF tanh(VecF x) {
+  const VecF e = tanh_expm1(x);
   return e * reciprocal(e + 2.0f);
 }
+// One reciprocal for both.
+XLSTM_HD VecF sigmoid_times_tanh(VecF a, VecF b) {
+  const VecF e = tanh_expm1(b);
+  return e * reciprocal((e + 2.0f) * sigmoid_inverse(a));
+}
 
-// log1p(y) = 2 atanh(s), s = y / (2 + y), for y in [0, 1].
+// y in [0, 1]
 XLSTM_HD VecF log1p_unit(VecF y) {
-  const VecF s = y * reciprocal(y + 2.0f);
-  const VecF z = s * s;
-  VecF p = broadcast<VecF>(2.817833092e-01f);
-  p = p * z + 2.796060364e-01f;
-  p = p * z + 4.002491022e-01f;
-  p = p * z + 6.666631468e-01f;
-  p = p * z + 2.000000008e+00f;
-  return s * p;
+  VecF p = broadcast<VecF>(5.232691489e-03f);
+  p = p * y + -2.950522764e-02f;
+  p = p * y + 7.822593369e-02f;
+  p = p * y + -1.366324425e-01f;
+  p = p * y + 1.910600603e-01f;
+  p = p * y + -2.484298203e-01f;
+  p = p * y + 3.331909678e-01f;
+  p = p * y + -4.999949314e-01f;
+  p = p * y + 9.999999699e-01f;
+  return p * y;
 }
 
 template <double (*f)(double)>
@@ -181,6 +223,10 @@ XLSTM_HD VecD exp(VecD x) { return each_lane<::exp>(x); }
 XLSTM_HD VecD exp2_nonpositive(VecD x) { return each_lane<::exp2>(x); }
 XLSTM_HD VecD tanh(VecD x) { return each_lane<::tanh>(x); }
 XLSTM_HD VecD log1p_unit(VecD x) { return each_lane<::log1p>(x); }
+XLSTM_HD VecD reciprocal(VecD x) { return 1.0 / x; }
+XLSTM_HD VecD sigmoid_inverse(VecD x) { return exp(-x) + 1.0; }
+XLSTM_HD VecD sigmoid(VecD x) { return 1.0 / sigmoid_inverse(x); }
+XLSTM_HD VecD sigmoid_times_tanh(VecD a, VecD b) { return tanh(b) / sigmoid_inverse(a); }
 
 template <class V>
 XLSTM_HD element_t<V> horizontal_sum(V x) {
@@ -200,7 +246,7 @@ XLSTM_HD VecF widen(f16, VecHalfBits bits) {
 #elif defined(__F16C__)
   return (VecF)_mm256_cvtph_ps((__m128i)bits);
 #else
-  // Exponent and mantissa move into place, 2^112 corrects the bias; inf and NaN apart.
+  // Exponent and mantissa move into place, 2^112 corrects the bias (and denormals); inf and NaN apart.
   const VecU wide = __builtin_convertvector(bits, VecU);
   const VecU sign = (wide & 0x8000u) << 16;
   const VecU magnitude = (wide & 0x7fffu) << 13;
@@ -263,6 +309,23 @@ XLSTM_HD void store(bf16* p, VecF v) {
 XLSTM_HD void store(f16* p, VecF v) {
   const VecHalfBits bits = narrow(f16{}, v);
   std::memcpy(p, &bits, sizeof bits);
+}
+
+// Past the caches where p is aligned for it; otherwise a plain store.
+template <class T>
+XLSTM_HD void store_streaming(T* p, Vec<compute_t<T>> v) {
+#if defined(__AVX512F__)
+  if (sizeof(T) == sizeof(float) && reinterpret_cast<std::uintptr_t>(p) % kVectorBytes == 0) {
+    _mm512_stream_ps(reinterpret_cast<float*>(p), (__m512)v);
+    return;
+  }
+#elif defined(__AVX2__)
+  if (sizeof(T) == sizeof(float) && reinterpret_cast<std::uintptr_t>(p) % kVectorBytes == 0) {
+    _mm256_stream_ps(reinterpret_cast<float*>(p), (__m256)v);
+    return;
+  }
+#endif
+  store(p, v);
 }
 
 // The first `count` lanes only; lanes beyond are `fill` on load and untouched in memory on store.

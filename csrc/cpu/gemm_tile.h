@@ -13,8 +13,8 @@ constexpr int kRegisters = 16;
 #endif
 
 template <int kRows, int kVectors, class T>
-XLSTM_HD void multiply(std::int64_t depth, const T* a, std::int64_t a_row, std::int64_t a_k, const T* b,
-                       std::int64_t b_k, Vec<T> (&c)[kRows][kVectors]) {
+XLSTM_HD void multiply(std::int64_t depth, const T* a, std::int64_t a_row, std::int64_t a_k,
+                       const T* b, std::int64_t b_k, Vec<T> (&c)[kRows][kVectors]) {
   for (std::int64_t k = 0; k < depth; ++k, a += a_k, b += b_k) {
     Vec<T> b_J[kVectors];
 #pragma GCC unroll 8
@@ -31,23 +31,21 @@ XLSTM_HD void multiply(std::int64_t depth, const T* a, std::int64_t a_row, std::
 template <int kRows, int kVectors, class T>
 void gemm_tile(std::int64_t depth, const T* a, std::int64_t a_row, std::int64_t a_k, const T* b,
                std::int64_t b_k, T* c, std::int64_t c_row, bool accumulate) {
-  Vec<T> sum[kRows][kVectors];
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) {
-      sum[i][j] = accumulate ? load(static_cast<const T*>(c + i * c_row + j * kLanes<T>)) : Vec<T>{};
-    }
-  }
+  // The new terms are summed on their own first: one running sum over all of time would round each
+  // of them at the size of the total.
+  Vec<T> sum[kRows][kVectors]{};
   multiply<kRows, kVectors>(depth, a, a_row, a_k, b, b_k, sum);
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) store(c + i * c_row + j * kLanes<T>, sum[i][j]);
+    for (int j = 0; j < kVectors; ++j) {
+      T* to = c + i * c_row + j * kLanes<T>;
+      store(to, accumulate ? load(static_cast<const T*>(to)) + sum[i][j] : sum[i][j]);
+    }
   }
 }
 
-// Calls f.template operator()<n>() for n = count, 1 <= count <= kMax.
+// Calls f(std::integral_constant<int, n>) for n = count, 1 <= count <= kMax.
 template <int kMax, class F>
 XLSTM_HD void with_constant(int count, F&& f) {
   if constexpr (kMax > 1) {
@@ -59,9 +57,9 @@ XLSTM_HD void with_constant(int count, F&& f) {
 // c (rows x vectors*lanes) in tiles of at most kMaxRows x kMaxVectors. b holds each column block of
 // kMaxVectors vectors (the last may be narrower) `b_block` elements apart.
 template <int kMaxRows, int kMaxVectors, class T>
-void gemm(std::int64_t rows, std::int64_t vectors, std::int64_t depth, const T* a, std::int64_t a_row,
-          std::int64_t a_k, const T* b, std::int64_t b_k, std::int64_t b_block, T* c,
-          std::int64_t c_row, bool accumulate) {
+void gemm(std::int64_t rows, std::int64_t vectors, std::int64_t depth, const T* a,
+          std::int64_t a_row, std::int64_t a_k, const T* b, std::int64_t b_k, std::int64_t b_block,
+          T* c, std::int64_t c_row, bool accumulate) {
   for (std::int64_t j = 0; j < vectors; j += kMaxVectors, b += b_block) {
     const int width = static_cast<int>(vectors - j < kMaxVectors ? vectors - j : kMaxVectors);
     for (std::int64_t i = 0; i < rows; i += kMaxRows) {

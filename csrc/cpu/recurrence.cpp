@@ -11,6 +11,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "common/pack.h"
 #include "common/simd.h"
 // The vector overloads of simd.h come before the templates that call them.
 #include "cells/cells.h"
@@ -18,6 +19,7 @@
 #include "common/scratch.h"
 #include "cpu/gemm_tile.h"
 #include "cpu/kernels.h"
+#include "cpu/task.h"
 
 namespace xlstm::XLSTM_ISA {
 namespace {
@@ -25,11 +27,15 @@ namespace {
 constexpr int kGates = 4;
 // Accumulators of the forward tile: rows x 4 gates; of the others: rows x 2 or rows x 4 vectors.
 constexpr int kStepRows = kRegisters == 32 ? 6 : 3;
+constexpr int kForwardRows = 4 * kStepRows;  // sequences of a forward tile, at most
 constexpr int kGradRows = kRegisters == 32 ? 8 : 6;
 constexpr int kGradVectors = 2;
 constexpr int kOuterRows = kRegisters == 32 ? 6 : 3;
 constexpr int kOuterVectors = kRegisters == 32 ? 4 : 3;
 constexpr int kChunk = kCheckpointInterval;
+// Gate-sized tensors above this leave the cache before they are read again; writing them past it saves
+// reading each line first, and R and the states keep their place.
+constexpr std::int64_t kStreamBytes = std::int64_t{24} << 20;
 // Up to here the columns of R are read in place: packing costs more than it saves.
 constexpr std::int64_t kUnpackedSteps = 4;
 
@@ -69,7 +75,9 @@ struct Sequences {
   std::int64_t length(std::int64_t row) const { return length_of(sequence(row)); }
   // Batch index and first token in the (B, T, ...) tensors.
   std::int64_t batch(std::int64_t row) const { return args.starts ? 0 : sequence(row); }
-  std::int64_t start(std::int64_t row) const { return args.starts ? args.starts[sequence(row)] : 0; }
+  std::int64_t start(std::int64_t row) const {
+    return args.starts ? args.starts[sequence(row)] : 0;
+  }
   std::int64_t checkpoint(std::int64_t row, std::int64_t chunk) const {
     const std::int64_t b = sequence(row);
     return chunk + (args.starts ? args.starts[b] / kChunk + b : b * ceil_div(args.T, kChunk));
@@ -94,7 +102,10 @@ struct Plan {
         units(ceil_div(args.D, kLanes<T>)),
         padded(units * kLanes<T>),
         rows(tile_rows(args.B, args.H, most_rows)),
-        tiles(ceil_div(args.B, rows)) {}
+        tiles(ceil_div(args.B, rows)),
+        stream(args.B * args.T * args.H * args.D * kGates * std::int64_t{sizeof(T)} >
+                   kStreamBytes &&
+               args.D % kLanes<T> == 0) {}
 
   Tile tile(std::int64_t task) const {
     const std::int64_t first = task % tiles * rows;
@@ -125,6 +136,7 @@ struct Plan {
   const Recurrence& args;
   Sequences sequences;
   std::int64_t units, padded, rows, tiles;
+  bool stream;  // write gate-sized tensors past the caches
 };
 
 // One row of a state, (S, B, H, D) to or from padded scratch.
@@ -170,14 +182,46 @@ struct ForwardTask {
   const T* packed;  // or null: read R in place
   CellOptions options;
 
-  // raw of kRows rows and one unit block, gates x lanes each.
+  // Pointers of one row of the tile at time 0, for its head; null where a tensor is not wanted.
+  struct Row {
+    const Element* x;
+    Element* h;
+    T* raw;
+  };
+
+  // Where the next block's x is, for prefetching.
+  struct Ahead {
+    const Row* rows;
+    std::int64_t offset;
+  };
+
+  Row row_at(const Tile& tile, std::int64_t row) const {
+    const std::int64_t at = tile.first + row;
+    const Element* x = static_cast<const Element*>(args.x) +
+                       plan.sequences.batch(at) * args.x_stride[0] +
+                       plan.sequences.start(at) * args.x_stride[1] + tile.head * args.x_stride[3];
+    return {x, static_cast<Element*>(args.h) + plan.hidden_offset(at, 0, tile.head),
+            args.raw ? static_cast<T*>(args.raw) + plan.gates_offset(at, 0, tile.head) : nullptr};
+  }
+
+  // raw of kRows rows and one unit block, gates x lanes each. Asks for the next step's x on the way.
   template <int kRows>
-  XLSTM_HD void product(const T* h, std::int64_t head, std::int64_t unit,
+  XLSTM_HD void product(const T* h, std::int64_t head, std::int64_t unit, const Ahead& ahead,
                         V (&raw)[kRows][kGates]) const {
     const std::int64_t D = args.D;
     if (packed) {
       const T* b = packed + (head * plan.units + unit) * D * kGates * kW;
-      multiply<kRows, kGates>(D, h, plan.padded, 1, b, kGates * kW, raw);
+      const std::int64_t part = D / kRows;
+#pragma GCC unroll 1
+      for (int i = 0; i < kRows; ++i) {
+        const Element* x = ahead.rows[i].x + ahead.offset;
+#pragma GCC unroll 4
+        for (int g = 0; g < kGates; ++g) __builtin_prefetch(x + g * args.x_stride[2]);
+        const std::int64_t depth = i + 1 < kRows ? part : D - i * part;
+        multiply<kRows, kGates>(depth, h, plan.padded, 1, b, kGates * kW, raw);
+        h += depth;
+        b += depth * kGates * kW;
+      }
       return;
     }
     const T* r = static_cast<const T*>(args.r);
@@ -191,62 +235,71 @@ struct ForwardTask {
         }
         for (int i = 0; i < kRows; ++i) {
           T total = horizontal_sum(sum[i]);
-          for (std::int64_t rest = k; rest < D; ++rest) total += row[rest] * h[i * plan.padded + rest];
+          for (std::int64_t rest = k; rest < D; ++rest)
+            total += row[rest] * h[i * plan.padded + rest];
           raw[i][g][lane] += total;
         }
       }
     }
   }
 
-  // One step of kRows rows and one unit block. state: [S][rows][padded], h apart since it is read by
-  // every unit block of the step.
-  template <int kRows>
-  void step(const Tile& tile, std::int64_t row, std::int64_t t, std::int64_t unit, const T* h, T* h_next,
-            T* state) const {
-    const int lanes = plan.lanes(unit);
-    const std::int64_t column = unit * kW;
+  // One step of kRows rows and one unit block; kFull: the block has no lanes beyond D. state is
+  // [S][rows][padded]; h apart, since every unit block of the step reads it.
+  template <int kRows, bool kFull>
+  void step(const Row* rows, std::int64_t t, std::int64_t head, std::int64_t unit,
+            const Ahead& ahead, const T* h, T* h_next, T* state) const {
+    const int lanes = kFull ? kW : plan.lanes(unit);
+    const std::int64_t column = unit * kW, gate = args.H * args.D, plane = plan.rows * plan.padded;
     V raw[kRows][kGates];
-    const Element* x_I[kRows];
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-      const std::int64_t at = tile.first + row + i;
-      x_I[i] = static_cast<const Element*>(args.x) + plan.sequences.batch(at) * args.x_stride[0] +
-               (plan.sequences.start(at) + t) * args.x_stride[1] + tile.head * args.x_stride[3] +
-               column;
+      const Element* x = rows[i].x + t * args.x_stride[1] + column;
 #pragma GCC unroll 4
-      for (int g = 0; g < kGates; ++g) {
-        raw[i][g] = load(x_I[i] + g * args.x_stride[2], lanes);
-        // The next step's line arrives while this step computes.
-        __builtin_prefetch(x_I[i] + g * args.x_stride[2] + args.x_stride[1]);
+      for (int g = 0; g < kGates; ++g, x += args.x_stride[2]) {
+        raw[i][g] = load(x, lanes);
       }
     }
-    product<kRows>(h + row * plan.padded, tile.head, unit, raw);
+    product<kRows>(h, head, unit, ahead, raw);
     if (args.b) {
-      const T* b = static_cast<const T*>(args.b) + tile.head * args.D + column;
+      const T* b = static_cast<const T*>(args.b) + head * args.D + column;
 #pragma GCC unroll 4
-      for (int g = 0; g < kGates; ++g) {
-        const V b_g = load(b + g * args.H * args.D, lanes);
+      for (int g = 0; g < kGates; ++g, b += gate) {
+        const V b_g = load(b, lanes);
 #pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i) raw[i][g] += b_g;
       }
     }
-    const std::int64_t plane = plan.rows * plan.padded;
-    for (int i = 0; i < kRows; ++i) {
-      if (args.raw) {
-        T* out = static_cast<T*>(args.raw) + plan.gates_offset(tile.first + row + i, t, tile.head) +
-                 column;
-        for (int g = 0; g < kGates; ++g) store(out + g * args.H * args.D, raw[i][g], lanes);
+    if (args.raw) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        T* out = rows[i].raw + t * kGates * gate + column;
+#pragma GCC unroll 4
+        for (int g = 0; g < kGates; ++g, out += gate) {
+          if (kFull && plan.stream) {
+            store_streaming(out, raw[i][g]);
+          } else {
+            store(out, raw[i][g], lanes);
+          }
+        }
       }
-      const std::int64_t at = (row + i) * plan.padded + column;
-      V prev[kStates], next[kStates], aux[Cell::kAux];
-      prev[0] = load(h + at);
-      for (int s = 1; s < kStates; ++s) prev[s] = load(static_cast<const T*>(state + s * plane + at));
-      Cell::template step<false>(raw[i], prev, next, aux, options);
-      store(h_next + at, next[0]);
-      for (int s = 1; s < kStates; ++s) store(state + s * plane + at, next[s]);
-      Element* h_out = static_cast<Element*>(args.h) +
-                       plan.hidden_offset(tile.first + row + i, t, tile.head) + column;
-      store(h_out, next[0], lanes);
+    }
+    using P = Pack<V, kRows>;
+    P gates[kGates], prev[kStates], next[kStates], aux[Cell::kAux];
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const std::int64_t at = i * plan.padded + column;
+      for (int g = 0; g < kGates; ++g) gates[g].v[i] = raw[i][g];
+      prev[0].v[i] = load(h + at);
+      for (int s = 1; s < kStates; ++s)
+        prev[s].v[i] = load(static_cast<const T*>(state + s * plane + at));
+    }
+    Cell::template step<false>(gates, prev, next, aux, options);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const std::int64_t at = i * plan.padded + column;
+      store(h_next + at, next[0].v[i]);
+      for (int s = 1; s < kStates; ++s) store(state + s * plane + at, next[s].v[i]);
+      store(rows[i].h + t * gate + column, next[0].v[i], lanes);
     }
   }
 
@@ -257,21 +310,25 @@ struct ForwardTask {
       const std::int64_t n = plan.sequences.checkpoint(tile.first + row, chunk);
       for (int s = 0; s < kStates; ++s) {
         const T* from = (s == 0 ? h : state + s * plane) + row * plan.padded;
-        T* to = static_cast<T*>(args.checkpoints) + plan.checkpoint_offset(n, kStates, s, tile.head);
+        T* to =
+            static_cast<T*>(args.checkpoints) + plan.checkpoint_offset(n, kStates, s, tile.head);
         for (std::int64_t d = 0; d < args.D; ++d) to[d] = from[d];
       }
     }
   }
 
   void operator()(std::int64_t task) const {
+    const TaskScope scope;
     const Tile tile = plan.tile(task);
     const std::int64_t plane = plan.rows * plan.padded;
     Scratch scratch(static_cast<std::size_t>((kStates + 2) * plane) * sizeof(T), 3);
     T* h = scratch.take<T>(plane);
     T* h_next = scratch.take<T>(plane);
     T* state = scratch.take<T>(kStates * plane);
+    Row rows[kForwardRows];
     const T* given = static_cast<const T*>(args.state);
     for (std::int64_t row = 0; row < tile.count; ++row) {
+      rows[row] = row_at(tile, row);
       const std::int64_t sequence = plan.sequences.sequence(tile.first + row);
       for (int s = 0; s < kStates; ++s) {
         T* to = (s == 0 ? h : state + s * plane) + row * plan.padded;
@@ -299,8 +356,22 @@ struct ForwardTask {
       for (std::int64_t unit = 0; unit < plan.units; ++unit) {
         for (std::int64_t row = 0; row < active; row += block) {
           const int count = static_cast<int>(active - row < block ? active - row : block);
-          with_constant<kStepRows>(count, [&](auto rows) {
-            step<rows()>(tile, row, t, unit, h, h_next, state);
+          with_constant<kStepRows>(count, [&](auto n) {
+            const std::int64_t at = row * plan.padded;
+            const bool last_rows = row + block >= active;
+            const bool last = last_rows && unit + 1 == plan.units;
+            const Ahead ahead{last_rows ? rows : rows + row + block,
+                              (last ? t + 1 : t) * args.x_stride[1] + (last        ? 0
+                                                                       : last_rows ? unit + 1
+                                                                                   : unit) *
+                                                                          kW};
+            if (plan.lanes(unit) == kW) {
+              step<n(), true>(rows + row, t, tile.head, unit, ahead, h + at, h_next + at,
+                              state + at);
+            } else {
+              step<n(), false>(rows + row, t, tile.head, unit, ahead, h + at, h_next + at,
+                               state + at);
+            }
           });
         }
       }
@@ -314,10 +385,10 @@ struct ForwardTask {
 template <class Cell, class Element>
 void run_forward(const RecurrenceForward& args) {
   using T = compute_t<Element>;
-  const Plan<T> plan(args, 4 * kStepRows);
+  const Plan<T> plan(args, kForwardRows);
   const bool pack = args.T > kUnpackedSteps;
-  Scratch scratch(pack ? static_cast<std::size_t>(args.H * plan.padded * args.D) * kGates * sizeof(T) : 0,
-                  1);
+  Scratch scratch(
+      pack ? static_cast<std::size_t>(args.H * plan.padded * args.D) * kGates * sizeof(T) : 0, 1);
   T* packed = pack ? scratch.take<T>(args.H * plan.padded * args.D * kGates) : nullptr;
   if (pack) pack_forward(plan, packed);
   CellOptions options;
@@ -391,34 +462,41 @@ struct BackwardTask {
   }
 
   // States and activations of steps [begin, end), from the checkpoint before begin.
-  void recompute(const Tile& tile, std::int64_t begin, std::int64_t end, const Buffers& buffers) const {
+  void recompute(const Tile& tile, std::int64_t begin, std::int64_t end,
+                 const Buffers& buffers) const {
     const std::int64_t slots = (kChunk + 1) * plane();
     for (std::int64_t row = 0; row < active_rows(tile, begin); ++row) {
       const std::int64_t at = tile.first + row;
       const std::int64_t n = plan.sequences.checkpoint(at, begin / kChunk);
       for (int s = 0; s < kStates; ++s) {
-        const T* from =
-            static_cast<const T*>(args.checkpoints) + plan.checkpoint_offset(n, kStates, s, tile.head);
+        const T* from = static_cast<const T*>(args.checkpoints) +
+                        plan.checkpoint_offset(n, kStates, s, tile.head);
         load_padded(buffers.state + s * slots + row * plan.padded, from, args.D, plan.padded);
       }
       const std::int64_t stop = plan.sequences.length(at) < end ? plan.sequences.length(at) : end;
-      for (std::int64_t unit = 0; unit < plan.units; ++unit) {
-        const int lanes = plan.lanes(unit);
-        const T* raw_at = static_cast<const T*>(args.raw) + plan.gates_offset(at, begin, tile.head) +
-                          unit * kW;
-        T* state = buffers.state + row * plan.padded + unit * kW;
-        T* aux_at = buffers.aux + (row * plan.units + unit) * Cell::kAux * kW;
-        V prev[kStates], next[kStates], aux[Cell::kAux], raw[kGates];
-        for (int s = 0; s < kStates; ++s) prev[s] = load(static_cast<const T*>(state + s * slots));
-        for (std::int64_t t = begin; t < stop; ++t) {
-          for (int g = 0; g < kGates; ++g) raw[g] = load(raw_at + g * args.H * args.D, lanes);
+      const T* raw_at = static_cast<const T*>(args.raw) + plan.gates_offset(at, begin, tile.head);
+      T* state = buffers.state + row * plan.padded;
+      T* aux_at = buffers.aux + row * plan.units * Cell::kAux * kW;
+      for (std::int64_t t = begin; t < stop; ++t) {
+        // Blocks are independent of one another, so their chains overlap; steps are not.
+        for (std::int64_t unit = 0; unit < plan.units; ++unit) {
+          const int lanes = plan.lanes(unit);
+          V prev[kStates], next[kStates], aux[Cell::kAux], raw[kGates];
+          for (int s = 0; s < kStates; ++s) {
+            prev[s] = load(static_cast<const T*>(state + s * slots + unit * kW));
+          }
+          for (int g = 0; g < kGates; ++g) {
+            const T* raw_g = raw_at + g * args.H * args.D + unit * kW;
+            raw[g] = load(raw_g, lanes);
+            __builtin_prefetch(raw_g + kGates * args.H * args.D);
+          }
           Cell::template step<true>(raw, prev, next, aux, options);
-          raw_at += kGates * args.H * args.D;
-          state += plane();
-          for (int s = 0; s < kStates; ++s) store(state + s * slots, prev[s] = next[s]);
-          for (int a = 0; a < Cell::kAux; ++a) store(aux_at + a * kW, aux[a]);
-          aux_at += plan.rows * plan.units * Cell::kAux * kW;
+          for (int s = 0; s < kStates; ++s) store(state + plane() + s * slots + unit * kW, next[s]);
+          for (int a = 0; a < Cell::kAux; ++a) store(aux_at + (unit * Cell::kAux + a) * kW, aux[a]);
         }
+        raw_at += kGates * args.H * args.D;
+        state += plane();
+        aux_at += plan.rows * plan.units * Cell::kAux * kW;
       }
     }
   }
@@ -440,8 +518,8 @@ struct BackwardTask {
           next[s] = load(state + plane());
           d_state[s] = load(static_cast<const T*>(buffers.d + s * plane() + at));
         }
-        const T* aux_at = buffers.aux +
-                          ((slot * plan.rows + row) * plan.units + unit) * Cell::kAux * kW;
+        const T* aux_at =
+            buffers.aux + ((slot * plan.rows + row) * plan.units + unit) * Cell::kAux * kW;
         for (int a = 0; a < Cell::kAux; ++a) aux[a] = load(aux_at + a * kW);
         if (args.dh) {
           const std::int64_t r = tile.first + row;
@@ -458,7 +536,11 @@ struct BackwardTask {
                       plan.gates_offset(tile.first + row, t, tile.head) + unit * kW;
         for (int g = 0; g < kGates; ++g) {
           store(draw_at + g * plan.padded, draw[g]);
-          store(dx + g * args.H * args.D, draw[g], lanes);
+          if (plan.stream) {
+            store_streaming(dx + g * args.H * args.D, draw[g]);
+          } else {
+            store(dx + g * args.H * args.D, draw[g], lanes);
+          }
           db_G[g] += draw[g];
         }
       }
@@ -480,13 +562,15 @@ struct BackwardTask {
   }
 
   void operator()(std::int64_t task) const {
+    const TaskScope scope;
     const Tile tile = plan.tile(task);
     const std::int64_t depth = kGates * plan.padded;
     const std::int64_t state_size = kStates * (kChunk + 1) * plane();
     const std::int64_t aux_size = kChunk * plane() * Cell::kAux;
     const std::int64_t draw_size = kChunk * plan.rows * draw_row();
     Scratch scratch(
-        static_cast<std::size_t>(state_size + aux_size + draw_size + kStates * plane()) * sizeof(T), 4);
+        static_cast<std::size_t>(state_size + aux_size + draw_size + kStates * plane()) * sizeof(T),
+        4);
     const Buffers buffers{scratch.take<T>(state_size), scratch.take<T>(aux_size),
                           scratch.take<T>(draw_size), scratch.take<T>(kStates * plane())};
     T* dr = dr_parts ? dr_parts + task * depth * plan.padded : nullptr;
@@ -504,23 +588,24 @@ struct BackwardTask {
     // The longest sequence comes first.
     const std::int64_t longest = plan.sequences.length(tile.first);
     bool first_chunk = true;
-    for (std::int64_t begin = (ceil_div(longest, kChunk) - 1) * kChunk; begin >= 0; begin -= kChunk) {
+    for (std::int64_t begin = (ceil_div(longest, kChunk) - 1) * kChunk; begin >= 0;
+         begin -= kChunk) {
       const std::int64_t end = begin + kChunk < longest ? begin + kChunk : longest;
       zero_idle_rows(tile, begin, end, buffers);
       recompute(tile, begin, end, buffers);
       for (std::int64_t t = end - 1; t >= begin; --t) {
         const std::int64_t active = active_rows(tile, t);
         point_grads(tile, t, t - begin, active, buffers, db);
-        gemm<kGradRows, kGradVectors>(active, plan.units, depth,
-                                      buffers.draw + (t - begin) * plan.rows * draw_row(), draw_row(), 1,
-                                      packed + tile.head * packed_size(plan), kGradVectors * kW,
-                                      kGradVectors * kW * depth, buffers.d, plan.padded, false);
+        gemm<kGradRows, kGradVectors>(
+            active, plan.units, depth, buffers.draw + (t - begin) * plan.rows * draw_row(),
+            draw_row(), 1, packed + tile.head * packed_size(plan), kGradVectors * kW,
+            kGradVectors * kW * depth, buffers.d, plan.padded, false);
         clip(buffers.d, active);
       }
       if (dr) {
-        gemm<kOuterRows, kOuterVectors>(depth, plan.units, (end - begin) * plan.rows, buffers.draw, 1,
-                                        draw_row(), buffers.state, plan.padded, kOuterVectors * kW, dr,
-                                        plan.padded, !first_chunk);
+        gemm<kOuterRows, kOuterVectors>(depth, plan.units, (end - begin) * plan.rows, buffers.draw,
+                                        1, draw_row(), buffers.state, plan.padded,
+                                        kOuterVectors * kW, dr, plan.padded, !first_chunk);
       }
       first_chunk = false;
     }
@@ -551,8 +636,8 @@ struct BackwardTask {
 
 // out[g][head][d][e] = sum over tiles, in their order.
 template <class T>
-void sum_parts(const Plan<T>& plan, const T* parts, std::int64_t columns, std::int64_t padded_columns,
-               T* out) {
+void sum_parts(const Plan<T>& plan, const T* parts, std::int64_t columns,
+               std::int64_t padded_columns, T* out) {
   const std::int64_t D = plan.args.D, H = plan.args.H;
   auto sum = [&](std::int64_t task) {
     const std::int64_t g = task / H, head = task % H;
@@ -560,8 +645,9 @@ void sum_parts(const Plan<T>& plan, const T* parts, std::int64_t columns, std::i
       for (std::int64_t e = 0; e < columns; ++e) {
         T total{};
         for (std::int64_t tile = 0; tile < plan.tiles; ++tile) {
-          total += parts[(((head * plan.tiles + tile) * kGates + g) * plan.padded + d) * padded_columns +
-                         e];
+          total +=
+              parts[(((head * plan.tiles + tile) * kGates + g) * plan.padded + d) * padded_columns +
+                    e];
         }
         out[((g * H + head) * D + d) * columns + e] = total;
       }
@@ -577,8 +663,8 @@ void run_backward(const RecurrenceBackward& args) {
   const std::int64_t depth = kGates * plan.padded, matrix = depth * plan.padded;
   const std::int64_t dr_size = args.dr ? plan.tasks() * matrix : 0;
   const std::int64_t db_size = args.db ? plan.tasks() * depth : 0;
-  Scratch scratch(static_cast<std::size_t>(args.H * packed_size(plan) + dr_size + db_size) * sizeof(T),
-                  3);
+  Scratch scratch(
+      static_cast<std::size_t>(args.H * packed_size(plan) + dr_size + db_size) * sizeof(T), 3);
   T* packed = scratch.take<T>(args.H * packed_size(plan));
   pack_backward(plan, packed);
   T* dr_parts = args.dr ? scratch.take<T>(dr_size) : nullptr;
@@ -595,17 +681,15 @@ void run_backward(const RecurrenceBackward& args) {
 
 void recurrence_forward(const RecurrenceForward& args) {
   dispatch_cell(args.cell, [&](auto cell) {
-    dispatch_dtype(args.dtype, [&](auto element) {
-      run_forward<decltype(cell), decltype(element)>(args);
-    });
+    dispatch_dtype(args.dtype,
+                   [&](auto element) { run_forward<decltype(cell), decltype(element)>(args); });
   });
 }
 
 void recurrence_backward(const RecurrenceBackward& args) {
   dispatch_cell(args.cell, [&](auto cell) {
-    dispatch_dtype(args.dtype, [&](auto element) {
-      run_backward<decltype(cell), decltype(element)>(args);
-    });
+    dispatch_dtype(args.dtype,
+                   [&](auto element) { run_backward<decltype(cell), decltype(element)>(args); });
   });
 }
 
