@@ -7,9 +7,10 @@ TORCH ?= torch==2.13.0
 
 # The tests of each operation, which also run under every instruction set and under the sanitizers.
 OP_TESTS = $(wildcard $(patsubst xlstm_kernels/ops/%/op.py,tests/test_%*.py,$(wildcard xlstm_kernels/ops/*/op.py)))
-# One thread a worker: two workers with a thread pool each would fight for the cores.
+# One thread a worker: two thread pools would fight for the cores. Tests that share a build stay on
+# one worker.
 PYTEST = $(PYTHON) -m pytest -q
-PARALLEL = OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist worksteal
+PARALLEL = OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadgroup
 # Best first; a plain run takes the first.
 ISAS = $(shell $(PYTHON) -c "from xlstm_kernels.backends import load_cpu; print(*load_cpu().supported_isas())")
 SANITIZED = build/sanitized

@@ -1,8 +1,8 @@
 """Fused kernels for the xLSTM cells and for distillation losses.
 
-Dimension key, here and everywhere: B batch, T time, H heads, D head dim (E: D as input of r), K key
-dim, V value dim (vocabulary in losses), G gates in the order i f z o, S states in the order h c n m,
-N rows (tokens).
+Dimension key, here and everywhere: B batch, T time, H heads, D head dim (E: D as input of r),
+K key dim, V value dim (vocabulary in losses), G gates in the order i f z o, S states in the order
+h c n m, N rows (tokens).
 """
 
 from . import nn

@@ -2,7 +2,7 @@
 
 This is the only module that reads environment variables, once, at import:
 
-``XLSTM_CPU_ISA``  forces the instruction set of the CPU kernels (``avx512``, ``avx2``, ``baseline``).
+``XLSTM_CPU_ISA``  forces the CPU kernels' instruction set: ``avx512``, ``avx2`` or ``baseline``.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .cells import CELLS, GATES, compute_dtype
-from .ops.recurrence import lstm, slstm
+from .ops import recurrence
 
 
 class Budget(NamedTuple):
@@ -219,16 +219,12 @@ def call_recurrence(case: RecurrenceCase, inputs: Mapping[str, Tensor], backend:
         starts = [sum(case.lengths[:n]) for n in range(len(case.lengths) + 1)]
         cu_seqlens = torch.tensor(starts, dtype=torch.int32)
     arguments: Any = (inputs["x"], inputs["r"], inputs.get("b"), state or None)
-    if CELLS[case.cell].function == "lstm":
-        return lstm(*arguments, cu_seqlens=cu_seqlens, backend=backend)
-    return slstm(
-        *arguments,
-        forget_gate="exp" if case.cell == "slstm_exp" else "sigmoid",
-        n_floor=case.n_floor,
-        clip_grad=case.clip_grad,
-        cu_seqlens=cu_seqlens,
-        backend=backend,
-    )
+    options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "backend": backend}
+    function = CELLS[case.cell].function
+    if function == "slstm":
+        options["forget_gate"] = "exp" if case.cell == "slstm_exp" else "sigmoid"
+        options |= {"n_floor": case.n_floor, "clip_grad": case.clip_grad}
+    return getattr(recurrence, function)(*arguments, **options)
 
 
 def run_recurrence(

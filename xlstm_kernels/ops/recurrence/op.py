@@ -8,12 +8,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...backends import Backend, Op
-from ...cells import compute_dtype
+from ...cells import CELLS, compute_dtype
 from ...library import define
 from . import cpu
 from .shapes import last_shape, saved_shapes
 
-RECURRENCE = Op("recurrence", {Backend.CPU: cpu}, ("slstm", "lstm"))
+FUNCTIONS = tuple(dict.fromkeys(cell.function for cell in CELLS.values()))
+RECURRENCE = Op("recurrence", {Backend.CPU: cpu}, FUNCTIONS)
 
 
 def _fake_forward(
