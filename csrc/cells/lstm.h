@@ -23,7 +23,7 @@ struct LSTM {
   static XLSTM_HD void step(const V (&raw)[4], const V (&prev)[2], V (&next)[2], V (&aux)[kAux],
                             const CellOptions&) {
     const V f = sigmoid(raw[F]);
-    next[C] = f * prev[C] + sigmoid_times_tanh(raw[I], raw[Z]);
+    next[C] = multiply_add(f, prev[C], sigmoid_times_tanh(raw[I], raw[Z]));
     next[H] = sigmoid_times_tanh(raw[O], next[C]);
     if constexpr (kWantAux) {
       aux[AI] = sigmoid(raw[I]), aux[AF] = f, aux[AZ] = tanh(raw[Z]), aux[AO] = sigmoid(raw[O]);

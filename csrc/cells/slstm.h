@@ -37,8 +37,8 @@ struct SLSTM {
     const V lower = exp(clamp_max(select(i_wins, lf - raw[I], raw[I] - lf), 80));
     const V i = select(i_wins, one, lower), f = select(i_wins, lower, one);
     const V z = tanh(raw[Z]);
-    const V n_sum = f * prev[N] + i;
-    next[C] = f * prev[C] + i * z;
+    const V n_sum = multiply_add(f, prev[N], i);
+    next[C] = multiply_add(f, prev[C], i * z);
     const element_t<V> n_floor = static_cast<element_t<V>>(options.n_floor);
     next[N] = clamp_min(n_sum, n_floor);
     // o' c' / n' with one division.
@@ -59,11 +59,14 @@ struct SLSTM {
   static XLSTM_HD void step_grad(const V (&prev)[4], const V (&next)[4], const V (&aux)[kAux],
                                  V (&d)[4], V (&draw)[4]) {
     const V i = aux[AI], f = aux[AF], z = aux[AZ], o = aux[AO];
-    const V dh_by_n = d[H] / next[N];
-    const V dc = d[C] + dh_by_n * o;
-    const V dn = (d[N] - dh_by_n * next[H]) * aux[ANFree];
-    const V di = i * (z * dc + dn);                   // by log i', at fixed m'
-    const V dlf = f * (prev[C] * dc + prev[N] * dn);  // by log f', at fixed m'
+    // z dc + dn cancels where z is near c'/n': both must come from the same rounded factors.
+    const V n_inverse = 1 / next[N];
+    const V weight = d[H] * o * n_inverse;
+    const V dc = d[C] + weight;
+    const V dn = (d[N] - weight * (next[C] * n_inverse)) * aux[ANFree];
+    const V di = i * (z * dc + dn);  // by log i', at fixed m'
+    // By log f', at fixed m'. Beyond 1 f' is at n == 0 only, and 5.54e34 is where it saturates.
+    const V dlf = select(f < V{} + 5.54e34f, f * multiply_add(prev[C], dc, prev[N] * dn), V{});
     // m' = log i' or log f' takes dm = dm' - di - dlf on top of its own di or dlf.
     const V dlf_total = select(aux[AIWins] != V{}, dlf, d[M] - di);
     draw[I] = select(aux[AIWins] != V{}, d[M] - dlf, di);

@@ -25,6 +25,11 @@ XLSTM_HD double sigmoid(double x) { return 1.0 / sigmoid_inverse(x); }
 XLSTM_HD float sigmoid_times_tanh(float a, float b) { return sigmoid(a) * tanh(b); }
 XLSTM_HD double sigmoid_times_tanh(double a, double b) { return sigmoid(a) * tanh(b); }
 
+// a b + c, where the compiler could fuse either product of a b + x y: which one it takes may differ
+// between two rows of one tile, and a row's bits would depend on its place.
+XLSTM_HD float multiply_add(float a, float b, float c) { return a * b + c; }
+XLSTM_HD double multiply_add(double a, double b, double c) { return a * b + c; }
+
 // Lane by lane where mask is the result of comparing vectors.
 template <class Mask, class V>
 XLSTM_HD V select(Mask mask, V a, V b) {

@@ -81,6 +81,10 @@ XLSTM_HD Pack<V, N> select(const Pack<M, N>& mask, const Pack<V, N>& a, const Pa
   return each_member<N>([](M m, V x, V y) XLSTM_INLINE { return select(m, x, y); }, mask, a, b);
 }
 template <class V, int N>
+XLSTM_HD Pack<V, N> multiply_add(const Pack<V, N>& a, const Pack<V, N>& b, const Pack<V, N>& c) {
+  return each_member<N>([](V x, V y, V z) XLSTM_INLINE { return multiply_add(x, y, z); }, a, b, c);
+}
+template <class V, int N>
 XLSTM_HD auto sigmoid_times_tanh(const Pack<V, N>& a, const Pack<V, N>& b) {
   return each_member<N>([](V x, V y) XLSTM_INLINE { return sigmoid_times_tanh(x, y); }, a, b);
 }

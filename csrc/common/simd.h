@@ -3,7 +3,7 @@
 // Vec<T> holds kLanes<T> values; + - * / and comparisons come with the extension, and a comparison
 // gives a lane mask for select(). float32 exp, tanh and log1p are polynomials (error below 2 ulp, NaN
 // stays NaN, exp saturates to 0 and inf); float64 calls libm lane by lane, since it serves gradcheck.
-// Coefficients: least-maximum-error fits of (2^f - 1) / f on |f| <= 1/2 and of log1p(y) / y on [0, 1].
+// Coefficients: least-maximum-error fits of (2^f - 1) / f on |f| <= 1/2 and of (log1p(y) - y) / y^2 on [0, 1].
 #pragma once
 
 #include <cstdint>
@@ -14,6 +14,8 @@
 
 #if defined(__AVX512F__) || defined(__AVX2__) || defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace xlstm::XLSTM_ISA {
@@ -63,6 +65,29 @@ XLSTM_HD VecF maximum(VecF a, VecF b) {
 }
 XLSTM_HD VecD maximum(VecD a, VecD b) { return select(a > b, a, b); }
 
+XLSTM_HD VecF multiply_add(VecF a, VecF b, VecF c) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (VecF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (VecF)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+XLSTM_HD VecD multiply_add(VecD a, VecD b, VecD c) {
+#if defined(__AVX512F__)
+  return (VecD)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__FMA__)
+  return (VecD)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif defined(__aarch64__)
+  return (VecD)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
 XLSTM_HD VecF abs(VecF x) { return (VecF)((VecI)x & 0x7fffffff); }
 XLSTM_HD VecD abs(VecD x) { return select(x < VecD{}, -x, x); }
 
@@ -88,10 +113,12 @@ struct Power {
   VecF n, f;
 };
 XLSTM_HD Power split_power(VecF x) {
-  constexpr float kLog2e = 1.44269504f, kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds
+  constexpr float kLog2e = 1.44269502f, kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds
   const VecF n = (x * kLog2e + kMagic) - kMagic;
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-  return {n, x * kLog2e - n};  // one rounding: contracted to a fused multiply-add
+  // log2(e) in two parts: the first alone is off by 1.3e-8 of x, the same way in every step.
+  constexpr float kLog2eRest = 1.92596299e-08f;
+  return {n, x * kLog2eRest + (x * kLog2e - n)};  // contracted to fused multiply-adds
 #else
   return {n, ((x - n * 0.693359375f) - n * -2.12194440e-4f) * kLog2e};
 #endif
@@ -120,7 +147,7 @@ XLSTM_HD VecF scale_by_power_of_two(VecF x, VecF n) {
 #endif
 }
 #if defined(__AVX512F__)
-// 2^x in two steps: whole 32nds of an octave n from a table, the rest |r| <= 1/64 by a quadratic; below
+// 2^x in two steps: whole 32nds of an octave n from a table, the rest |r| <= 1/64 by a cubic; below
 // one ulp. `sum` is x + 1.5 * 2^18, which rounds x to 32nds: its low five bits index the table.
 alignas(64) constexpr float kOctave32[32] = {
     1.0f,        1.0218972f,  1.04427373f, 1.06714046f, 1.09050775f, 1.1143868f,  1.13878858f,
@@ -132,16 +159,17 @@ alignas(64) constexpr float kOctave32[32] = {
 XLSTM_HD VecF exp2_by_table(VecF sum, VecF n, VecF r) {
   const VecF octave = (VecF)_mm512_permutex2var_ps(_mm512_load_ps(kOctave32), (__m512i)sum,
                                                    _mm512_load_ps(kOctave32 + 16));
-  const VecF p = (r * 2.402283855e-01f + 6.931573437e-01f) * r + 1.0f;
+  const VecF p = ((r * 5.550411e-02f + 2.402265e-01f) * r + 6.931471806e-01f) * r + 1.0f;
   return (VecF)_mm512_scalef_ps((__m512)(octave * p), (__m512)n);
 }
 #endif
 XLSTM_HD VecF exp_bounded(VecF x) {  // |x| <= 104
 #if defined(__AVX512F__)
-  constexpr float kLog2e = 1.44269504f, kMagic = 393216.0f;
+  // log2(e) in two parts: the first alone is off by 1.3e-8 of x, the same way in every step.
+  constexpr float kLog2e = 1.44269502f, kLog2eRest = 1.92596299e-08f, kMagic = 393216.0f;
   const VecF sum = x * kLog2e + kMagic;
   const VecF n = sum - kMagic;
-  return exp2_by_table(sum, n, x * kLog2e - n);
+  return exp2_by_table(sum, n, x * kLog2eRest + (x * kLog2e - n));
 #else
   const Power power = split_power(x);
   return scale_by_power_of_two(exp2m1(power.f) + 1.0f, power.n);
@@ -202,16 +230,16 @@ XLSTM_HD VecF sigmoid_times_tanh(VecF a, VecF b) {
 
 // y in [0, 1]
 XLSTM_HD VecF log1p_unit(VecF y) {
-  VecF p = broadcast<VecF>(5.232691489e-03f);
-  p = p * y + -2.950522764e-02f;
-  p = p * y + 7.822593369e-02f;
-  p = p * y + -1.366324425e-01f;
-  p = p * y + 1.910600603e-01f;
-  p = p * y + -2.484298203e-01f;
-  p = p * y + 3.331909678e-01f;
-  p = p * y + -4.999949314e-01f;
-  p = p * y + 9.999999699e-01f;
-  return p * y;
+  VecF p = broadcast<VecF>(-3.318463557e-03f);
+  p = p * y + 2.020454450e-02f;
+  p = p * y + -5.766436856e-02f;
+  p = p * y + 1.068054789e-01f;
+  p = p * y + -1.535539185e-01f;
+  p = p * y + 1.969539903e-01f;
+  p = p * y + -2.495858714e-01f;
+  p = p * y + 3.333051130e-01f;
+  p = p * y + -4.999993276e-01f;
+  return multiply_add(p * y, y, y);
 }
 
 template <double (*f)(double)>
@@ -228,12 +256,17 @@ XLSTM_HD VecD sigmoid_inverse(VecD x) { return exp(-x) + 1.0; }
 XLSTM_HD VecD sigmoid(VecD x) { return 1.0 / sigmoid_inverse(x); }
 XLSTM_HD VecD sigmoid_times_tanh(VecD a, VecD b) { return tanh(b) / sigmoid_inverse(a); }
 
+#if defined(__AVX512F__)
+XLSTM_HD float horizontal_sum(VecF x) { return _mm512_reduce_add_ps((__m512)x); }
+XLSTM_HD double horizontal_sum(VecD x) { return _mm512_reduce_add_pd((__m512d)x); }
+#else
 template <class V>
 XLSTM_HD element_t<V> horizontal_sum(V x) {
   element_t<V> sum = 0;
   for (int lane = 0; lane < kLanes<element_t<V>>; ++lane) sum += x[lane];
   return sum;
 }
+#endif
 
 // ---- loads and stores, converting to and from the compute type ----
 

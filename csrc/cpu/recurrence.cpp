@@ -8,6 +8,7 @@
 //   core, so nothing is synchronised between steps. Accumulators: compute type. Backward recomputes
 //   states from a checkpoint every kCheckpointInterval steps, without a matrix product, and adds that
 //   chunk's dR while its operands are in cache. One partial dR per tile, summed in the order of tiles.
+#include <algorithm>
 #include <cmath>
 #include <type_traits>
 
@@ -61,12 +62,11 @@ struct Sequences {
       : args(args), order_block(args.starts ? static_cast<std::size_t>(args.B) * 8 : 0, 1) {
     if (!args.starts) return;
     order = order_block.take<std::int64_t>(args.B);
-    // Counting by insertion: stable, and the number of packed sequences is small.
-    for (std::int64_t row = 0; row < args.B; ++row) {
-      std::int64_t at = row;
-      for (; at > 0 && length_of(order[at - 1]) < length_of(row); --at) order[at] = order[at - 1];
-      order[at] = row;
-    }
+    for (std::int64_t row = 0; row < args.B; ++row) order[row] = row;
+    std::sort(order, order + args.B, [this](std::int64_t a, std::int64_t b) {
+      const std::int64_t difference = length_of(a) - length_of(b);
+      return difference ? difference > 0 : a < b;
+    });
   }
   std::int64_t length_of(std::int64_t sequence) const {
     return args.starts ? args.starts[sequence + 1] - args.starts[sequence] : args.T;
@@ -250,16 +250,17 @@ struct ForwardTask {
             const Ahead& ahead, const T* h, T* h_next, T* state) const {
     const int lanes = kFull ? kW : plan.lanes(unit);
     const std::int64_t column = unit * kW, gate = args.H * args.D, plane = plan.rows * plan.padded;
-    V raw[kRows][kGates];
+    // x comes last: a sum that starts at a large x would round every product to its last bit.
+    V raw[kRows][kGates]{};
+    product<kRows>(h, head, unit, ahead, raw);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       const Element* x = rows[i].x + t * args.x_stride[1] + column;
 #pragma GCC unroll 4
       for (int g = 0; g < kGates; ++g, x += args.x_stride[2]) {
-        raw[i][g] = load(x, lanes);
+        raw[i][g] += load(x, lanes);
       }
     }
-    product<kRows>(h, head, unit, ahead, raw);
     if (args.b) {
       const T* b = static_cast<const T*>(args.b) + head * args.D + column;
 #pragma GCC unroll 4
