@@ -178,15 +178,26 @@ def test_cold_import_loads_no_extension_and_no_triton() -> None:
 
 def test_operations_are_named_alike_in_every_room() -> None:
     import xlstm_kernels as xk
+    from benchmarks.cases import OPS as MEASURED
     from xlstm_kernels.backends import OPS, Backend
 
+    readme = (ROOT / "README.md").read_text()
     folders = {path.parent.name for path in PACKAGE.glob("ops/*/op.py")}
     assert set(OPS) == folders, "each ops/<op>/op.py defines Op(<op>), imported by xlstm_kernels"
     missing = []
     for op in OPS.values():
-        missing += [f"xk.{f}" for f in op.functions or (op.name,) if f not in xk.__all__]
+        for function in op.functions or (op.name,):
+            missing += [f"xk.{function}"] if function not in xk.__all__ else []
+            missing += [f"{function} in benchmarks/cases.py"] if function not in MEASURED else []
+            missing += [f"xk.{function} in README.md"] if f"`xk.{function}`" not in readme else []
         files = [f"xlstm_kernels/ops/{op.name}/{part}.py" for part in ("api", "op", "reference")]
         suffix = {Backend.CPU: "cpp", Backend.CUDA: "cu"}
+        missing += [
+            f"{backend.value} in the table of ops/{op.name}/op.py"
+            for backend in Backend
+            if (PACKAGE / f"ops/{op.name}/{backend.value}.py").exists()
+            and backend not in {*op.table, Backend.REFERENCE}
+        ]
         for backend, module in op.table.items():
             files.append(f"xlstm_kernels/ops/{op.name}/{backend.value}.py")
             if backend in suffix:
@@ -199,6 +210,12 @@ def test_operations_are_named_alike_in_every_room() -> None:
         files.append(f"tests/test_{op.name}*.py")
         missing += [name for name in files if not list(ROOT.glob(name))]
     assert not missing, f"missing: {', '.join(missing)}"
+
+
+def test_every_backend_says_whether_it_is_available() -> None:
+    from xlstm_kernels.backends import UNAVAILABLE, Backend
+
+    assert set(UNAVAILABLE) == set(Backend) - {Backend.AUTO}
 
 
 def test_cells_of_python_and_cpp_are_the_same() -> None:
