@@ -104,6 +104,7 @@ class Demo:
             batches=Batches(self.text.train_N, config.rows, config.length, seed),
             path=self.run_dir / "checkpoints" / f"{name}.safetensors",
             settings=settings,
+            seed=seed,
             probe=self._probe,
             interrupt=self.interrupt,
         )

@@ -58,6 +58,7 @@ class Stage:
     batches: Batches
     path: Path
     settings: dict
+    seed: int
     probe: Callable[[LanguageModel], dict[str, float]] = lambda model: {}
     interrupt: Interrupt = field(default_factory=Interrupt)
     step: int = 0
@@ -107,6 +108,9 @@ class Stage:
 
         A signal ends the run after the step it arrives in, with a checkpoint on disk.
         """
+        if self.step == 0:
+            # For layers that draw at random; a resumed run takes the generator from its checkpoint.
+            torch.manual_seed(self.seed)
         while not self.finished:
             began = time.perf_counter()
             loss = self._train_step()

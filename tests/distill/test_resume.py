@@ -29,7 +29,8 @@ def histories(run_dir) -> list:
 
 
 def train(demo) -> None:
-    """The training part of a demo, under its interrupt."""
+    """The training part of a demo, under its interrupt; torch's generator starts anywhere."""
+    torch.seed()
     with demo.interrupt:
         demo.train()
 
