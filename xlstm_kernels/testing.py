@@ -52,6 +52,9 @@ WIDENED: Mapping[str, float] = {
     # exp(f) is above 1 for f > 0, so gradients are sums of products that grow with T, and a few of
     # them are most of the norm: plain torch's error is one draw from a wide distribution.
     "slstm_exp": 2.0,
+    # n = 0 with c != 0 makes f' = exp(lf - i) large. Over 30 seeds kernel and plain torch err alike
+    # (d_r: median 4.9e-7 and 4.4e-7, worst 8.9e-6 and 8.3e-6); one draw of plain torch's is too few.
+    "empty": 2.0,
 }
 
 
@@ -271,5 +274,6 @@ def check_recurrence(case: RecurrenceCase, through: Collection[str] | None = Non
     )
     plain = run_recurrence(case, inputs, "reference", through)
     got = run_recurrence(case, inputs, case.backend, through)
+    widened = max(WIDENED.get(reason, 1.0) for reason in (case.cell, case.state))
     for name in exact:
-        check(name, got[name], exact[name], plain[name], WIDENED.get(case.cell, 1.0))
+        check(name, got[name], exact[name], plain[name], widened)
