@@ -53,7 +53,8 @@ WIDENED: Mapping[str, float] = {
     # them are most of the norm: plain torch's error is one draw from a wide distribution.
     "slstm_exp": 2.0,
     # n = 0 with c != 0 makes f' = exp(lf - i) large. Over 30 seeds kernel and plain torch err alike
-    # (d_r: median 4.9e-7 and 4.4e-7, worst 8.9e-6 and 8.3e-6); one draw of plain torch's is too few.
+    # (d_r: median 4.9e-7 and 4.4e-7, worst 8.9e-6 and 8.3e-6), so one draw of plain torch's is not
+    # enough.
     "empty": 2.0,
 }
 
