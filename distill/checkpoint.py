@@ -53,11 +53,6 @@ def _sync_directory(directory: Path) -> None:
         os.close(handle)
 
 
-def fingerprint(settings: dict) -> str:
-    """Sixteen hex digits that change with any of the (JSON) settings."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-
 @dataclass
 class Checkpoint:
     """A stage after `step` steps: weights, optimizer moments, generator, and what has been logged.
@@ -76,13 +71,12 @@ class Checkpoint:
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
         metadata = {
             "format": FORMAT,
-            "sha256": _digest(tensors),
-            "fingerprint": fingerprint(self.settings),
             "settings": json.dumps(self.settings),
             "step": str(self.step),
             "train_s": repr(self.train_s),
             "history": json.dumps(self.history),
         }
+        metadata["sha256"] = _digest(tensors, metadata)
         write_atomically(path, save(tensors, metadata))
 
     @classmethod
@@ -100,7 +94,7 @@ class Checkpoint:
             raise DistillError(
                 f"checkpoint: {path} must have format {FORMAT!r}, got {metadata.get('format')!r}"
             )
-        if metadata.get("sha256") != _digest(tensors):
+        if metadata.pop("sha256", None) != _digest(tensors, metadata):
             raise DistillError(f"checkpoint: {path} is damaged (wrong checksum); delete it")
         return cls(
             settings=json.loads(metadata["settings"]),
@@ -121,8 +115,8 @@ class Checkpoint:
         return "; ".join(changed[:3]) or None
 
 
-def _digest(tensors: dict[str, torch.Tensor]) -> str:
-    sha = hashlib.sha256()
+def _digest(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+    sha = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
         sha.update(name.encode())
         sha.update(tensors[name].numpy())

@@ -58,7 +58,7 @@ def quality_sentence(verdict: Verdict) -> str:
         f"(95% over files: {verdict.low:+.3f} to {verdict.high:+.3f}), "
         f"better on {verdict.files_better} of {verdict.files} held-out files"
     )
-    if not math.isnan(verdict.gap_closed):
+    if verdict.gain > 0 and not math.isnan(verdict.gap_closed):
         text += f"; that is {verdict.gap_closed:.0%} of the way from control to teacher"
     return text + "."
 
@@ -136,6 +136,6 @@ def _setup(metrics: dict) -> str:
         "Machine": f"{machine['cpu']}, {machine['threads']} threads, {machine['simd']}",
         "Software": f"xlstm_kernels {machine['xlstm_kernels']}, torch {machine['torch']}, "
         f"Python {machine['python']}, {machine['system']}",
-        "Time": f"{seconds(metrics['wall_s'])} in all",
+        "Time": f"{seconds(metrics['wall_s'])} for this run",
     }
     return "".join(f"<dt>{k}</dt><dd>{html.escape(v)}</dd>" for k, v in lines.items())

@@ -53,11 +53,12 @@ def test_damaged_file_is_refused(checkpoint, tmp_path, damage):
         Checkpoint.load(path)
 
 
-def test_flipped_weight_is_refused(checkpoint, tmp_path):
+@pytest.mark.parametrize("what", ["weight", "step"])
+def test_flipped_bit_is_refused(checkpoint, tmp_path, what):
     path = tmp_path / "a.safetensors"
     checkpoint.save(path)
     data = bytearray(path.read_bytes())
-    data[-20] ^= 1
+    data[-20 if what == "weight" else data.index(b'"step":"3"') + 8] ^= 1
     path.write_bytes(data)
     with pytest.raises(DistillError, match=r"a\.safetensors is damaged"):
         Checkpoint.load(path)
