@@ -69,7 +69,7 @@ def cuda_archs() -> list[str]:
 
 
 def rules() -> str:
-    """Ninja's rules. Only `bind` sees Python's and pybind11's headers; depfiles name all headers."""
+    """Ninja's rules. Only `bind` sees the headers of Python and pybind11."""
     cxx = os.environ.get("CXX", "g++")
     python = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
     compile_cxx = f"{cxx} -MMD -MF $out.d -I{SOURCE} {CXX_FLAGS} $flags -c $in -o $out"
