@@ -37,6 +37,8 @@ constexpr int kChunk = kCheckpointInterval;
 // Gate-sized tensors above this leave the cache before they are read again; writing them past it saves
 // reading each line first, and R and the states keep their place.
 constexpr std::int64_t kStreamBytes = std::int64_t{24} << 20;
+// Products of one call up to which one thread does it sooner than several: about 10 us of them.
+constexpr std::int64_t kSerialProducts = std::int64_t{1} << 19;
 // Up to here the columns of R are read in place: packing costs more than it saves.
 constexpr std::int64_t kUnpackedSteps = 4;
 
@@ -112,6 +114,15 @@ struct Plan {
     return {task / tiles, first, first + rows < args.B ? rows : args.B - first};
   }
   std::int64_t tasks() const { return tiles * args.H; }
+  // Calls f(task) for each task; on this thread alone where waking the others takes longer.
+  template <class F>
+  void run(std::int64_t count, const F& f) const {
+    if (args.B * args.T * args.H * args.D * args.D * kGates > kSerialProducts) {
+      parallel_for(count, f);
+    } else {
+      for (std::int64_t task = 0; task < count; ++task) f(task);
+    }
+  }
   int lanes(std::int64_t unit) const {
     const std::int64_t left = args.D - unit * kLanes<T>;
     return static_cast<int>(left < kLanes<T> ? left : kLanes<T>);
@@ -167,7 +178,7 @@ void pack_forward(const Plan<T>& plan, T* packed) {
       }
     }
   };
-  parallel_for(H * plan.units, pack);
+  plan.run(H * plan.units, pack);
 }
 
 template <class Cell, class Element>
@@ -395,7 +406,7 @@ void run_forward(const RecurrenceForward& args) {
   CellOptions options;
   options.n_floor = args.n_floor;
   const ForwardTask<Cell, Element> task{args, plan, packed, options};
-  parallel_for(plan.tasks(), task);
+  plan.run(plan.tasks(), task);
 }
 
 // ------------------------------------------------------------------ backward
@@ -427,7 +438,7 @@ void pack_backward(const Plan<T>& plan, T* packed) {
       }
     }
   };
-  parallel_for(H * blocks, pack);
+  plan.run(H * blocks, pack);
 }
 
 template <class Cell, class Element>
@@ -654,7 +665,7 @@ void sum_parts(const Plan<T>& plan, const T* parts, std::int64_t columns,
       }
     }
   };
-  parallel_for(kGates * H, sum);
+  plan.run(kGates * H, sum);
 }
 
 template <class Cell, class Element>
@@ -673,7 +684,7 @@ void run_backward(const RecurrenceBackward& args) {
   CellOptions options;
   options.n_floor = args.n_floor;
   const BackwardTask<Cell, Element> task{args, plan, packed, dr_parts, db_parts, options};
-  parallel_for(plan.tasks(), task);
+  plan.run(plan.tasks(), task);
   if (args.dr) sum_parts(plan, dr_parts, args.D, plan.padded, static_cast<T*>(args.dr));
   if (args.db) sum_parts(plan, db_parts, 1, 1, static_cast<T*>(args.db));
 }
