@@ -283,7 +283,7 @@ def _check_tensors(
 
 
 def _check_inplace(student: Tensor, teacher: Tensor) -> None:
-    base = student._base if student._is_view() else student
+    base = student if student._base is None else student._base
     if base.is_leaf and base.requires_grad:
         raise ValueError(
             "kl_div: inplace_grad=True overwrites student_logits, which must be the result of an"

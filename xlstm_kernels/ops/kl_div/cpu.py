@@ -102,7 +102,9 @@ def _launch(
 ) -> Tensor:
     leading, dtype = student.shape[:-1], compute_dtype(student.dtype)
     logits = (student, teacher) if grad is None else (student, teacher, grad)
-    rows, strides = row_strides(*logits) or (None, None)
+    found = row_strides(*logits)
+    assert found is not None  # supports() has seen to it
+    rows, strides = found
     labels = None if labels is None else labels.to(torch.int64).contiguous()
     row_weight = None if row_weight is None else row_weight.to(dtype).contiguous()
     row_loss = torch.empty(leading, dtype=dtype)
