@@ -54,10 +54,9 @@ MAX_FUNCTION_LINES = 60
 # Longer than that, and why.
 LONG_FILES = {
     "csrc/cpu/kl_div.cpp": "two divergences, each with or without gradient, labels, temperature",
-    "csrc/cpu/recurrence.cpp": "forward and backward share the plan of tiles and the packing of R",
 }
 LONG_FUNCTIONS = {
-    "csrc/cpu/recurrence.cpp:operator()": "buffers, chunks and states of a tile, backward in time",
+    "csrc/cpu/recurrence_backward.cpp:operator()": "buffers, chunks and states of a tile, backward in time",
     "distill/__main__.py:_add_demo": "one add_argument after the other",
 }
 

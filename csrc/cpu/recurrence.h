@@ -1,0 +1,139 @@
+// How the recurrence is cut into tasks, and where a task finds its elements; forward and backward share
+// it. Tasks: (head, tile of sequences). A tile keeps its states in cache and walks all of time on one
+// core, so nothing is synchronised between steps.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "common/parallel.h"
+#include "common/scratch.h"
+#include "common/simd.h"
+#include "launch.h"
+
+namespace xlstm::XLSTM_ISA {
+
+constexpr int kGates = 4;
+constexpr int kChunk = kCheckpointInterval;
+// Gate-sized tensors above this leave the cache before they are read again; writing them past it saves
+// reading each line first, and R and the states keep their place.
+constexpr std::int64_t kStreamBytes = std::int64_t{24} << 20;
+// Products of one call up to which one thread does it sooner than several: about 10 us of them.
+constexpr std::int64_t kSerialProducts = std::int64_t{1} << 19;
+
+inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// Sequences per tile: the fewest rounds over the threads, where a tile costs its rows plus about two
+// rows' worth of streaming R. Outputs do not depend on it; the grouping of dR's sum does.
+inline std::int64_t tile_rows(std::int64_t B, std::int64_t H, std::int64_t most) {
+  const std::int64_t threads = num_threads();
+  std::int64_t best_rows = 1, best_cost = INT64_MAX;
+  for (std::int64_t tiles = ceil_div(B, most); tiles <= B; ++tiles) {
+    const std::int64_t rows = ceil_div(B, tiles);
+    const std::int64_t cost = ceil_div(H * ceil_div(B, rows), threads) * (rows + 2);
+    if (cost < best_cost) best_cost = cost, best_rows = rows;
+  }
+  return best_rows;
+}
+
+// Sequences as rows of the tensors, and packed sequences in order of falling length, so that the
+// running ones of a tile are always its first rows.
+struct Sequences {
+  explicit Sequences(const Recurrence& args)
+      : args(args), order_block(args.starts ? static_cast<std::size_t>(args.B) * 8 : 0, 1) {
+    if (!args.starts) return;
+    order = order_block.take<std::int64_t>(args.B);
+    for (std::int64_t row = 0; row < args.B; ++row) order[row] = row;
+    std::sort(order, order + args.B, [this](std::int64_t a, std::int64_t b) {
+      const std::int64_t difference = length_of(a) - length_of(b);
+      return difference ? difference > 0 : a < b;
+    });
+  }
+  std::int64_t length_of(std::int64_t sequence) const {
+    return args.starts ? args.starts[sequence + 1] - args.starts[sequence] : args.T;
+  }
+  std::int64_t sequence(std::int64_t row) const { return order ? order[row] : row; }
+  std::int64_t length(std::int64_t row) const { return length_of(sequence(row)); }
+  // Batch index and first token in the (B, T, ...) tensors.
+  std::int64_t batch(std::int64_t row) const { return args.starts ? 0 : sequence(row); }
+  std::int64_t start(std::int64_t row) const {
+    return args.starts ? args.starts[sequence(row)] : 0;
+  }
+  std::int64_t checkpoint(std::int64_t row, std::int64_t chunk) const {
+    const std::int64_t b = sequence(row);
+    return chunk + (args.starts ? args.starts[b] / kChunk + b : b * ceil_div(args.T, kChunk));
+  }
+
+  const Recurrence& args;
+  Scratch order_block;
+  std::int64_t* order = nullptr;
+};
+
+// Rows [first, first + count) of one head.
+struct Tile {
+  std::int64_t head, first, count;
+};
+
+// What every loop below needs to find an element; T is the compute type.
+template <class T>
+struct Plan {
+  explicit Plan(const Recurrence& args, std::int64_t most_rows)
+      : args(args),
+        sequences(args),
+        units(ceil_div(args.D, kLanes<T>)),
+        padded(units * kLanes<T>),
+        rows(tile_rows(args.B, args.H, most_rows)),
+        tiles(ceil_div(args.B, rows)),
+        stream(args.B * args.T * args.H * args.D * kGates * std::int64_t{sizeof(T)} >
+                   kStreamBytes &&
+               args.D % kLanes<T> == 0) {}
+
+  Tile tile(std::int64_t task) const {
+    const std::int64_t first = task % tiles * rows;
+    return {task / tiles, first, first + rows < args.B ? rows : args.B - first};
+  }
+  std::int64_t tasks() const { return tiles * args.H; }
+  // Calls f(task) for each task; on this thread alone where waking the others takes longer.
+  template <class F>
+  void run(std::int64_t count, const F& f) const {
+    if (args.B * args.T * args.H * args.D * args.D * kGates > kSerialProducts) {
+      parallel_for(count, f);
+    } else {
+      for (std::int64_t task = 0; task < count; ++task) f(task);
+    }
+  }
+  int lanes(std::int64_t unit) const {
+    const std::int64_t left = args.D - unit * kLanes<T>;
+    return static_cast<int>(left < kLanes<T> ? left : kLanes<T>);
+  }
+  // (S, B, H, D) and (N, S, H, D)
+  std::int64_t state_offset(int s, std::int64_t sequence, std::int64_t head) const {
+    return ((s * args.B + sequence) * args.H + head) * args.D;
+  }
+  std::int64_t checkpoint_offset(std::int64_t n, int states, int s, std::int64_t head) const {
+    return ((n * states + s) * args.H + head) * args.D;
+  }
+  // First gate of one token in (B, T, G, H, D); gates are H * D apart.
+  std::int64_t gates_offset(std::int64_t row, std::int64_t t, std::int64_t head) const {
+    const std::int64_t token = sequences.batch(row) * args.T + sequences.start(row) + t;
+    return (token * kGates * args.H + head) * args.D;
+  }
+  std::int64_t hidden_offset(std::int64_t row, std::int64_t t, std::int64_t head) const {
+    const std::int64_t token = sequences.batch(row) * args.T + sequences.start(row) + t;
+    return (token * args.H + head) * args.D;
+  }
+
+  const Recurrence& args;
+  Sequences sequences;
+  std::int64_t units, padded, rows, tiles;
+  bool stream;  // write gate-sized tensors past the caches
+};
+
+// One row of a state, (S, B, H, D) to or from padded scratch.
+template <class T>
+void load_padded(T* padded, const T* row, std::int64_t D, std::int64_t padded_size) {
+  for (std::int64_t d = 0; d < D; ++d) padded[d] = row ? row[d] : T{};
+  for (std::int64_t d = D; d < padded_size; ++d) padded[d] = T{};
+}
+
+}  // namespace xlstm::XLSTM_ISA
