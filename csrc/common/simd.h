@@ -159,8 +159,8 @@ alignas(64) constexpr float kOctave32[32] = {
 XLSTM_HD VecF exp2_by_table(VecF sum, VecF n, VecF r) {
   const VecF octave = (VecF)_mm512_permutex2var_ps(_mm512_load_ps(kOctave32), (__m512i)sum,
                                                    _mm512_load_ps(kOctave32 + 16));
-  const VecF p = ((r * 5.550411e-02f + 2.402265e-01f) * r + 6.931471806e-01f) * r + 1.0f;
-  return (VecF)_mm512_scalef_ps((__m512)(octave * p), (__m512)n);
+  const VecF p = ((r * 5.550411e-02f + 2.402265e-01f) * r + 6.931471806e-01f) * r;  // 2^r - 1
+  return (VecF)_mm512_scalef_ps((__m512)(octave * p + octave), (__m512)n);
 }
 #endif
 XLSTM_HD VecF exp_bounded(VecF x) {  // |x| <= 104

@@ -1,372 +1,261 @@
 // Softmax KL divergence of a student from a teacher, mixed with hard-label cross-entropy: the loss of
 // every row and its gradient by the student's logits, on CPU cores.
-//   u = (z - max z) log2(e) / T      e = 2^u      S = sum e      p = e_t / S_t      q = e_s / S_s
-//   forward  KL(p|q) = ln2 sum p (u_t - u_s) + ln(S_s / S_t)     dKL/dz_s = (q - p) / T
-//   reverse  KL(q|p) = ln2 sum q (u_s - u_t) + ln(S_t / S_s)     dKL/dz_s = q (gap - sum q gap) / T
+//   x = z - max z      e = 2^(x log2(e) / T)      S = sum e      p = e_t / S_t      q = e_s / S_s
+//   forward  KL(p|q) = sum p (x_t - x_s) / T + ln(S_s / S_t)     dKL/dz_s = (q - p) / T
+//   reverse  KL(q|p) = sum q gap + ln(S_t / S_s)                 dKL/dz_s = q (gap - sum q gap) / T
+//                      gap = (x_s - x_t) / T
 //   loss = kl_weight T^2 KL + ce_weight CE          CE = ln S - z_label at T = 1, dCE/dz_s = q - onehot
-// Source: Hinton et al., arXiv 1503.02531 (T^2). The usual Bregman form, sum p d + q - p, equals this
-//   one when the logarithms see the very sums that normalise p and q; here both are float64.
+// Source: Hinton et al., arXiv 1503.02531 (T^2). The Bregman form, sum p d + q - p, is exact to second
+//   order in the rounding of S_s and S_t; so is this one, which takes S_s - S_t from a sum of its own.
 // Tensors: launch.h. One task draws rows; a row is read once, in blocks of kBlock elements that stay
 //   in L1, each with a maximum of its own. Its e_s and e_t (reverse: gap) wait in L2 until the row's
-//   sums are known. Sums: compute type in a block, float64 across blocks. Masked logits (-inf) are
-//   floored at the most negative number: 2^u is 0 there, and a gap to one is finite but huge.
+//   sums are known. Sums: compute type in a lane of a block, float64 beyond. Masked logits (-inf) are
+//   floored at the most negative number: 2^u is 0 there, and 0 times a gap to one is 0.
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 
-#include "common/simd.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "cpu/kernels.h"
+#include "cpu/kl_div_block.h"
 
 namespace xlstm::XLSTM_ISA {
 namespace {
 
-constexpr int kBlock = 1024;
-constexpr double kLog2E = 1.4426950408889634;
-constexpr double kLn2 = 0.6931471805599453;
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-// Elements that one draw of rows covers, so that short rows do not contend for the counter.
-constexpr std::int64_t kDrawElements = 1 << 15;
+// Blocks are asked of memory this many elements early: two streams of one core at full bandwidth.
+constexpr int kAhead = 2048;
+// Rows of one draw: enough elements that short rows do not contend for the counter, and a run of rows
+// where there are plenty, since a row asks memory for the one after it.
+constexpr std::int64_t kDrawElements = 1 << 15, kDrawRows = 8, kDrawsPerThread = 8;
 
-// One unrolled step: this many elements are a block's granularity.
-template <class C>
-constexpr int kStep = 4 * kLanes<C>;
-// A gap above this touched a masked logit. A teacher mass below 1e-23 on it passes for zero.
-template <class C>
-constexpr double kMaskedGap = sizeof(C) == 4 ? 1e15 : 1e200;
-// Fused, z * scale - shift rounds once; otherwise z - max is taken first, which is exact nearby.
-#if defined(__FMA__) || defined(__aarch64__)
-constexpr bool kFused = true;
-#else
-constexpr bool kFused = false;
-#endif
-
-// What u subtracts: `max` is the largest logit, 0 where all are masked.
-template <class C>
-struct Shift {
-  C scale, max, shift;
-  Shift() = default;
-  Shift(C scale, C largest)
-      : scale(scale),
-        max(std::isinf(largest) && largest < 0 ? C(0) : largest),
-        shift(max * scale) {}
-  double value() const { return kFused ? shift : static_cast<double>(max) * scale; }
-  XLSTM_HD Vec<C> operator()(Vec<C> z) const {
-    const Vec<C> u = kFused ? z * scale - shift : (z - max) * scale;
-    return maximum(broadcast<Vec<C>>(std::numeric_limits<C>::lowest()), u);  // NaN stays
-  }
-};
-
-template <class C>
-struct Block {
-  Shift<C> student, teacher, hard;
-  bool student_masked, teacher_masked;
-  double sum_s, sum_t, gap, sum_hard;
-};
-
-template <class T, class C>
-C scalar(const T* p) {
-  return static_cast<C>(load(p, 1, T{})[0]);
-}
-
-// Elements [begin, begin + padded) of a row in the compute type, -inf beyond its end; the row itself
-// where it is that already.
-template <class T, class C>
-const C* stage(const T* row, std::int64_t V, std::int64_t begin, int padded, C* buffer) {
-  const std::int64_t left = V - begin;
-  const int count = left < 0 ? 0 : left < padded ? static_cast<int>(left) : padded;
-  int j = 0;
-  if constexpr (std::is_same_v<T, C>) {
-    if (count == padded) return row + begin;
-  }
-  if constexpr (std::is_same_v<compute_t<T>, C>) {
-    for (; j + kLanes<C> <= count; j += kLanes<C>) store(buffer + j, load(row + begin + j));
-  }
-  for (; j < count; ++j) buffer[j] = scalar<T, C>(row + begin + j);
-  for (; j < padded; ++j) buffer[j] = -std::numeric_limits<C>::infinity();
-  return buffer;
-}
-
-// NaN is passed over: it shows in the sums.
-template <class C>
-C largest(const C* z, int count) {
-  Vec<C> most[4];
-  for (int i = 0; i < 4; ++i) most[i] = broadcast<Vec<C>>(-std::numeric_limits<C>::infinity());
-  for (int j = 0; j < count; j += kStep<C>) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) most[i] = maximum(load(z + j + i * kLanes<C>), most[i]);
-  }
-  const Vec<C> all = maximum(maximum(most[0], most[1]), maximum(most[2], most[3]));
-  C result = all[0];
-  for (int lane = 1; lane < kLanes<C>; ++lane) result = all[lane] > result ? all[lane] : result;
-  return result;
-}
-
-// Adds the block's sums; keeps e_s and e_t, or e_s and u_s - u_t for the reverse divergence.
-template <class C, Divergence kDivergence, bool kKeep>
-void add_block(const C* s, const C* t, int count, Block<C>& block, C* keep_s, C* keep_t) {
-  const Shift<C> student = block.student, teacher = block.teacher;
-  constexpr int kUnroll = 2;
-  Vec<C> sum_s[kUnroll] = {}, sum_t[kUnroll] = {}, gap[kUnroll] = {};
-  for (int j = 0; j < count; j += kUnroll * kLanes<C>) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kUnroll; ++i) {
-      const int k = j + i * kLanes<C>;
-      const Vec<C> u_s = student(load(s + k)), u_t = teacher(load(t + k));
-      const Vec<C> e_s = exp2_nonpositive(u_s), e_t = exp2_nonpositive(u_t);
-      sum_s[i] += e_s;
-      sum_t[i] += e_t;
-      if constexpr (kDivergence == Divergence::kForward) {
-        gap[i] += e_t * (u_t - u_s);
-        if constexpr (kKeep) store(keep_t + k, e_t);
-      } else {
-        const Vec<C> difference = u_s - u_t;
-        gap[i] += e_s * difference;
-        if constexpr (kKeep) store(keep_t + k, difference);
-      }
-      if constexpr (kKeep) store(keep_s + k, e_s);
-    }
-  }
-  block.sum_s = horizontal_sum(sum_s[0] + sum_s[1]);
-  block.sum_t = horizontal_sum(sum_t[0] + sum_t[1]);
-  block.gap = horizontal_sum(gap[0] + gap[1]);
-}
-
-// The student's softmax at temperature 1, when the divergence has another one.
-template <class C, bool kKeep>
-void add_hard_block(const C* s, int count, Block<C>& block, C* keep) {
-  const Shift<C> hard = block.hard;
-  Vec<C> sum[4] = {};
-  for (int j = 0; j < count; j += kStep<C>) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const Vec<C> e = exp2_nonpositive(hard(load(s + j + i * kLanes<C>)));
-      sum[i] += e;
-      if constexpr (kKeep) store(keep + j + i * kLanes<C>, e);
-    }
-  }
-  block.sum_hard = horizontal_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
-}
-
-// Gradient of one block from what add_block kept.
-//   forward  g = (e_s - e_t) a + e_s b      reverse  g = e_s (gap a + b)
-template <class C, Divergence kDivergence>
-XLSTM_HD Vec<C> gradient(Vec<C> e_s, Vec<C> kept, C a, C b) {
-  if constexpr (kDivergence == Divergence::kForward) {
-    return (e_s - kept) * a + e_s * b;  // exactly 0 where student and teacher agree: then b is 0
-  } else {
-    return e_s * (kept * a + b);
-  }
-}
-
-template <class T, Divergence kDivergence, class C>
-void write_block(const C* keep_s, const C* keep_t, int count, C a, C b, T* g) {
-  for (int j = 0; j < count; j += kStep<C>) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const int k = j + i * kLanes<C>;
-      store(g + k, gradient<C, kDivergence>(load(keep_s + k), load(keep_t + k), a, b));
-    }
-  }
-}
-
-template <class T, class C>
-void fill(T* row, std::int64_t V, C value) {
-  std::int64_t j = 0;
-  const Vec<C> values = broadcast<Vec<C>>(value);
-  for (; j + kLanes<C> <= V; j += kLanes<C>) store(row + j, values);
-  store(row + j, values, static_cast<int>(V - j));
-}
-
-// The sums of a row over its blocks, each relative to the row's own largest logit.
+// The sums of a row over its blocks, relative to the row's own largest logit.
 struct RowSums {
   double shift_s = -kInfinity, shift_t = -kInfinity, shift_hard = -kInfinity;
-  double sum_s = 0, sum_t = 0, gap = 0, sum_hard = 0;
+  double sum_s = 0, sum_t = 0, excess = 0, gap = 0, sum_hard = 0, stray = -kInfinity;
 };
 
-double weight(double shift, double row_shift) { return std::exp2(shift - row_shift); }
-
-template <class C>
+template <class C, Divergence kDivergence>
 class Row {
  public:
-  Row(const KlDiv& args, bool hard, Scratch& scratch, std::int64_t blocks)
+  Row(const KlDiv& args, std::int64_t blocks)
       : args_(args),
-        hard_(hard),
+        hard_(second_softmax(args)),
         scale_(static_cast<C>(kLog2E / args.temperature)),
-        blocks_(scratch.take<Block<C>>(blocks)),
-        keep_s_(scratch.take<C>(blocks * kBlock)),
-        keep_t_(scratch.take<C>(blocks * kBlock)),
-        keep_hard_(hard ? scratch.take<C>(blocks * kBlock) : nullptr),
-        stage_s_(scratch.take<C>(kBlock)),
-        stage_t_(scratch.take<C>(kBlock)) {}
+        scratch_(blocks * (sizeof(Block<C>) + (hard_ ? 3 : 2) * kBlock * sizeof(C)) +
+                     2 * kBlock * sizeof(C),
+                 6),
+        blocks_(scratch_.take<Block<C>>(blocks)),
+        keep_s_(scratch_.take<C>(blocks * kBlock)),
+        keep_t_(scratch_.take<C>(blocks * kBlock)),
+        keep_hard_(hard_ ? scratch_.take<C>(blocks * kBlock) : nullptr),
+        stage_s_(scratch_.take<C>(kBlock)),
+        stage_t_(scratch_.take<C>(kBlock)) {}
 
-  static std::size_t scratch_bytes(bool hard, std::int64_t blocks) {
-    const std::size_t kept = (hard ? 3 : 2) * blocks * kBlock * sizeof(C);
-    return kept + blocks * sizeof(Block<C>) + 2 * kBlock * sizeof(C);
-  }
-
-  // The unweighted loss of row n; where args.grad is set, `scale` times its gradient.
-  template <class S, class T, Divergence kDivergence>
-  double run(const S* s, const T* t, S* g, std::int64_t label, double scale) {
-    const bool grad = g != nullptr;
-    if (grad) {
-      read<S, T, kDivergence, true>(s, t);
+  // The unweighted loss of a row; where g is given, `scale` times its gradient goes there.
+  double run(const Logits& s, const Logits& t, char* g, std::int64_t label, double scale,
+             const Logits& next_s, const Logits& next_t) {
+    if (g) {
+      read<true>(s, t, next_s, next_t);
     } else {
-      read<S, T, kDivergence, false>(s, t);
+      read<false>(s, t, next_s, next_t);
     }
-    const RowSums sums = total<kDivergence>();
-    if (std::isnan(sums.sum_s) || std::isnan(sums.sum_t)) {
-      if (grad) fill<S, C>(g, args_.V_student, std::numeric_limits<C>::quiet_NaN());
-      return std::numeric_limits<double>::quiet_NaN();
+    const RowSums sums = total();
+    constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+    if (std::isnan(sums.sum_s) || std::isnan(sums.sum_t) || std::isnan(scale)) {
+      if (g) fill(s, g, kNaN);
+      return kNaN;
     }
     if (!(sums.sum_s > 0 && sums.sum_t > 0)) {  // wholly masked
-      if (grad) fill<S, C>(g, args_.V_student, 0);
+      if (g) fill(s, g, 0.0);
       return 0;
     }
-    const double kl = divergence<kDivergence>(sums);
+    const double kl = divergence(sums);
     const double row_loss = loss(s, label, sums, kl);  // before g overwrites s
-    if (grad) {
-      if (kDivergence == Divergence::kReverse && std::isinf(kl) && args_.kl_weight != 0) {
-        fill<S, C>(g, args_.V_student, std::numeric_limits<C>::quiet_NaN());
-      } else {
-        write<S, kDivergence>(sums, g, label, scale);
-      }
+    if (g == nullptr) return row_loss;
+    if (!kForward && std::isinf(kl) && args_.kl_weight != 0) {
+      fill(s, g, kNaN);
+    } else {
+      write(sums, s, g, label, scale);
     }
     return row_loss;
   }
 
  private:
+  static constexpr bool kForward = kDivergence == Divergence::kForward;
+  // 2^kLeast is the smallest positive number: below it there is no mass.
+  static constexpr double kLeast = std::is_same_v<C, float> ? -150 : -1075;
+
+  static bool second_softmax(const KlDiv& args) {
+    return args.ce_weight != 0 && args.temperature != 1;
+  }
   std::int64_t width() const {
     return args_.V_student > args_.V_teacher ? args_.V_student : args_.V_teacher;
   }
 
-  template <class S, class T, Divergence kDivergence, bool kKeep>
-  void read(const S* s, const T* t) {
+  template <bool kKeep>
+  void read(const Logits& s, const Logits& t, const Logits& next_s, const Logits& next_t) {
     const std::int64_t V = width();
-    Block<C>* block = blocks_;
-    for (std::int64_t begin = 0; begin < V; begin += kBlock, ++block) {
-      const std::int64_t left = V - begin;
-      const int count =
-          left >= kBlock ? kBlock : static_cast<int>((left + kStep<C> - 1) / kStep<C>) * kStep<C>;
-      const C* z_s = stage<S, C>(s, args_.V_student, begin, count, stage_s_);
-      const C* z_t = stage<T, C>(t, args_.V_teacher, begin, count, stage_t_);
-      const C most_s = largest(z_s, count), most_t = largest(z_t, count);
-      block->student = Shift<C>(scale_, most_s);
-      block->teacher = Shift<C>(scale_, most_t);
-      block->student_masked = most_s == -std::numeric_limits<C>::infinity();
-      block->teacher_masked = most_t == -std::numeric_limits<C>::infinity();
-      add_block<C, kDivergence, kKeep>(z_s, z_t, count, *block, keep_s_ + begin, keep_t_ + begin);
-      if (hard_) {
-        block->hard = Shift<C>(static_cast<C>(kLog2E), most_s);
-        add_hard_block<C, kKeep>(z_s, count, *block, keep_hard_ + begin);
-      }
+    const int bytes_s = size_of(s.dtype), bytes_t = size_of(t.dtype);
+    count_ = (V + kBlock - 1) / kBlock;
+    for (std::int64_t i = 0; i < count_; ++i) {
+      const std::int64_t begin = i * kBlock, left = V - begin;
+      const int count = padded(left < kBlock ? static_cast<int>(left) : kBlock);
+      const Staged<C> z_s = stage(s, begin, count, stage_s_);
+      const Staged<C> z_t = stage(t, begin, count, stage_t_);
+      const std::int64_t ahead = begin + kAhead;
+      const Ahead next{ahead < V ? s.data + ahead * bytes_s : next_s.data + (ahead - V) * bytes_s,
+                       ahead < V ? t.data + ahead * bytes_t : next_t.data + (ahead - V) * bytes_t,
+                       bytes_s * kLanes<C>, bytes_t * kLanes<C>};
+      add<kKeep>(z_s, z_t, begin, count, next);
     }
-    count_ = block - blocks_;
   }
 
-  template <Divergence kDivergence>
+  template <bool kKeep>
+  void add(const Staged<C>& s, const Staged<C>& t, std::int64_t begin, int count, Ahead next) {
+    Block<C>& block = blocks_[begin / kBlock];
+    block.student = Shift<C>(scale_, s.most);
+    block.teacher = Shift<C>(scale_, t.most);
+    block.student_masked = s.most == -kInfinity;
+    block.teacher_masked = t.most == -kInfinity;
+    if (block.student.needs_floor(s.least) || block.teacher.needs_floor(t.least)) {
+      add_block<C, kDivergence, kKeep, true>(s.z, t.z, count, block, keep_s_ + begin,
+                                             keep_t_ + begin, next);
+    } else {
+      add_block<C, kDivergence, kKeep, false>(s.z, t.z, count, block, keep_s_ + begin,
+                                              keep_t_ + begin, next);
+    }
+    block.gap *= scale_;
+    block.stray = -kInfinity;
+    if (kForward && s.least == -kInfinity) block.stray = largest_stray(t, scale_, s, count);
+    if (!kForward && t.least == -kInfinity) block.stray = largest_stray(s, scale_, t, count);
+    if (hard_) {
+      block.hard = Shift<C>(static_cast<C>(kLog2E), s.most);
+      add_hard_block<C, kKeep>(s.z, count, block, keep_hard_ + begin);
+    }
+  }
+
   RowSums total() const {
     RowSums row;
     for (std::int64_t i = 0; i < count_; ++i) {
       const Block<C>& block = blocks_[i];
-      if (!block.student_masked) row.shift_s = std::fmax(row.shift_s, block.student.value());
-      if (!block.teacher_masked) row.shift_t = std::fmax(row.shift_t, block.teacher.value());
-      if (hard_ && !block.student_masked)
-        row.shift_hard = std::fmax(row.shift_hard, block.hard.value());
+      row.stray = std::fmax(row.stray, block.stray);
+      if (!block.teacher_masked) row.shift_t = std::fmax(row.shift_t, block.teacher.octaves);
+      if (block.student_masked) continue;
+      row.shift_s = std::fmax(row.shift_s, block.student.octaves);
+      if (hard_) row.shift_hard = std::fmax(row.shift_hard, block.hard.octaves);
     }
     for (std::int64_t i = 0; i < count_; ++i) {
       const Block<C>& block = blocks_[i];
-      const double drop_s = block.student.value() - row.shift_s;
-      const double drop_t = block.teacher.value() - row.shift_t;
-      // A masked block's sums are 0, or NaN when it holds one.
-      const double w_s = block.student_masked ? 1 : std::exp2(drop_s);
-      const double w_t = block.teacher_masked ? 1 : std::exp2(drop_t);
+      const double drop_s = drop(block.student, block.student_masked, row.shift_s);
+      const double drop_t = drop(block.teacher, block.teacher_masked, row.shift_t);
+      const double w_s = std::exp2(drop_s), w_t = std::exp2(drop_t);
       row.sum_s += w_s * block.sum_s;
       row.sum_t += w_t * block.sum_t;
-      if (hard_) row.sum_hard += weight(block.hard.value(), row.shift_hard) * block.sum_hard;
-      const double apart = block.student_masked || block.teacher_masked ? 0 : drop_t - drop_s;
-      if constexpr (kDivergence == Divergence::kForward) {
-        row.gap += w_t * (block.gap + apart * block.sum_t);
-      } else {
-        row.gap += w_s * (block.gap - apart * block.sum_s);
-      }
+      row.excess += w_s * block.excess + (w_s - w_t) * block.sum_t;
+      if (kForward && w_t > 0) row.gap += w_t * (block.gap + (drop_t - drop_s) * block.sum_t);
+      if (!kForward && w_s > 0) row.gap += w_s * (block.gap + (drop_s - drop_t) * block.sum_s);
+      if (hard_) row.sum_hard += block.sum_hard * hard_weight(block, row);
     }
     return row;
   }
 
-  template <Divergence kDivergence>
-  double divergence(const RowSums& sums) const {
-    constexpr bool kForward = kDivergence == Divergence::kForward;
-    const double mean_gap = sums.gap / (kForward ? sums.sum_t : sums.sum_s);
-    if (mean_gap > kMaskedGap<C>) return kInfinity;
-    const double ratio = kForward ? sums.sum_s / sums.sum_t : sums.sum_t / sums.sum_s;
-    return std::fmax(kLn2 * mean_gap + std::log(ratio), 0.0);
+  // How far, in octaves, a block's largest logit is below its row's. The sums of a masked block are
+  // 0, or NaN where it holds one, whatever the drop.
+  static double drop(const Shift<C>& block, bool masked, double row_shift) {
+    return masked ? 0 : block.octaves - row_shift;
+  }
+  static double hard_weight(const Block<C>& block, const RowSums& row) {
+    return std::exp2(drop(block.hard, block.student_masked, row.shift_hard));
   }
 
-  template <class S>
-  double loss(const S* s, std::int64_t label, const RowSums& sums, double kl) const {
+  double divergence(const RowSums& sums) const {
+    if (sums.stray - (kForward ? sums.shift_t : sums.shift_s) > kLeast) return kInfinity;
+    const double mean_gap = sums.gap / (kForward ? sums.sum_t : sums.sum_s);
+    const double more = kForward ? sums.excess / sums.sum_t : -sums.excess / sums.sum_s;
+    const double ratio = kForward ? sums.sum_s / sums.sum_t : sums.sum_t / sums.sum_s;
+    const double kl =
+        kLn2 * mean_gap + (std::fabs(more) < 0.5 ? std::log1p(more) : std::log(ratio));
+    return kl < 0 ? 0 : kl;
+  }
+
+  double loss(const Logits& s, std::int64_t label, const RowSums& sums, double kl) const {
     const double T = args_.temperature;
     double sum = args_.kl_weight == 0 ? 0 : args_.kl_weight * T * T * kl;
     if (args_.ce_weight != 0) {
       const C scale = hard_ ? static_cast<C>(kLog2E) : scale_;
-      const double u = static_cast<double>(scalar<S, C>(s + label)) * scale -
-                       (hard_ ? sums.shift_hard : sums.shift_s);
+      const double u = s.at<double>(label) * scale - (hard_ ? sums.shift_hard : sums.shift_s);
       sum += args_.ce_weight * (std::log(hard_ ? sums.sum_hard : sums.sum_s) - kLn2 * u);
     }
     return sum;
   }
 
-  template <class S, Divergence kDivergence>
-  void write(const RowSums& sums, S* g, std::int64_t label, double scale) {
-    const double kl = scale * args_.kl_weight * args_.temperature;
-    const double ce = scale * args_.ce_weight;
-    const double soft = hard_ ? 0 : ce;  // the same softmax serves the hard label
+  void write(const RowSums& sums, const Logits& s, char* g, std::int64_t label, double scale) {
     const double mean_gap = sums.gap / sums.sum_s;
-    for (std::int64_t i = 0; i < count_; ++i) {
+    const double kl = scale * args_.kl_weight * args_.temperature, ce = scale * args_.ce_weight;
+    const double soft = hard_ ? 0 : ce;  // at T = 1 the same softmax serves the hard label
+    for (std::int64_t i = 0; i * kBlock < s.V; ++i) {
       const Block<C>& block = blocks_[i];
-      const std::int64_t begin = i * kBlock;
-      const std::int64_t left = args_.V_student - begin;
-      if (left <= 0) break;
-      const double drop_s = block.student_masked ? 0 : block.student.value() - sums.shift_s;
-      const double drop_t = block.teacher_masked ? 0 : block.teacher.value() - sums.shift_t;
-      const double w_s = std::exp2(drop_s) / sums.sum_s, w_t = std::exp2(drop_t) / sums.sum_t;
-      C a, b;
-      if constexpr (kDivergence == Divergence::kForward) {
-        a = static_cast<C>(kl * w_t);
-        b = static_cast<C>((kl + soft) * w_s - kl * w_t);
+      const double drop_s = drop(block.student, block.student_masked, sums.shift_s);
+      const double drop_t = drop(block.teacher, block.teacher_masked, sums.shift_t);
+      const double f_s = std::exp2(drop_s), f_t = std::exp2(drop_t);
+      const double w_s = f_s / sums.sum_s, w_t = f_t / sums.sum_t;
+      double a, b;
+      if (kForward) {
+        // w_s - w_t, from what is exact where the two are nearly equal.
+        const double apart = (f_s - f_t - w_t * sums.excess) / sums.sum_s;
+        a = kl * w_t;
+        b = kl * apart + soft * w_s;
       } else {
-        a = static_cast<C>(kl * w_s * kLn2);
-        b = static_cast<C>(kl * w_s * kLn2 * (drop_s - drop_t - mean_gap) + soft * w_s);
+        a = kl * w_s * kLn2 * scale_;
+        b = kl * w_s * kLn2 * (drop_s - drop_t - mean_gap) + soft * w_s;
       }
-      const std::int64_t hit = args_.ce_weight != 0 ? label - begin : -1;
-      const bool labelled = hit >= 0 && hit < kBlock;
-      if (left >= kBlock && !hard_ && !labelled) {
-        write_block<S, kDivergence>(keep_s_ + begin, keep_t_ + begin, kBlock, a, b, g + begin);
-        continue;
-      }
-      const int count = left >= kBlock ? kBlock : static_cast<int>(left);
-      const int padded = (count + kStep<C> - 1) / kStep<C> * kStep<C>;
-      write_block<C, kDivergence>(keep_s_ + begin, keep_t_ + begin, padded, a, b, stage_s_);
-      if (hard_) {
-        const C c =
-            static_cast<C>(ce * weight(block.hard.value(), sums.shift_hard) / sums.sum_hard);
-        for (int j = 0; j < padded; ++j) stage_s_[j] += keep_hard_[begin + j] * c;
-      }
-      if (labelled) stage_s_[hit] -= static_cast<C>(ce);
-      for (int j = 0; j < count; j += kLanes<C>) {
-        store(g + begin + j, load(static_cast<const C*>(stage_s_ + j)),
-              count - j < kLanes<C> ? count - j : kLanes<C>);
-      }
+      const double c = hard_ ? ce * hard_weight(block, sums) / sums.sum_hard : 0;
+      write(i * kBlock, s, g, static_cast<C>(a), static_cast<C>(b), static_cast<C>(c),
+            args_.ce_weight != 0 ? label : -1, static_cast<C>(ce));
     }
   }
+
+  // One block of the gradient; `ce` comes off the label's element before rounding.
+  void write(std::int64_t begin, const Logits& s, char* g, C a, C b, C c, std::int64_t label,
+             C ce) {
+    const std::int64_t left = s.V - begin;
+    const int count = left < kBlock ? static_cast<int>(left) : kBlock;
+    const bool labelled = label >= begin && label < begin + count;
+    dispatch_dtype(s.dtype, [&](auto element) {
+      using T = decltype(element);
+      if constexpr (std::is_same_v<compute_t<T>, C>) {
+        T* out = reinterpret_cast<T*>(g) + begin;
+        const C *e_s = keep_s_ + begin, *e_t = keep_t_ + begin;
+        if (count == kBlock && !hard_ && !labelled) {
+          if (args_.grad != args_.student && reinterpret_cast<std::uintptr_t>(out) % 64 == 0) {
+            write_block<T, kDivergence, true>(e_s, e_t, kBlock, a, b, out);
+          } else {
+            write_block<T, kDivergence, false>(e_s, e_t, kBlock, a, b, out);
+          }
+          return;
+        }
+        write_block<C, kDivergence, false>(e_s, e_t, padded(count), a, b, stage_s_);
+        if (hard_) {
+          for (int j = 0; j < count; ++j) stage_s_[j] += keep_hard_[begin + j] * c;
+        }
+        if (labelled) stage_s_[label - begin] -= ce;
+        for (int j = 0; j < count; j += kLanes<C>) {
+          store(out + j, load(static_cast<const C*>(stage_s_ + j)),
+                count - j < kLanes<C> ? count - j : kLanes<C>);
+        }
+      }
+    });
+  }
+
+  static int padded(int count) { return (count + kStep<C> - 1) / kStep<C> * kStep<C>; }
 
   const KlDiv& args_;
   const bool hard_;
   const C scale_;
+  Scratch scratch_;
   Block<C>* blocks_;
   C *keep_s_, *keep_t_, *keep_hard_, *stage_s_, *stage_t_;
   std::int64_t count_ = 0;
@@ -395,70 +284,98 @@ double reduction_scale(const KlDiv& args) {
   return 1.0;
 }
 
-template <class S, class T, Divergence kDivergence>
-void run(const KlDiv& args) {
-  using C = compute_t<S>;
-  const std::int64_t widest = args.V_student > args.V_teacher ? args.V_student : args.V_teacher;
-  const std::int64_t blocks = (widest + kBlock - 1) / kBlock;
-  const std::int64_t N = args.rows[0] * args.rows[1];
-  const bool hard = args.ce_weight != 0 && args.temperature != 1;
-  const C* row_weight = static_cast<const C*>(args.row_weight);
-  const std::int64_t draw = kDrawElements / widest > 1 ? kDrawElements / widest : 1;
-  const std::int64_t draws = (N + draw - 1) / draw;
-  const double scale = reduction_scale(args);
-  std::int64_t next = 0;
-  const auto address = [&](const auto* base, const std::int64_t (&stride)[2], std::int64_t n) {
-    return base + (n / args.rows[1]) * stride[0] + (n % args.rows[1]) * stride[1];
-  };
-  const auto worker = [&](std::int64_t) {
-    Scratch scratch(Row<C>::scratch_bytes(hard, blocks), 6);
-    Row<C> row(args, hard, scratch, blocks);
+// Rows of one call. Workers draw them from one counter; nothing but row_loss and grad is shared.
+template <class C, Divergence kDivergence>
+class Rows {
+ public:
+  explicit Rows(const KlDiv& args)
+      : args_(args),
+        N_(args.rows[0] * args.rows[1]),
+        widest_(args.V_student > args.V_teacher ? args.V_student : args.V_teacher),
+        draw_(rows_per_draw()),
+        scale_(reduction_scale(args)) {}
+
+  void run() {
+    const std::int64_t draws = (N_ + draw_ - 1) / draw_, threads = num_threads();
+    parallel_for(threads < draws ? threads : draws, [this](std::int64_t) { work(); });
+    if (args_.loss == nullptr) return;
+    double sum = 0;  // in the order of rows, whatever the threads did
+    for (std::int64_t n = 0; n < N_; ++n) sum += static_cast<const C*>(args_.row_loss)[n];
+    *static_cast<C*>(args_.loss) = static_cast<C>(N_ > 0 ? sum * scale_ : 0.0);
+  }
+
+ private:
+  std::int64_t rows_per_draw() const {
+    const std::int64_t share = N_ / (kDrawsPerThread * num_threads());
+    const std::int64_t rows = share < kDrawRows ? share : kDrawRows;
+    const std::int64_t shortest = (kDrawElements + widest_ - 1) / widest_;
+    return rows > shortest ? rows : shortest;
+  }
+
+  void work() {
+    Row<C, kDivergence> row(args_, (widest_ + kBlock - 1) / kBlock);
     for (;;) {
-      const std::int64_t begin = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED) * draw;
-      if (begin >= N) return;
-      const std::int64_t end = begin + draw < N ? begin + draw : N;
+      const std::int64_t begin = __atomic_fetch_add(&next_, 1, __ATOMIC_RELAXED) * draw_;
+      if (begin >= N_) break;
+      const std::int64_t end = begin + draw_ < N_ ? begin + draw_ : N_;
       for (std::int64_t n = begin; n < end; ++n) {
-        const C weight = row_weight ? row_weight[n] : C(1);
-        const std::int64_t label = args.labels ? args.labels[n] : 0;
-        S* g = args.grad
-                   ? const_cast<S*>(address(static_cast<const S*>(args.grad), args.grad_stride, n))
-                   : nullptr;
-        double loss = 0;
-        if (weight == 0 || ignored(args, n)) {
-          if (g) std::memset(static_cast<void*>(g), 0, sizeof(S) * args.V_student);
-        } else {
-          loss = weight * row.template run<S, T, kDivergence>(
-                              address(static_cast<const S*>(args.student), args.student_stride, n),
-                              address(static_cast<const T*>(args.teacher), args.teacher_stride, n),
-                              g, label, weight * scale);
-        }
-        static_cast<C*>(args.row_loss)[n] = static_cast<C>(loss);
+        static_cast<C*>(args_.row_loss)[n] = static_cast<C>(loss(row, n));
       }
     }
-  };
-  const std::int64_t threads = num_threads();
-  parallel_for(threads < draws ? threads : draws, worker);
-  if (args.loss) {
-    double sum = 0;  // in the order of rows, whatever the threads did
-    for (std::int64_t n = 0; n < N; ++n) sum += static_cast<const C*>(args.row_loss)[n];
-    *static_cast<C*>(args.loss) = static_cast<C>(N > 0 ? sum * scale : 0.0);
+    stream_fence();
+  }
+
+  double loss(Row<C, kDivergence>& row, std::int64_t n) const {
+    const C weight = args_.row_weight ? static_cast<const C*>(args_.row_weight)[n] : C(1);
+    char* g = args_.grad ? static_cast<char*>(args_.grad) +
+                               offset(args_.grad_stride, args_.student_dtype, n)
+                         : nullptr;
+    if (weight == 0 || ignored(args_, n)) {
+      if (g) fill(student(n), g, 0.0);
+      return 0;
+    }
+    const std::int64_t after = n + 1 < N_ ? n + 1 : n;
+    return weight * row.run(student(n), teacher(n), g, args_.labels ? args_.labels[n] : 0,
+                            weight * scale_, student(after), teacher(after));
+  }
+
+  std::int64_t offset(const std::int64_t (&stride)[2], DType dtype, std::int64_t n) const {
+    return (n / args_.rows[1] * stride[0] + n % args_.rows[1] * stride[1]) * size_of(dtype);
+  }
+  Logits student(std::int64_t n) const {
+    return {args_.student_dtype, args_.V_student,
+            static_cast<const char*>(args_.student) +
+                offset(args_.student_stride, args_.student_dtype, n)};
+  }
+  Logits teacher(std::int64_t n) const {
+    return {args_.teacher_dtype, args_.V_teacher,
+            static_cast<const char*>(args_.teacher) +
+                offset(args_.teacher_stride, args_.teacher_dtype, n)};
+  }
+
+  const KlDiv& args_;
+  const std::int64_t N_, widest_, draw_;
+  const double scale_;
+  std::int64_t next_ = 0;
+};
+
+template <class C>
+void run(const KlDiv& args) {
+  if (args.divergence == Divergence::kForward) {
+    Rows<C, Divergence::kForward>(args).run();
+  } else {
+    Rows<C, Divergence::kReverse>(args).run();
   }
 }
 
 }  // namespace
 
 void kl_div(const KlDiv& args) {
-  dispatch_dtype(args.student_dtype, [&](auto student) {
-    dispatch_dtype(args.teacher_dtype, [&](auto teacher) {
-      using S = decltype(student);
-      using T = decltype(teacher);
-      if (args.divergence == Divergence::kForward) {
-        run<S, T, Divergence::kForward>(args);
-      } else {
-        run<S, T, Divergence::kReverse>(args);
-      }
-    });
-  });
+  if (args.student_dtype == DType::kFloat64) {
+    run<double>(args);
+  } else {
+    run<float>(args);
+  }
 }
 
 }  // namespace xlstm::XLSTM_ISA

@@ -163,32 +163,30 @@ class InplaceKlDiv(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         loss = op.overwrite(student, teacher, labels, row_weight, *options, backend)
-        # Whoever saved these logits for a backward of its own must not find a gradient there.
+        # Whoever saved these logits for a backward of its own must not find a gradient there; nor
+        # may they change from here to ours.
         torch.autograd.graph.increment_version(student)
-        ctx.grad, ctx.version, ctx.backend = [student.detach()], student._version, backend
+        ctx.save_for_backward(student)
+        ctx.done, ctx.backend = False, backend
         return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        dstudent = InplaceKlDivGrad.apply(dloss, ctx.grad, ctx.version, ctx.backend)
+        if ctx.done:
+            raise RuntimeError(
+                "kl_div: with inplace_grad=True backward runs once, as the logits it came from are"
+                " gone; use inplace_grad=False"
+            )
+        ctx.done = True
+        dstudent = InplaceKlDivGrad.apply(dloss, *ctx.saved_tensors, ctx.backend)
         return dstudent, None, None, None, None, None
 
 
 class InplaceKlDivGrad(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, dloss: Tensor, ready: list[Tensor], version: int, backend: str) -> Tensor:
+    def forward(ctx: Any, dloss: Tensor, student: Tensor, backend: str) -> Tensor:
         ctx.backend = backend
-        if not ready:
-            raise RuntimeError(
-                "kl_div: with inplace_grad=True backward runs once, as the logits it came from are"
-                " gone; use inplace_grad=False"
-            )
-        grad = ready.pop()
-        if grad._version != version:
-            raise RuntimeError(
-                "kl_div: with inplace_grad=True student_logits hold the gradient until backward,"
-                " but they were changed after the loss"
-            )
+        grad = student.detach()
         op.scale(grad, dloss, backend)
         return grad
 

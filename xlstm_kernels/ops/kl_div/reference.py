@@ -25,6 +25,17 @@ def forward(
     options: Options,
 ) -> Tensor:
     """The loss in the compute dtype: a scalar, or the leading shape for reduction "none"."""
+    with torch.autocast(student.device.type, enabled=False):
+        return _loss(student, teacher, labels, row_weight, options)
+
+
+def _loss(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    row_weight: Tensor | None,
+    options: Options,
+) -> Tensor:
     dtype = compute_dtype(student.dtype)
     student_V, teacher_V = _same_width(student.to(dtype), teacher.to(dtype))
     valid = _valid(labels, options.ignore_index, student)

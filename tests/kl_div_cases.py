@@ -1,0 +1,107 @@
+"""Inputs of kl_div's tests, and the judgement of one call."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+import xlstm_kernels as xk
+from xlstm_kernels.backends import UNAVAILABLE, load_cpu
+from xlstm_kernels.ops.kl_div.op import KL_DIV
+from xlstm_kernels.testing import check
+
+BACKENDS = [backend.value for backend in KL_DIV.table if UNAVAILABLE[backend] is None]
+EVERYWHERE = ["reference", *BACKENDS]
+DIVERGENCES = ("forward", "reverse")
+# Factors on the budget, with the reason.
+WIDENED = {
+    # Without fused multiply-add the exponent x log2(e) / T is rounded before it is split.
+    "baseline": 1.5,
+}
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def short(value: object) -> str:
+    return str(value).replace("torch.", "")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call; `str` names it and seeds its inputs. Logits are N(offset, spread)."""
+
+    backend: str = "cpu"
+    divergence: str = "forward"
+    V: int = 1000
+    N: int = 15
+    dtype: torch.dtype = torch.float32
+    teacher_dtype: torch.dtype | None = None
+    temperature: float = 1.0
+    ce_weight: float = 0.0
+    reduction: str = "none"
+    weighted: bool = False
+    offset: float = 5.0
+    spread: float = 3.0
+    apart: float = 1.0  # standard deviation of teacher - student
+
+    def __str__(self) -> str:
+        said = [self.backend, self.divergence, f"V{self.V}", short(self.dtype)]
+        for field in fields(self)[3:]:
+            value = getattr(self, field.name)
+            if value != field.default and field.name != "dtype":
+                said.append(f"{field.name}={short(value)}")
+        return "-".join(said)
+
+
+def inputs(case: Case) -> dict[str, Tensor]:
+    """student, teacher, dloss, and where the case has them labels and row_weight."""
+    g = torch.Generator().manual_seed(zlib.crc32(str(case).encode()))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    student = case.offset + case.spread * normal(case.N, case.V)
+    teacher = student + case.apart * normal(case.N, case.V)
+    found = {
+        "student": student.to(case.dtype),
+        "teacher": teacher.to(case.teacher_dtype or case.dtype),
+        "dloss": normal(case.N) if case.reduction == "none" else normal(1)[0],
+    }
+    if case.ce_weight:
+        found["labels"] = torch.randint(0, case.V, (case.N,), generator=g)
+        found["labels"][::4] = -100
+    if case.weighted:
+        found["row_weight"] = torch.rand(case.N, generator=g, dtype=torch.float64)
+    return found
+
+
+def call(case: Case, tensors: dict[str, Tensor], backend: str) -> tuple[Tensor, Tensor]:
+    """The loss and the student's gradient."""
+    student = tensors["student"].detach().requires_grad_()
+    loss = xk.kl_div(
+        student,
+        tensors["teacher"],
+        tensors.get("labels"),
+        divergence=case.divergence,
+        temperature=case.temperature,
+        ce_weight=case.ce_weight,
+        kl_weight=0.7,
+        row_weight=tensors.get("row_weight"),
+        reduction=case.reduction,
+        backend=backend,
+    )
+    (grad,) = torch.autograd.grad(loss, student, tensors["dloss"].to(loss.dtype))
+    return loss.detach(), grad
+
+
+def check_case(case: Case) -> None:
+    """The backend against the float64 reference, within what plain torch's error earns."""
+    tensors = inputs(case)
+    exactly = {k: v.double() if v.is_floating_point() else v for k, v in tensors.items()}
+    got = call(case, tensors, case.backend)
+    exact = call(case, exactly, "reference")
+    plain = call(case, tensors, "reference")
+    for name, *three in zip(("loss", "dstudent"), got, exact, plain, strict=True):
+        check(f"{case} {name}", *three, widened=WIDENED.get(load_cpu().current_isa(), 1.0))
