@@ -192,6 +192,42 @@ struct ForwardTask {
     }
   }
 
+  // One step of the tile's first `active` rows.
+  void step_all(const Tile& tile, const Row* rows, std::int64_t active, std::int64_t t, const T* h,
+                T* h_next, T* state) const {
+    const std::int64_t block = ceil_div(active, ceil_div(active, kStepRows));
+    for (std::int64_t unit = 0; unit < plan.units; ++unit) {
+      for (std::int64_t row = 0; row < active; row += block) {
+        const std::int64_t at = row * plan.padded;
+        Ahead ahead{rows + row + block, t * args.x_stride[1] + unit * kW};
+        if (row + block >= active) {
+          const bool last = unit + 1 == plan.units;
+          ahead = {rows, (last ? t + 1 : t) * args.x_stride[1] + (last ? 0 : unit + 1) * kW};
+        }
+        const int count = static_cast<int>(active - row < block ? active - row : block);
+        with_constant<kStepRows>(count, [&](auto n) {
+          if (plan.lanes(unit) == kW) {
+            step<n(), true>(rows + row, t, tile.head, unit, ahead, h + at, h_next + at, state + at);
+          } else {
+            step<n(), false>(rows + row, t, tile.head, unit, ahead, h + at, h_next + at,
+                             state + at);
+          }
+        });
+      }
+    }
+  }
+
+  // The last state of a row.
+  void save_last(const Tile& tile, std::int64_t row, const T* h, const T* state) const {
+    const std::int64_t sequence = plan.sequences.sequence(tile.first + row);
+    const std::int64_t plane = plan.rows * plan.padded;
+    for (int s = 0; s < kStates; ++s) {
+      const T* from = (s == 0 ? h : state + s * plane) + row * plan.padded;
+      T* to = static_cast<T*>(args.last) + plan.state_offset(s, sequence, tile.head);
+      for (std::int64_t d = 0; d < args.D; ++d) to[d] = from[d];
+    }
+  }
+
   void operator()(std::int64_t task) const {
     const TaskScope scope;
     const Tile tile = plan.tile(task);
@@ -200,10 +236,8 @@ struct ForwardTask {
     T* h = scratch.take<T>(plane);
     T* h_next = scratch.take<T>(plane);
     T* state = scratch.take<T>(kStates * plane);
-    Row rows[kForwardRows];
     const T* given = static_cast<const T*>(args.state);
     for (std::int64_t row = 0; row < tile.count; ++row) {
-      rows[row] = row_at(tile, row);
       const std::int64_t sequence = plan.sequences.sequence(tile.first + row);
       for (int s = 0; s < kStates; ++s) {
         T* to = (s == 0 ? h : state + s * plane) + row * plan.padded;
@@ -211,45 +245,21 @@ struct ForwardTask {
                     plan.padded);
       }
     }
+    // A block prefetches for as many rows as its own, and the next may have fewer: spare ones follow.
+    Row rows[kForwardRows + kStepRows];
+    for (std::int64_t row = 0; row < kForwardRows + kStepRows; ++row) {
+      rows[row] = row_at(tile, row < tile.count ? row : 0);
+    }
     std::int64_t active = tile.count;
     for (std::int64_t t = 0;; ++t) {
-      // Sequences that end here hand over their state.
       while (active > 0 && plan.sequences.length(tile.first + active - 1) == t) {
-        --active;
-        const std::int64_t sequence = plan.sequences.sequence(tile.first + active);
-        for (int s = 0; s < kStates; ++s) {
-          const T* from = (s == 0 ? h : state + s * plane) + active * plan.padded;
-          T* to = static_cast<T*>(args.last) + plan.state_offset(s, sequence, tile.head);
-          for (std::int64_t d = 0; d < args.D; ++d) to[d] = from[d];
-        }
+        save_last(tile, --active, h, state);
       }
       if (active == 0) return;
       if (args.checkpoints && t % kChunk == 0) {
         save_checkpoint(tile, active, t / kChunk, h, state);
       }
-      const std::int64_t block = ceil_div(active, ceil_div(active, kStepRows));
-      for (std::int64_t unit = 0; unit < plan.units; ++unit) {
-        for (std::int64_t row = 0; row < active; row += block) {
-          const int count = static_cast<int>(active - row < block ? active - row : block);
-          with_constant<kStepRows>(count, [&](auto n) {
-            const std::int64_t at = row * plan.padded;
-            const bool last_rows = row + block >= active;
-            const bool last = last_rows && unit + 1 == plan.units;
-            const Ahead ahead{last_rows ? rows : rows + row + block,
-                              (last ? t + 1 : t) * args.x_stride[1] + (last        ? 0
-                                                                       : last_rows ? unit + 1
-                                                                                   : unit) *
-                                                                          kW};
-            if (plan.lanes(unit) == kW) {
-              step<n(), true>(rows + row, t, tile.head, unit, ahead, h + at, h_next + at,
-                              state + at);
-            } else {
-              step<n(), false>(rows + row, t, tile.head, unit, ahead, h + at, h_next + at,
-                               state + at);
-            }
-          });
-        }
-      }
+      step_all(tile, rows, active, t, h, h_next, state);
       T* swap = h;
       h = h_next;
       h_next = swap;
