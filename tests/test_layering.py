@@ -56,7 +56,7 @@ LONG_FILES = {
     "csrc/cpu/kl_div.cpp": "two divergences, each with or without gradient, labels, temperature",
 }
 LONG_FUNCTIONS = {
-    "csrc/cpu/recurrence_backward.cpp:operator()": "a tile's buffers, chunks and states, in reverse",
+    "csrc/cpu/recurrence_backward.cpp:operator()": "a tile's buffers, chunks, states, in reverse",
     "distill/__main__.py:_add_demo": "one add_argument after the other",
 }
 
