@@ -163,30 +163,36 @@ class InplaceKlDiv(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         loss = op.overwrite(student, teacher, labels, row_weight, *options, backend)
-        # Whoever saved these logits for a backward of its own must not find a gradient there; nor
-        # may they change from here to ours.
+        # Whoever saved these logits for a backward of its own must not find a gradient there.
         torch.autograd.graph.increment_version(student)
-        ctx.save_for_backward(student)
-        ctx.done, ctx.backend = False, backend
+        ctx.grad, ctx.version, ctx.backend = [student.detach()], student._version, backend
         return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.done:
+        if not ctx.grad:
             raise RuntimeError(
                 "kl_div: with inplace_grad=True backward runs once, as the logits it came from are"
                 " gone; use inplace_grad=False"
             )
-        ctx.done = True
-        dstudent = InplaceKlDivGrad.apply(dloss, *ctx.saved_tensors, ctx.backend)
+        if ctx.grad[0]._version != ctx.version:
+            raise RuntimeError(
+                "kl_div: with inplace_grad=True student_logits hold the gradient until backward,"
+                " but they were modified by an inplace operation after the loss"
+            )
+        # What the second derivative would be by, were there one.
+        anchor = dloss.new_empty(0, requires_grad=torch.is_grad_enabled())
+        dstudent = InplaceKlDivGrad.apply(dloss, anchor, ctx.grad, ctx.backend)
         return dstudent, None, None, None, None, None
 
 
 class InplaceKlDivGrad(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, dloss: Tensor, student: Tensor, backend: str) -> Tensor:
+    def forward(
+        ctx: Any, dloss: Tensor, anchor: Tensor, ready: list[Tensor], backend: str
+    ) -> Tensor:
         ctx.backend = backend
-        grad = student.detach()
+        grad = ready.pop()
         op.scale(grad, dloss, backend)
         return grad
 
