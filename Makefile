@@ -15,7 +15,7 @@ PARALLEL = OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadgroup
 ISAS = $(shell $(PYTHON) -c "from xlstm_kernels.backends import load_cpu; print(*load_cpu().supported_isas())")
 SANITIZED = build/sanitized
 
-.PHONY: help install demo check test test-fast test-isas sanitize lint format bench clean
+.PHONY: help install demo ci check test test-fast test-isas sanitize lint format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -30,6 +30,8 @@ install: .venv/bin/python  ## torch and this package, editable, with everything 
 
 demo:  ## distil a language model on this machine, in a few minutes
 	$(PYTHON) -m distill demo
+
+ci: lint test-isas test-fast  ## what CI runs: everything but the slow tests and the sanitizers
 
 check: lint test sanitize  ## everything that must hold before a change goes in
 
