@@ -118,7 +118,8 @@ XLSTM_HD Power split_power(VecF x) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   // log2(e) in two parts: the first alone is off by 1.3e-8 of x, the same way in every step.
   constexpr float kLog2eRest = 1.92596299e-08f;
-  return {n, x * kLog2eRest + (x * kLog2e - n)};  // contracted to fused multiply-adds
+  const VecF first = multiply_add(x, broadcast<VecF>(kLog2e), -n);  // exact: fused
+  return {n, multiply_add(x, broadcast<VecF>(kLog2eRest), first)};
 #else
   return {n, ((x - n * 0.693359375f) - n * -2.12194440e-4f) * kLog2e};
 #endif
@@ -169,7 +170,8 @@ XLSTM_HD VecF exp_bounded(VecF x) {  // |x| <= 104
   constexpr float kLog2e = 1.44269502f, kLog2eRest = 1.92596299e-08f, kMagic = 393216.0f;
   const VecF sum = x * kLog2e + kMagic;
   const VecF n = sum - kMagic;
-  return exp2_by_table(sum, n, x * kLog2eRest + (x * kLog2e - n));
+  const VecF first = multiply_add(x, broadcast<VecF>(kLog2e), -n);  // exact: fused
+  return exp2_by_table(sum, n, multiply_add(x, broadcast<VecF>(kLog2eRest), first));
 #else
   const Power power = split_power(x);
   return scale_by_power_of_two(exp2m1(power.f) + 1.0f, power.n);
