@@ -59,15 +59,21 @@ def test_gradients_accumulate_over_two_losses(backend):
 
 
 @EVERY_BACKEND
-def test_float16_gradients_survive_a_loss_scale(backend):
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float16])
+def test_float16_gradients_survive_a_loss_scale(backend, weight_dtype, compiled):
     """Unscaled they are below float16's least number."""
+    torch.compiler.reset()
     student, teacher = pair(64, 5000, dtype=torch.float16)
-    scale = 2.0**16
-    loss = xk.kl_div(student, teacher, row_weight=torch.full((64,), 1e-4), backend=backend)
-    (grad,) = torch.autograd.grad(loss * scale, student)
+    scale, weight = 2.0**16, torch.full((64,), 1e-4, dtype=weight_dtype)
+
+    def loss(student, teacher, weight):
+        return xk.kl_div(student, teacher, row_weight=weight, backend=backend)
+
+    run = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss
+    (grad,) = torch.autograd.grad(run(student, teacher, weight) * scale, student)
     exact = student.detach().double().requires_grad_()
-    loss = xk.kl_div(exact, teacher.double(), row_weight=torch.full((64,), 1e-4))
-    (want,) = torch.autograd.grad(loss * scale, exact)
+    (want,) = torch.autograd.grad(loss(exact, teacher.double(), weight.double()) * scale, exact)
     assert (grad.double() - want).norm() < 2e-3 * want.norm()
 
 

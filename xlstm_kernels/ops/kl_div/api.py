@@ -94,8 +94,7 @@ def kl_div(
 
 class KlDiv(torch.autograd.Function):
     """The first backward hands over the gradient that forward computed; a later one computes it
-    again from the logits. float16 always computes it in backward, with the incoming gradient folded
-    in before rounding: a loss scale exists to lift these numbers into float16's range."""
+    again from the logits."""
 
     @staticmethod
     def forward(
@@ -108,8 +107,7 @@ class KlDiv(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         tensors = student, teacher, labels, row_weight
-        at_once = student.dtype != torch.float16
-        loss, *grad = op.forward(*tensors, *options, at_once, backend)
+        loss, *grad = op.forward(*tensors, *options, _at_once(student), backend)
         ctx.save_for_backward(*tensors)
         ctx.grad, ctx.options, ctx.backend = grad, options, backend
         return loss
@@ -140,9 +138,7 @@ class KlDivGrad(torch.autograd.Function):
             grad = ready.pop()
             op.scale(grad, dloss, backend)
             return grad
-        weight = dloss if row_weight is None else dloss * row_weight
-        weight = weight.expand(student.shape[:-1])
-        return op.forward(student, teacher, labels, weight, *options, True, backend)[1]
+        return _scaled_gradient(dloss, student, teacher, labels, row_weight, options, backend)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -214,14 +210,46 @@ class TracedKlDiv(torch.autograd.Function):
         options: Options,
         backend: str,
     ) -> Tensor:
-        loss, grad = op.forward(student, teacher, labels, row_weight, *options, True, backend)
-        ctx.save_for_backward(grad)
+        tensors = student, teacher, labels, row_weight
+        at_once = _at_once(student)
+        loss, *grad = op.forward(*tensors, *options, at_once, backend)
+        ctx.save_for_backward(*(grad if at_once else tensors))
+        ctx.at_once, ctx.options, ctx.backend = at_once, options, backend
         return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = ctx.saved_tensors
-        return (grad * dloss.unsqueeze(-1)).to(grad.dtype), None, None, None, None, None
+        if ctx.at_once:
+            (grad,) = ctx.saved_tensors
+            dstudent = (grad * dloss.unsqueeze(-1)).to(grad.dtype)
+        else:
+            student, teacher, labels, row_weight = ctx.saved_tensors
+            dstudent = _scaled_gradient(
+                dloss, student, teacher, labels, row_weight, ctx.options, ctx.backend
+            )
+        return dstudent, None, None, None, None, None
+
+
+def _at_once(student: Tensor) -> bool:
+    """Whether forward computes the gradient. float16 waits for backward, which folds the incoming
+    gradient in before rounding: a loss scale exists to lift these numbers into float16's range."""
+    return student.dtype != torch.float16
+
+
+def _scaled_gradient(
+    dloss: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    row_weight: Tensor | None,
+    options: Options,
+    backend: str,
+) -> Tensor:
+    """The gradient from the logits, with `dloss` folded into the rows' weights in its own dtype:
+    a loss scale is out of float16's range."""
+    weight = dloss if row_weight is None else dloss * row_weight.to(dloss.dtype)
+    weight = weight.expand(student.shape[:-1])
+    return op.forward(student, teacher, labels, weight, *options, True, backend)[1]
 
 
 _NO_SECOND_DERIVATIVE = "kl_div: backend {!r} has no second derivative; use backend='reference'"
