@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_is_tensor
 from ..cells import GATES, LSTMState
 from ..ops.recurrence.api import lstm
 from .recurrent import Recurrent, SequenceLayer
@@ -144,12 +145,13 @@ class LSTMCell(Recurrent):
         self, x: Tensor, state: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """One step; see the class for shapes."""
+        check_is_tensor("LSTMCell", "x", x)
         if x.dim() not in (1, 2):
             raise ValueError(
                 f"LSTMCell: x must be (B, input_size) or (input_size,), got {tuple(x.shape)}"
             )
         if x.dim() == 1:
-            lifted = None if state is None else (state[0].unsqueeze(0), state[1].unsqueeze(0))
+            lifted = None if state is None else [part.unsqueeze(0) for part in _pair(state)]
             h_BE, c_BE = self(x.unsqueeze(0), lifted)
             return h_BE.squeeze(0), c_BE.squeeze(0)
         h_BTE, (_, c_BE) = self.unroll(x.unsqueeze(1), state)
@@ -164,11 +166,13 @@ class LSTMCell(Recurrent):
             h (B, T, hidden_size) in x's dtype, and the last (h, c), each (B, hidden_size), float32
             (float64 for float64 x).
         """
+        check_is_tensor("LSTMCell.unroll", "x", x)
         if x.dim() != 3:
             raise ValueError(f"LSTMCell.unroll: x must be (B, T, input_size), got {tuple(x.shape)}")
         x_BTGHD = self.gates(x)
         if state is not None:
-            state = (self._heads(state[0]), self._heads(state[1]))
+            h_BE, c_BE = _pair(state)
+            state = self._heads(h_BE), self._heads(c_BE)
         h_BTHD, (h_BHD, c_BHD) = lstm(
             x_BTGHD, self.weight_hh, self.bias, state, backend=self.backend
         )
@@ -222,6 +226,17 @@ class LSTMCell(Recurrent):
         )
         _copy_weights(cell, input_linear.weight, hidden_linear.weight, biases, gate_order)
         return cell
+
+
+def _pair(state: Sequence[Tensor]) -> Sequence[Tensor]:
+    """LSTMCell's (h, c), checked to be two tensors."""
+    if not isinstance(state, (tuple, list)):
+        raise TypeError(f"LSTMCell: state must be (h, c), got {type(state).__name__}")
+    if len(state) != 2:
+        raise ValueError(f"LSTMCell: state must be (h, c), got {len(state)} tensors")
+    for field, part in zip(LSTMState._fields, state, strict=True):
+        check_is_tensor("LSTMCell", f"state.{field}", part)
+    return state
 
 
 def _uniform_like_torch(layer: Recurrent) -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..arguments import check_is_integer, check_is_tensor
 from ..cells import GATES
 
 
@@ -31,6 +32,7 @@ class Recurrent(nn.Module):
         name = type(self).__name__
         sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_heads": num_heads}
         for argument, size in sizes.items():
+            check_is_integer(name, argument, size)
             if size < 1:
                 raise ValueError(f"{name}: {argument} must be at least 1, got {size}")
         if hidden_size % num_heads:
@@ -98,6 +100,7 @@ class SequenceLayer(Recurrent):
         self, x: Tensor, state: Any = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Any]:
         """Runs the layer over sequences; see the class for shapes."""
+        check_is_tensor(type(self).__name__, "x", x)
         unbatched = x.dim() == 2
         if x.dim() not in (2, 3):
             raise ValueError(
@@ -111,8 +114,8 @@ class SequenceLayer(Recurrent):
             gates = gates.unsqueeze(0)
         elif not self.batch_first:
             gates = gates.transpose(0, 1)
-        if lift_state and state is not None:
-            state = tuple(part.unsqueeze(0) for part in state)
+        if lift_state and isinstance(state, (tuple, list)):
+            state = tuple(part.unsqueeze(0) if isinstance(part, Tensor) else part for part in state)
         h_BTHD, last = self.recurrence(gates, state, cu_seqlens)
         h = h_BTHD.flatten(2)
         if lift_state:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..arguments import check_is_number
 from ..cells import GATES, SLSTMState
 from ..ops.recurrence.api import check_slstm_options, slstm
 from .recurrent import SequenceLayer
@@ -69,6 +70,7 @@ class SLSTM(SequenceLayer):
         dtype: torch.dtype | None = None,
     ):
         check_slstm_options("SLSTM", forget_gate, n_floor, clip_grad)
+        check_is_number("SLSTM", "block_ratio", block_ratio)
         if not 0.0 <= block_ratio <= 1.0:
             raise ValueError(f"SLSTM: block_ratio must be within 0 and 1, got {block_ratio}")
         self.forget_gate, self.n_floor, self.clip_grad = forget_gate, n_floor, clip_grad

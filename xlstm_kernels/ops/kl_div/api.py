@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...arguments import check_is_integer, check_is_number, check_is_tensor
 from . import op, reference
 from .options import DIVERGENCES, PLANNED_DIVERGENCES, REDUCTIONS, Options
 
@@ -256,6 +257,15 @@ _NO_SECOND_DERIVATIVE = "kl_div: backend {!r} has no second derivative; use back
 
 
 def _check_options(options: Options, beta: float) -> None:
+    numbers = {
+        "temperature": options.temperature,
+        "ce_weight": options.ce_weight,
+        "kl_weight": options.kl_weight,
+        "beta": beta,
+    }
+    for argument, number in numbers.items():
+        check_is_number("kl_div", argument, number)
+    check_is_integer("kl_div", "ignore_index", options.ignore_index)
     if options.divergence not in DIVERGENCES:
         here = " and ".join(repr(name) for name in DIVERGENCES)
         if options.divergence in PLANNED_DIVERGENCES:
@@ -280,18 +290,23 @@ def _check_tensors(
     ce_weight: float,
 ) -> None:
     """Shapes, dtypes and devices; nothing here reads a tensor's values."""
-    leading = student.shape[:-1]
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
+        check_is_tensor("kl_div", name, logits)
         if not logits.is_floating_point():
             raise TypeError(f"kl_div: {name} must be floating point, got {logits.dtype}")
         if logits.dim() < 1 or logits.shape[-1] < 1:
             raise ValueError(f"kl_div: {name} must be (..., V), V >= 1, got {tuple(logits.shape)}")
     if ce_weight != 0 and labels is None:
         raise ValueError(f"kl_div: labels are needed for ce_weight = {ce_weight}, got None")
-    if labels is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
-        raise TypeError(f"kl_div: labels must be integers, got {labels.dtype}")
-    if row_weight is not None and not row_weight.is_floating_point():
-        raise TypeError(f"kl_div: row_weight must be floating point, got {row_weight.dtype}")
+    if labels is not None:
+        check_is_tensor("kl_div", "labels", labels)
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise TypeError(f"kl_div: labels must be integers, got {labels.dtype}")
+    if row_weight is not None:
+        check_is_tensor("kl_div", "row_weight", row_weight)
+        if not row_weight.is_floating_point():
+            raise TypeError(f"kl_div: row_weight must be floating point, got {row_weight.dtype}")
+    leading = student.shape[:-1]
     rows = (("labels", labels), ("row_weight", row_weight))
     for name, tensor in (("teacher_logits", teacher), *rows):
         if tensor is None:

@@ -38,6 +38,7 @@ def _loss(
 ) -> Tensor:
     dtype = compute_dtype(student.dtype)
     student_V, teacher_V = _same_width(student.to(dtype), teacher.to(dtype))
+    labels = None if labels is None else labels.to(torch.int64)
     valid = _valid(labels, options.ignore_index, student)
     weight = None if row_weight is None else row_weight.to(dtype)
     # Rows that contribute nothing become rows of zeros: finite whatever stood there.
@@ -102,7 +103,7 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def _cross_entropy(student_V: Tensor, labels: Tensor, skip: Tensor) -> Tensor:
-    index = labels.to(torch.int64).masked_fill(skip, 0).unsqueeze(-1)
+    index = labels.masked_fill(skip, 0).unsqueeze(-1)
     return -F.log_softmax(student_V, dim=-1).gather(-1, index).squeeze(-1)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...arguments import check_is_number, check_is_tensor
 from ...backends import Backend
 from ...cells import CELLS, GATES, LSTMState, SLSTMState, compute_dtype
 from . import op, reference
@@ -68,13 +69,17 @@ def slstm(
 def check_slstm_options(
     name: str, forget_gate: str, n_floor: float, clip_grad: float | None
 ) -> None:
-    """Raises ValueError, in the name of the function or layer `name`, for an option that is off."""
+    """Raises ValueError or TypeError, in the name of the function or layer `name`, for an option
+    that is off."""
     if forget_gate not in ("sigmoid", "exp"):
         raise ValueError(f"{name}: forget_gate must be 'sigmoid' or 'exp', got {forget_gate!r}")
+    check_is_number(name, "n_floor", n_floor)
     if not 0 <= n_floor < math.inf:
         raise ValueError(f"{name}: n_floor must be a finite number >= 0, got {n_floor}")
-    if clip_grad is not None and not clip_grad > 0:
-        raise ValueError(f"{name}: clip_grad must be a number > 0, got {clip_grad}")
+    if clip_grad is not None:
+        check_is_number(name, "clip_grad", clip_grad)
+        if not clip_grad > 0:
+            raise ValueError(f"{name}: clip_grad must be a number > 0, got {clip_grad}")
 
 
 def lstm(
@@ -242,6 +247,7 @@ def _check(
 ) -> None:
     """Shapes, dtypes and devices; nothing here reads a tensor's values."""
     G = len(GATES)
+    check_is_tensor(name, "x", x)
     if x.dim() != 5 or x.shape[2] != G:
         raise ValueError(f"{name}: x must be (B, T, 4, H, D), got {tuple(x.shape)}")
     B, _, _, H, D = x.shape
@@ -256,6 +262,8 @@ def _check(
     if state is None:
         return
     fields = CELLS[cell].State._fields
+    if not isinstance(state, (tuple, list, Tensor)):
+        raise TypeError(f"{name}: state must be ({', '.join(fields)}), got {type(state).__name__}")
     if len(state) != len(fields):
         raise ValueError(f"{name}: state must be ({', '.join(fields)}), got {len(state)} tensors")
     for field, part in zip(fields, state, strict=True):
@@ -270,6 +278,7 @@ def _check_tensor(
     shape: tuple[int, ...],
     device: torch.device,
 ) -> None:
+    check_is_tensor(name, argument, tensor)
     if tensor.shape != shape:
         raise ValueError(
             f"{name}: {argument} must be {letters} = {shape}, got {tuple(tensor.shape)}"
@@ -281,6 +290,7 @@ def _check_tensor(
 
 
 def _count_sequences(name: str, x: Tensor, cu_seqlens: Tensor) -> int:
+    check_is_tensor(name, "cu_seqlens", cu_seqlens)
     if x.shape[0] != 1:
         raise ValueError(f"{name}: x must have B = 1 with cu_seqlens, got B = {x.shape[0]}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype != torch.int32:
