@@ -218,8 +218,10 @@ def test_no_row_left_is_zero(backend, reduction):
     assert loss == 0 and (grad == 0).all()
     loss, grad = gradient(normal(0, 9), normal(0, 9), **how)
     assert loss == 0 and grad.shape == (0, 9)
-    loss, grad = gradient(normal(2, 0, 9), normal(2, 0, 9), reduction="none", backend=backend)
-    assert loss.shape == (2, 0) and grad.shape == (2, 0, 9)
+    for shape in ((2, 0), (2, 0, 2, 0)):
+        logits = normal(*shape, 9)
+        loss, grad = gradient(logits, logits, reduction="none", backend=backend)
+        assert loss.shape == shape and grad.shape == (*shape, 9)
 
 
 @EVERYWHERE_TOO

@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 FORCED_CPU_ISA = os.environ.get("XLSTM_CPU_ISA") or None
 
@@ -78,7 +79,10 @@ class Op:
         torch.compile folds it."""
         if backend == "reference":
             return Backend.REFERENCE
+        transformed = _transformed()
         if backend == "auto":
+            if transformed:
+                return Backend.REFERENCE
             for candidate, module in self.table.items():
                 if UNAVAILABLE[candidate] is None and module.supports(*call) is None:
                     return candidate
@@ -86,6 +90,8 @@ class Op:
         function = function or self.name
         named = Backend.parse(function, backend)
         why = self.why_not(named)
+        if why is None and transformed:
+            why = "torch.func and forward-mode derivatives need backend='reference'"
         if why is None:
             why = self.table[named].supports(*call)
         if why is not None:
@@ -101,6 +107,14 @@ class Op:
         if backend not in self.table:
             return f"it has no {backend.value} backend"
         return UNAVAILABLE[backend]
+
+
+def _transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation looks into the call. A compiled backend
+    has no rules for them, and without one a tangent counts as zero."""
+    return not torch.compiler.is_compiling() and (
+        forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    )
 
 
 # Every operation by name, in the order of definition. Importing xlstm_kernels defines them all.

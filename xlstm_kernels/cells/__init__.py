@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -44,3 +45,10 @@ GATES = ("i", "f", "z", "o")
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Gates, states and accumulators: float32, except for float64 tensors."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Autocast switched off, on devices that have one; the meta device has none."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

@@ -76,6 +76,8 @@ def row_strides(*tensors: Tensor) -> tuple[Rows, list[Rows]] | None:
     as ``logits[:, :-1]`` needs no copy; None where two strides are not enough or V is strided."""
     if any(tensor.stride(-1) != 1 and tensor.shape[-1] > 1 for tensor in tensors):
         return None
+    if tensors[0].numel() == 0:
+        return (0, 0), [(0, 0)] * len(tensors)
     axes: list[tuple[int, list[int]]] = []  # outer to inner: size, stride in each tensor
     for axis, size in enumerate(tensors[0].shape[:-1]):
         strides = [tensor.stride(axis) for tensor in tensors]

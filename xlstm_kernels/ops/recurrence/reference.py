@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...cells import CELLS, compute_dtype
+from ...cells import CELLS, compute_dtype, no_autocast
 from .shapes import last_shape, token_starts
 
 
@@ -40,7 +40,7 @@ def forward(
     clip_grad: float | None,
 ) -> tuple[Tensor, Tensor]:
     """h (B, T, H, D) in x's dtype and the last state (S, B, H, D) in the compute dtype."""
-    with torch.autocast(x_BTGHD.device.type, enabled=False):
+    with no_autocast(x_BTGHD.device):
         if cu_seqlens is None:
             return _scan(x_BTGHD, r_GHDE, b_GHD, state_SBHD, cell, n_floor, clip_grad)
         return _scan_packed(
