@@ -22,7 +22,10 @@ CEILINGS = {"memory": "copy", "compute": "sgemm"}
 
 
 def write(results: Path, readme: Path) -> list[Path]:
-    """Returns the files written. A README without the markers is an error, and stays as it is."""
+    """Returns the files written. Without results, or without the markers in the README, nothing is
+    written: ValueError."""
+    if not any(results.glob("*/*.csv")):
+        raise ValueError(f"--results: {results} holds no measurement; `run` makes one")
     text = readme.read_text()
     for marker in GROUPS:
         fill(text, marker, "")  # all markers are there, before anything is written

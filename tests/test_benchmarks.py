@@ -291,6 +291,14 @@ class TestReport:
         assert readme.read_text() == "# No markers\n"
         assert not list(tmp_path.rglob("*.svg"))
 
+    def test_no_results_are_an_error_and_the_readme_stays(self, tmp_path, capsys):
+        readme = tmp_path / "README.md"
+        readme.write_text(BLOCKS)
+        arguments = ["--readme", str(readme), "--results", str(tmp_path / "nowhere")]
+        assert main(["report", *arguments]) == 1
+        assert "nowhere holds no measurement" in capsys.readouterr().err
+        assert readme.read_text() == BLOCKS
+
 
 class TestCommandLine:
     @pytest.mark.parametrize("op", OPS)
