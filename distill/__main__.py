@@ -4,6 +4,7 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,16 +27,19 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def positive_int(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
+def whole_number(least: int, most: int) -> Callable[[str], int]:
+    """The type of a flag whose value lies within two bounds."""
 
+    def parse(text: str) -> int:
+        # Longer numbers than a bound are out of it, and int() refuses very long ones.
+        fits = text.isdecimal() and len(text) <= len(str(most))
+        if not fits or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number of at least {least} and at most {most}, got {text!r}"
+            )
+        return int(text)
 
-def non_negative_int(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
-    return int(text)
+    return parse
 
 
 def scale(text: str) -> float:
@@ -117,13 +121,16 @@ def _add_demo(commands) -> None:
     )
     run.add_argument(
         "--seed",
-        type=non_negative_int,
+        type=whole_number(0, 2**32 - 1),
         default=1,
         metavar="N",
         help="decides weights, batches and samples (default: %(default)s)",
     )
     run.add_argument(
-        "--threads", type=positive_int, metavar="N", help="CPU threads (default: torch's choice)"
+        "--threads",
+        type=whole_number(1, 4096),
+        metavar="N",
+        help="CPU threads (default: torch's choice)",
     )
     run.add_argument(
         "--backend",

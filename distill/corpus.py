@@ -55,8 +55,12 @@ def read_documents(root: Path, pattern: str = "*.py") -> list[Document]:
         raise DistillError(f"corpus: {root} does not exist")
     if not root.is_dir():
         raise DistillError(f"corpus: {root} is not a directory")
+    try:
+        paths = sorted(root.rglob(pattern))
+    except (ValueError, NotImplementedError) as error:
+        raise DistillError(f"corpus: cannot match the pattern {pattern!r}: {error}") from error
     documents = []
-    for path in sorted(root.rglob(pattern)):
+    for path in paths:
         relative = path.relative_to(root)
         if SKIPPED_DIRS.intersection(relative.parts[:-1]) or not path.is_file():
             continue

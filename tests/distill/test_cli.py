@@ -41,12 +41,14 @@ def assert_one_line(err: str, *parts: str) -> None:
         (["demo", "--steps-scale", "0"], ["--steps-scale", "above 0", "'0'"]),
         (["demo", "--steps-scale", "nan"], ["--steps-scale", "'nan'"]),
         (["demo", "--threads", "none"], ["--threads", "at least 1", "'none'"]),
+        (["demo", "--threads", "9" * 5000], ["--threads", "at most 4096"]),
         (["demo", "--seed", "-1"], ["--seed"]),
+        (["demo", "--seed", str(2**32)], ["--seed", "at most 4294967295"]),
         (["demo", "--backend", "tpu"], ["--backend", "'tpu'"]),
         (["demolish"], ["'demolish'", "demo"]),
         ([], ["COMMAND"]),
     ],
-    ids=lambda value: "_".join(value) if isinstance(value, list) else None,
+    ids=lambda value: "_".join(value)[:40] if isinstance(value, list) else None,
 )
 def test_bad_flags_are_one_line(capsys, argv, parts):
     status, out, err = run_main(capsys, *argv)

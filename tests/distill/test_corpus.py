@@ -1,6 +1,7 @@
 """Files in, tokens and batches out: nothing lost, nothing seen twice, nothing left to chance."""
 
 import random
+import re
 
 import pytest
 import torch
@@ -126,6 +127,12 @@ def test_unusable_corpora_are_named(tmp_path, prepare, message):
         load_corpus(root)
     assert message in str(error.value)
     assert str(root) in str(error.value)
+
+
+@pytest.mark.parametrize("pattern", ["/*.py", "**.py***", ""])
+def test_a_pattern_that_cannot_match_is_named(corpus_dir, pattern):
+    with pytest.raises(DistillError, match=re.escape(repr(pattern))):
+        read_documents(corpus_dir, pattern)
 
 
 def test_unreadable_file_is_named(corpus_dir, monkeypatch):
