@@ -4,11 +4,23 @@ import hypothesis
 import pytest
 import torch
 
+from xlstm_kernels.backends import UNAVAILABLE
+
 # The same examples in every run.
 hypothesis.settings.register_profile(
     "fixed", derandomize=True, deadline=None, max_examples=25, database=None
 )
 hypothesis.settings.load_profile("fixed")
+
+
+def pytest_collection_modifyitems(items):
+    """A test of a backend that this install lacks is skipped with the reason, not left out."""
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        backend = params.get("backend") or getattr(params.get("case"), "backend", None)
+        why = UNAVAILABLE.get(backend)
+        if why is not None:
+            item.add_marker(pytest.mark.skip(reason=f"backend {backend!r}: {why}"))
 
 
 @pytest.fixture(autouse=True)
