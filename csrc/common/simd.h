@@ -346,23 +346,6 @@ XLSTM_HD void store(f16* p, VecF v) {
   std::memcpy(p, &bits, sizeof bits);
 }
 
-// Past the caches where p is aligned for it; otherwise a plain store.
-template <class T>
-XLSTM_HD void store_streaming(T* p, Vec<compute_t<T>> v) {
-#if defined(__AVX512F__)
-  if (sizeof(T) == sizeof(float) && reinterpret_cast<std::uintptr_t>(p) % kVectorBytes == 0) {
-    _mm512_stream_ps(reinterpret_cast<float*>(p), (__m512)v);
-    return;
-  }
-#elif defined(__AVX2__)
-  if (sizeof(T) == sizeof(float) && reinterpret_cast<std::uintptr_t>(p) % kVectorBytes == 0) {
-    _mm256_stream_ps(reinterpret_cast<float*>(p), (__m256)v);
-    return;
-  }
-#endif
-  store(p, v);
-}
-
 // The first `count` lanes only; lanes beyond are `fill` on load and untouched in memory on store.
 template <class T>
 XLSTM_HD Vec<compute_t<T>> load(const T* p, int count, T fill = T{}) {

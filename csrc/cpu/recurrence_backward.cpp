@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "common/simd.h"
+#include "common/stream.h"
 // The vector overloads of simd.h come before the templates that call them.
 #include "cells/cells.h"
 #include "cpu/gemm_tile.h"

@@ -6,6 +6,7 @@
 //   kCheckpointInterval-th step.
 #include "common/pack.h"
 #include "common/simd.h"
+#include "common/stream.h"
 // The vector overloads of simd.h and pack.h come before the templates that call them.
 #include "cells/cells.h"
 #include "cpu/gemm_tile.h"
