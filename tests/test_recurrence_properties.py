@@ -308,5 +308,8 @@ def test_gates_are_accurate_and_unbiased(function, low, high, backend):
         errors.append((got - exact) / size * 2**24)
     error = torch.cat(errors)
     assert error.abs().max() <= 5.0
+    # A tanh at 1.0 to 1.2 put d_h0 through 33 steps of LSTM over its budget in 12 % of 60
+    # seeds, with the gates' functions in float64 in none.
+    assert error.square().mean().sqrt() <= 0.98
     # A range of x meets a few of exp's 32 table entries; their own roundings do not average out.
     assert abs(error.mean()) <= 0.3

@@ -203,9 +203,26 @@ XLSTM_HD VecF exp2_nonpositive(VecF x) {
 XLSTM_HD VecF reciprocal(VecF x) {
 #if defined(__AVX512F__)
   const VecF y = (VecF)_mm512_rcp14_ps((__m512)x);
-  return y * (2.0f - x * y);
+  const VecF off = multiply_add(-x, y, broadcast<VecF>(1.0f));
+  return multiply_add(off, y, y);  // y (2 - x y) would round twice
 #else
   return 1.0f / x;
+#endif
+}
+// a / (b + rest), where rest is what b lost when it was rounded and b is as in reciprocal(). Division by
+// b alone would pass its rounding on.
+XLSTM_HD VecF divide(VecF a, VecF b, VecF rest) {
+#if defined(__AVX512F__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#if defined(__AVX512F__)
+  const VecF y = (VecF)_mm512_rcp14_ps((__m512)b);
+#else
+  const VecF y = 1.0f / b;
+#endif
+  const VecF q = a * y;
+  return multiply_add(multiply_add(-rest, q, multiply_add(-b, q, a)), y, q);
+#else
+  const VecF q = a / b;
+  return q - rest * q / b;
 #endif
 }
 
@@ -216,18 +233,25 @@ XLSTM_HD VecF sigmoid_inverse(VecF x) {
 XLSTM_HD VecF sigmoid(VecF x) { return reciprocal(sigmoid_inverse(x)); }
 
 // tanh(x) = e / (e + 2), e = expm1(2x): no cancellation near 0, and +-1 to the last bit beyond 9.02.
-XLSTM_HD VecF tanh_expm1(VecF x) {
+// Its roundings count: 1 - tanh(x)^2 magnifies them, once in every step of a gradient.
+struct TanhParts {
+  VecF e, sum, rest;  // e + 2 = sum + rest
+};
+XLSTM_HD TanhParts tanh_parts(VecF x) {
   x = clamp_min(clamp_max(x, 9.02f), -9.02f);
-  return expm1_bounded(x + x);
+  const VecF e = expm1_bounded(x + x), sum = e + 2.0f;
+  return {e, sum, (2.0f - sum) + e};
 }
 XLSTM_HD VecF tanh(VecF x) {
-  const VecF e = tanh_expm1(x);
-  return e * reciprocal(e + 2.0f);
+  const TanhParts parts = tanh_parts(x);
+  return divide(parts.e, parts.sum, parts.rest);
 }
-// One reciprocal for both.
+// One division for both.
 XLSTM_HD VecF sigmoid_times_tanh(VecF a, VecF b) {
-  const VecF e = tanh_expm1(b);
-  return e * reciprocal((e + 2.0f) * sigmoid_inverse(a));
+  const TanhParts parts = tanh_parts(b);
+  const VecF inverse = sigmoid_inverse(a), product = parts.sum * inverse;
+  const VecF rest = multiply_add(parts.sum, inverse, -product);
+  return divide(parts.e, product, multiply_add(parts.rest, inverse, rest));
 }
 
 // y in [0, 1]
