@@ -58,6 +58,39 @@ def test_widening_has_a_limit():
         check("x", off, EXACT, PLAIN)
 
 
+def test_units_in_another_order_give_the_same_numbers():
+    case = RecurrenceCase("slstm", "cpu", dtype=torch.float64, layout="expanded")
+    inputs = testing.recurrence_inputs(case)
+    order = torch.randperm(case.D, generator=torch.Generator().manual_seed(0))
+    got = testing._run_reordered(case, inputs, order, None)
+    for name, want in testing.run_recurrence(case, inputs, "reference").items():
+        assert not torch.equal(got[name], want), name
+        assert relative_error(got[name], want) < 1e-12, name
+
+
+def test_a_lucky_run_of_plain_torch_does_not_fail_a_result(monkeypatch):
+    """Plain torch that happens to be exact earns nothing; other orders of its sums do."""
+    honest, plain_runs = testing.run_recurrence, []
+
+    def lucky(case, inputs, backend, *rest):
+        results = honest(case, inputs, backend, *rest)
+        if case.backend == backend:  # the result under test: off by more than four roundings
+            results["h"] = results["h"] * (1 + 6e-7)
+        elif case.dtype == torch.float32:
+            plain_runs.append(results)
+            if len(plain_runs) == 1:
+                exact = {name: t.double() for name, t in inputs.items()}
+                wide = honest(case, exact, backend, *rest)
+                results = {name: wide[name].to(t.dtype) for name, t in results.items()}
+            else:
+                results["h"] = results["h"] * (1 + 3e-7)
+        return results
+
+    monkeypatch.setattr(testing, "run_recurrence", lucky)
+    check_recurrence(RecurrenceCase("lstm", "cpu", T=5))
+    assert len(plain_runs) == testing.PLAIN_RUNS
+
+
 def test_a_case_is_told_apart_by_its_name():
     case = RecurrenceCase("lstm", "cpu")
     other = RecurrenceCase("lstm", "cpu", gates=50.0)

@@ -11,8 +11,9 @@ NaN fails. The largest single error is bounded too, so that one bad tile of a la
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -47,16 +48,12 @@ WORST_ELEMENT_FACTOR = 4.0
 # gradient through a closed gate may be 1e-26 where 1e-44 is exact.
 SMALLEST = 1e-16
 
-# Factors on the budget of cases whose plain error says too little, with the reason.
-WIDENED: Mapping[str, float] = {
-    # exp(f) is above 1 for f > 0, so gradients are sums of products that grow with T, and a few of
-    # them are most of the norm: plain torch's error is one draw from a wide distribution.
-    "slstm_exp": 2.0,
-    # n = 0 with c != 0 makes f' = exp(lf - i) large. Over 30 seeds kernel and plain torch err alike
-    # (d_r: median 4.9e-7 and 4.4e-7, worst 8.9e-6 and 8.3e-6), so one draw of plain torch's is not
-    # enough.
-    "empty": 2.0,
-}
+# Where gradients grow, plain torch's error depends on the order of its sums: one run is one draw
+# from a wide distribution. A result that misses the budget of the first run is held to the root
+# mean square of this many, each with its units in another order. Of 60 seeds of sLSTM with n = 0,
+# c != 0, plain torch in another order misses the budget of its own first run in 10 % (exponential
+# forget gate: 20 %), the kernel in 3 % (5 %); the kernel misses that of all five in 1.7 % (1.7 %).
+PLAIN_RUNS = 5
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
@@ -76,11 +73,12 @@ def _relative(got: Tensor, exact: Tensor, size_of: Any) -> float:
 
 def budget(plain: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
     """Largest relative error allowed for a result of `dtype`, given plain torch's result."""
-    return _allowed(relative_error(plain, exact), dtype)
+    return _allowed([relative_error(plain, exact)], dtype)
 
 
-def _allowed(plain_error: float, dtype: torch.dtype) -> float:
+def _allowed(plain_errors: Sequence[float], dtype: torch.dtype) -> float:
     plain_factor, rounding_steps = BUDGETS[dtype]
+    plain_error = math.sqrt(sum(e * e for e in plain_errors) / len(plain_errors))
     return plain_factor * plain_error + rounding_steps * torch.finfo(dtype).eps
 
 
@@ -91,16 +89,31 @@ def check(name: str, got: Tensor, exact: Tensor, plain: Tensor, widened: float =
         got: the result under test.
         exact: the float64 reference's result on the same inputs.
         plain: the reference's result in the dtype of `got`'s inputs, which earns the budget.
-        widened: factor on the budget; from WIDENED, where the reason stands.
+        widened: factor on the budget; its reason belongs beside the caller's table.
     """
+    _check_kind(name, got, exact, plain)
+    missed = _missed(name, got, exact, [plain], widened)
+    assert not missed, missed
+
+
+def _check_kind(name: str, got: Tensor, exact: Tensor, plain: Tensor) -> None:
     assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(exact.shape)}"
     assert got.dtype == plain.dtype, f"{name}: dtype {got.dtype}, not {plain.dtype}"
+
+
+def _missed(
+    name: str, got: Tensor, exact: Tensor, plains: Sequence[Tensor], widened: float = 1.0
+) -> str:
+    """What is wrong with `got`, or "", by the budget that all of `plains` earn together."""
     for measure, error_of, factor in (
         ("relative error", relative_error, widened),
         ("worst element's error", worst_element_error, widened * WORST_ELEMENT_FACTOR),
     ):
-        error, allowed = error_of(got, exact), factor * _allowed(error_of(plain, exact), got.dtype)
-        assert error <= allowed, f"{name}: {measure} {error:.2e}, budget {allowed:.2e}"
+        error = error_of(got, exact)
+        allowed = factor * _allowed([error_of(plain, exact) for plain in plains], got.dtype)
+        if not error <= allowed:
+            return f"{name}: {measure} {error:.2e}, budget {allowed:.2e}"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -273,8 +286,32 @@ def check_recurrence(case: RecurrenceCase, through: Collection[str] | None = Non
         "reference",
         through,
     )
-    plain = run_recurrence(case, inputs, "reference", through)
+    plains = [run_recurrence(case, inputs, "reference", through)]
     got = run_recurrence(case, inputs, case.backend, through)
-    widened = max(WIDENED.get(reason, 1.0) for reason in (case.cell, case.state))
     for name in exact:
-        check(name, got[name], exact[name], plain[name], widened)
+        _check_kind(name, got[name], exact[name], plains[0][name])
+        missed = _missed(name, got[name], exact[name], [plain[name] for plain in plains])
+        if missed and len(plains) == 1:
+            draw = torch.Generator().manual_seed(case.seed)
+            orders = [torch.randperm(case.D, generator=draw) for _ in range(PLAIN_RUNS - 1)]
+            plains += [_run_reordered(case, inputs, order, through) for order in orders]
+            missed = _missed(name, got[name], exact[name], [plain[name] for plain in plains])
+        assert not missed, missed
+
+
+def _run_reordered(
+    case: RecurrenceCase,
+    inputs: Mapping[str, Tensor],
+    order: Tensor,
+    through: Collection[str] | None,
+) -> dict[str, Tensor]:
+    """Plain torch's results with the units of each head in another order, brought back: the same
+    numbers, summed in another order."""
+
+    def reorder(name: str, t: Tensor, order: Tensor) -> Tensor:
+        t = t[..., order]
+        return t[..., order, :] if name in ("r", "d_r") else t
+
+    inputs = {name: reorder(name, t, order) for name, t in inputs.items()}
+    results = run_recurrence(case, inputs, "reference", through)
+    return {name: reorder(name, t, order.argsort()) for name, t in results.items()}
