@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from . import kl_div, recurrence
+from . import kl_div, mlstm, recurrence
 from .problem import FORWARD, FORWARD_BACKWARD, Case
 
-OPS = ("slstm", "lstm", "kl_div")
+OPS = ("mlstm", "slstm", "lstm", "kl_div")
 
+# (B, T, H, K, V)
+MEMORIES = ((1, 1024, 4, 128, 256), (1, 8192, 4, 128, 256))
 # (B, T, H, D)
 SEQUENCES = ((8, 512, 4, 64), (16, 256, 8, 64), (32, 128, 4, 256))
 LAYERS = ((8, 512, 1, 256),)
@@ -17,6 +19,7 @@ STEPS = ((4, 64), (4, 128))
 # (N, V)
 LOGITS = ((1024, 32000), (512, 128256))
 
+QUICK_MEMORIES = ((2, 40, 2, 16, 24),)
 QUICK_SEQUENCES = ((2, 8, 2, 16),)
 QUICK_LAYERS = ((2, 8, 1, 16),)
 QUICK_STEPS = ((2, 16),)
@@ -28,6 +31,9 @@ def cases(quick: bool = False) -> list[Case]:
     sequences = QUICK_SEQUENCES if quick else SEQUENCES
     layers = QUICK_LAYERS if quick else LAYERS
     found: list[Case] = []
+    for memory in QUICK_MEMORIES if quick else MEMORIES:
+        for dtype in (torch.float32, torch.bfloat16):
+            found += [mlstm.sequence(memory, dtype, d) for d in (FORWARD, FORWARD_BACKWARD)]
     for op in ("slstm", "lstm"):
         for shape in sequences:
             found += [recurrence.sequence(op, shape, d) for d in (FORWARD, FORWARD_BACKWARD)]

@@ -12,8 +12,13 @@ from .rows import Row, newest_complete, read
 from .table import duration, ratio
 
 # Marker in the README: the operations of its table.
-GROUPS = {"speed-recurrence": ("slstm", "lstm"), "speed-kl_div": ("kl_div",)}
+GROUPS = {
+    "speed-mlstm": ("mlstm",),
+    "speed-recurrence": ("slstm", "lstm"),
+    "speed-kl_div": ("kl_div",),
+}
 TITLES = {
+    "speed-mlstm": "mLSTM",
     "speed-recurrence": "Recurrent cells",
     "speed-kl_div": "KL divergence with its gradient, temperature 2",
 }

@@ -77,6 +77,63 @@ void recurrence_backward(int cell, int dtype, std::array<std::int64_t, 4> sizes,
   xlstm::recurrence_backward_cpu(args);
 }
 
+// Addresses come as lists in the order of the fields they fill.
+using MLSTMStrides = std::array<std::array<std::int64_t, 3>, 5>;
+
+void fill(xlstm::MLSTM& args, std::array<int, 3> kinds, std::array<std::int64_t, 6> sizes,
+          std::array<double, 2> factors, Address starts, std::array<Address, 5> inputs,
+          const MLSTMStrides& strides, std::array<Address, 5> saved) {
+  args.dtype = static_cast<DType>(kinds[0]);
+  args.input_gate = static_cast<xlstm::InputGate>(kinds[1]);
+  args.normalizer = static_cast<xlstm::Normalizer>(kinds[2]);
+  args.B = sizes[0], args.T = sizes[1], args.H = sizes[2], args.K = sizes[3], args.V = sizes[4];
+  args.chunk = sizes[5];
+  args.scale = factors[0], args.eps = factors[1];
+  args.starts = pointer<const std::int32_t>(starts);
+  args.q = pointer(inputs[0]), args.k = pointer(inputs[1]), args.v = pointer(inputs[2]);
+  args.i = pointer(inputs[3]), args.f = pointer(inputs[4]);
+  for (int axis = 0; axis < 3; ++axis) {
+    args.q_stride[axis] = strides[0][axis], args.k_stride[axis] = strides[1][axis];
+    args.v_stride[axis] = strides[2][axis], args.i_stride[axis] = strides[3][axis];
+    args.f_stride[axis] = strides[4][axis];
+  }
+  args.row_m = pointer(saved[0]), args.row_den = pointer(saved[1]);
+  args.c_saved = pointer(saved[2]), args.n_saved = pointer(saved[3]);
+  args.m_saved = pointer(saved[4]);
+}
+
+void mlstm_forward(std::array<int, 3> kinds, std::array<std::int64_t, 6> sizes,
+                   std::array<double, 2> factors, Address starts, std::array<Address, 5> inputs,
+                   const MLSTMStrides& strides, std::array<Address, 5> saved,
+                   std::array<Address, 3> state, std::array<Address, 4> outputs) {
+  xlstm::MLSTMForward args;
+  fill(args, kinds, sizes, factors, starts, inputs, strides, saved);
+  args.c = pointer(state[0]), args.n = pointer(state[1]), args.m = pointer(state[2]);
+  args.h = pointer(outputs[0]);
+  args.c_last = pointer(outputs[1]), args.n_last = pointer(outputs[2]);
+  args.m_last = pointer(outputs[3]);
+  py::gil_scoped_release unlocked;
+  xlstm::mlstm_forward_cpu(args);
+}
+
+void mlstm_backward(std::array<int, 3> kinds, std::array<std::int64_t, 6> sizes,
+                    std::array<double, 2> factors, Address starts, std::array<Address, 5> inputs,
+                    const MLSTMStrides& strides, std::array<Address, 5> saved, Address dh,
+                    std::array<std::int64_t, 3> dh_stride, std::array<Address, 3> dlast,
+                    std::array<Address, 5> dinputs, std::array<Address, 3> dstate) {
+  xlstm::MLSTMBackward args;
+  fill(args, kinds, sizes, factors, starts, inputs, strides, saved);
+  args.dh = pointer(dh);
+  for (int axis = 0; axis < 3; ++axis) args.dh_stride[axis] = dh_stride[axis];
+  args.dc_last = pointer(dlast[0]), args.dn_last = pointer(dlast[1]);
+  args.dm_last = pointer(dlast[2]);
+  args.dq = pointer(dinputs[0]), args.dk = pointer(dinputs[1]), args.dv = pointer(dinputs[2]);
+  args.di = pointer(dinputs[3]), args.df = pointer(dinputs[4]);
+  args.dc = pointer(dstate[0]), args.dn = pointer(dstate[1]), args.dm = pointer(dstate[2]);
+  py::gil_scoped_release unlocked;
+  xlstm::mlstm_backward_cpu(args);
+}
+
 using Strides = std::array<std::int64_t, 2>;
 
 void kl_div(int divergence, int reduction, std::array<int, 2> dtypes, Strides rows,
@@ -179,8 +236,11 @@ PYBIND11_MODULE(XLSTM_MODULE, m) {
   m.def("cells", &cells);
   m.def("recurrence_forward", &recurrence_forward);
   m.def("recurrence_backward", &recurrence_backward);
+  m.def("mlstm_forward", &mlstm_forward);
+  m.def("mlstm_backward", &mlstm_backward);
   m.def("kl_div", &kl_div);
   m.attr("checkpoint_interval") = xlstm::kCheckpointInterval;
+  m.attr("state_interval") = xlstm::kStateInterval;
 #endif
 #ifdef XLSTM_BUILD_CUDA
   m.def("archs", &xlstm::cuda_archs, "Compute capabilities inside; the last one as PTX too");

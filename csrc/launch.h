@@ -51,6 +51,45 @@ struct RecurrenceBackward : Recurrence {
   void* dstate;               // (S, B, H, D) compute, contiguous, or null when not wanted
 };
 
+// Steps between two saved states of the mLSTM; the backward recomputes the states in between.
+constexpr int kStateInterval = 512;
+
+enum class InputGate : int { kExp = 0, kSigmoid = 1 };
+// h = sums / (max(|den|, exp(-m)) + eps), sums / (den + eps), sums * exp(m)
+enum class Normalizer : int { kMax = 0, kPlain = 1, kNone = 2 };
+
+// Matrix memory with scalar gates per head. State of a sequence and head: c (K, V), n (K), m.
+struct MLSTM {
+  DType dtype;  // of q, k, v, h and their gradients; gates and states are compute
+  InputGate input_gate;
+  Normalizer normalizer;
+  std::int64_t B, T, H, K, V;  // B counts sequences; T is the time axis of q
+  const std::int32_t* starts;  // (B + 1) offsets of packed sequences; null: row b is sequence b
+  const void *q, *k;           // (B, T, H, K); K contiguous
+  const void* v;               // (B, T, H, V); V contiguous
+  const void *i, *f;           // (B, T, H) pre-activations
+  // B, T, H
+  std::int64_t q_stride[3], k_stride[3], v_stride[3], i_stride[3], f_stride[3];
+  double scale, eps;   // of q; of the normaliser
+  std::int64_t chunk;  // tokens of a chunk, at most
+  void* row_m;         // (B, T, H), contiguous: m and the signed normaliser of each token
+  void* row_den;
+  void *c_saved, *n_saved, *m_saved;  // (N, H, ...): states before every kStateInterval-th step
+};
+
+struct MLSTMForward : MLSTM {
+  const void *c, *n, *m;               // (B, H, ...) contiguous, or null for zeros
+  void *h, *c_last, *n_last, *m_last;  // h (B, T, H, V) contiguous
+};
+
+struct MLSTMBackward : MLSTM {
+  const void* dh;             // (B, T, H, V) by dh_stride, V contiguous; null for zeros
+  std::int64_t dh_stride[3];  // B, T, H
+  const void *dc_last, *dn_last, *dm_last;  // contiguous, or null for zeros
+  void *dq, *dk, *dv, *di, *df;             // contiguous; di and df compute
+  void *dc, *dn, *dm;                       // of the initial state, or null when not wanted
+};
+
 enum class Divergence : int { kForward = 0, kReverse = 1 };
 // Mean is over the rows whose label is not ignored, all rows without labels; batch mean over all rows.
 enum class Reduction : int { kNone = 0, kSum = 1, kMean = 2, kBatchMean = 3 };
@@ -88,6 +127,8 @@ struct ScaleRows {
 
 void recurrence_forward_cpu(const RecurrenceForward& args);
 void recurrence_backward_cpu(const RecurrenceBackward& args);
+void mlstm_forward_cpu(const MLSTMForward& args);
+void mlstm_backward_cpu(const MLSTMBackward& args);
 // Throws std::invalid_argument for a label out of range.
 void kl_div_cpu(const KlDiv& args);
 void scale_rows_cpu(const ScaleRows& args);

@@ -146,7 +146,7 @@ class TestCases:
     def test_directions_share_inputs(self):
         fwd, both = cases(quick=True)[:2]
         assert fwd.direction != both.direction
-        assert torch.equal(fwd.prepare()["x"], both.prepare()["x"])
+        assert torch.equal(fwd.prepare()["q"], both.prepare()["q"])
 
     def test_overwritten_inputs_are_put_back(self):
         case = quick_case("kl_div")
@@ -276,7 +276,7 @@ class TestReport:
         assert report.write(results, readme) == written
         assert (readme.read_text(), written[0].read_bytes()) == first
         text = first[0]
-        assert "stale" not in text and text.count("kept") == 2
+        assert "stale" not in text and text.count("kept") == len(report.GROUPS)
         assert "(results/some-cpu/speed-recurrence.svg)" in text
         assert "| **1 ms** | 12 ms (12x) | 900 us (0.90x) |  | 70 % sgemm |" in text
         assert "Not timed: slstm-fwd-B1-f32 torch.compile: no compiler" in text
@@ -287,7 +287,7 @@ class TestReport:
         readme.write_text("# No markers\n")
         arguments = ["--readme", str(readme), "--results", str(self.results(tmp_path))]
         assert main(["report", *arguments]) == 1
-        assert "<!-- BEGIN GENERATED: speed-recurrence -->" in capsys.readouterr().err
+        assert "<!-- BEGIN GENERATED: speed-mlstm -->" in capsys.readouterr().err
         assert readme.read_text() == "# No markers\n"
         assert not list(tmp_path.rglob("*.svg"))
 
@@ -318,7 +318,7 @@ class TestCommandLine:
     def test_unknown_op_names_the_known_ones(self, capsys):
         assert main(["run", "--op", "gru"]) == 2
         assert capsys.readouterr().err == (
-            "benchmarks: unknown --op 'gru'; known: slstm, lstm, kl_div\n"
+            "benchmarks: unknown --op 'gru'; known: mlstm, slstm, lstm, kl_div\n"
         )
 
     def test_no_such_case(self, capsys):

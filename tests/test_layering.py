@@ -31,10 +31,10 @@ MAY_IMPORT = {
     r"compat(\.\w+)?": r"compat\.\w+|nn|cells|ops\.\w+\.api",
     r"ops": r"ops\.\w+",
     r"ops\.(?P<op>\w+)": r"{op}\.api",
-    r"ops\.(?P<op>\w+)\.api": r"{op}\.(?!cpu$|cuda$|triton$)\w+|backends|cells|arguments",
+    r"ops\.(?P<op>\w+)\.api": r"{op}\.(?!cpu$|cuda$|triton$)\w+|backends|cells(\.\w+)?|arguments",
     r"ops\.(?P<op>\w+)\.op": rf"{{op}}\.(cpu|cuda|triton)|{HELPERS}|backends|library|cells",
-    r"ops\.(?P<op>\w+)\.(cpu|cuda|triton)": rf"{HELPERS}|backends|memory|cells",
-    r"ops\.(?P<op>\w+)\.\w+": rf"{HELPERS}|cells",
+    r"ops\.(?P<op>\w+)\.(cpu|cuda|triton)": rf"{HELPERS}|backends|memory|arguments|cells(\.\w+)?",
+    r"ops\.(?P<op>\w+)\.\w+": rf"{HELPERS}|cells(\.\w+)?|arguments",
 }
 # What the programs around the package see of it.
 PUBLIC = {"", "nn", "testing"}

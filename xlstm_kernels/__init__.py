@@ -7,18 +7,21 @@ h c n m, N rows (tokens).
 
 from . import nn
 from .backends import available_backends
-from .cells import LSTMState, SLSTMState
+from .cells import LSTMState, MLSTMState, SLSTMState
 from .ops.kl_div import kl_div
+from .ops.mlstm import mlstm
 from .ops.recurrence import lstm, slstm
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LSTMState",
+    "MLSTMState",
     "SLSTMState",
     "available_backends",
     "kl_div",
     "lstm",
+    "mlstm",
     "nn",
     "slstm",
 ]

@@ -164,6 +164,10 @@ XLSTM_HD VecF exp2_by_table(VecF sum, VecF n, VecF r) {
   return (VecF)_mm512_scalef_ps((__m512)(octave * p + octave), (__m512)n);
 }
 #endif
+XLSTM_HD VecF exp_by_polynomial(VecF x) {  // |x| <= 104
+  const Power power = split_power(x);
+  return scale_by_power_of_two(exp2m1(power.f) + 1.0f, power.n);
+}
 XLSTM_HD VecF exp_bounded(VecF x) {  // |x| <= 104
 #if defined(__AVX512F__)
   // log2(e) in two parts: the first alone is off by 1.3e-8 of x, the same way in every step.
@@ -173,8 +177,7 @@ XLSTM_HD VecF exp_bounded(VecF x) {  // |x| <= 104
   const VecF first = multiply_add(x, broadcast<VecF>(kLog2e), -n);  // exact: fused
   return exp2_by_table(sum, n, multiply_add(x, broadcast<VecF>(kLog2eRest), first));
 #else
-  const Power power = split_power(x);
-  return scale_by_power_of_two(exp2m1(power.f) + 1.0f, power.n);
+  return exp_by_polynomial(x);
 #endif
 }
 XLSTM_HD VecF expm1_bounded(VecF x) {  // |x| <= 80
@@ -183,6 +186,10 @@ XLSTM_HD VecF expm1_bounded(VecF x) {  // |x| <= 80
   return scale * exp2m1(power.f) + (scale - 1.0f);
 }
 XLSTM_HD VecF exp(VecF x) { return exp_bounded(clamp_min(clamp_max(x, 89.0f), -104.0f)); }
+// For factors that are multiplied over many steps: the table's rounded entries would add up.
+XLSTM_HD VecF exp_factor(VecF x) {
+  return exp_by_polynomial(clamp_min(clamp_max(x, 89.0f), -104.0f));
+}
 
 // For x <= 1, NaN kept, everything below -150 (down to the most negative number) giving 0.
 XLSTM_HD VecF exp2_nonpositive(VecF x) {
@@ -274,6 +281,7 @@ XLSTM_HD VecD each_lane(VecD x) {
   return x;
 }
 XLSTM_HD VecD exp(VecD x) { return each_lane<::exp>(x); }
+XLSTM_HD VecD exp_factor(VecD x) { return exp(x); }
 XLSTM_HD VecD exp2_nonpositive(VecD x) { return each_lane<::exp2>(x); }
 XLSTM_HD VecD tanh(VecD x) { return each_lane<::tanh>(x); }
 XLSTM_HD VecD log1p_unit(VecD x) { return each_lane<::log1p>(x); }
@@ -305,13 +313,14 @@ XLSTM_HD VecF widen(f16, VecHalfBits bits) {
 #elif defined(__F16C__)
   return (VecF)_mm256_cvtph_ps((__m128i)bits);
 #else
-  // Exponent and mantissa move into place, 2^112 corrects the bias (and denormals); inf and NaN apart.
+  // The exponent's bias changes by 112; denormals are integers, since tasks count float's as zero.
   const VecU wide = __builtin_convertvector(bits, VecU);
   const VecU sign = (wide & 0x8000u) << 16;
   const VecU magnitude = (wide & 0x7fffu) << 13;
-  const VecF scaled = (VecF)magnitude * 5.192296858534828e33f;
+  const VecU small = (VecU)(__builtin_convertvector((VecI)(wide & 0x7fffu), VecF) * 0x1p-24f);
   const VecU special = magnitude | 0x7f800000u;
-  const VecU value = (magnitude >= 0x0f800000u) ? special : (VecU)scaled;
+  const VecU normal = magnitude < 0x00800000u ? small : magnitude + 0x38000000u;
+  const VecU value = (magnitude >= 0x0f800000u) ? special : normal;
   return (VecF)(value | sign);
 #endif
 }

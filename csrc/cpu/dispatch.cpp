@@ -18,8 +18,13 @@ struct Isa {
   Kernels kernels;
 };
 
-#define XLSTM_KERNELS(ISA) \
-  {ISA::recurrence_forward, ISA::recurrence_backward, ISA::kl_div, ISA::scale_rows}
+#define XLSTM_KERNELS(ISA)   \
+  {ISA::recurrence_forward,  \
+   ISA::recurrence_backward, \
+   ISA::mlstm_forward,       \
+   ISA::mlstm_backward,      \
+   ISA::kl_div,              \
+   ISA::scale_rows}
 
 // Best first.
 const Isa kIsas[] = {
@@ -76,6 +81,8 @@ void recurrence_forward_cpu(const RecurrenceForward& args) {
 void recurrence_backward_cpu(const RecurrenceBackward& args) {
   g_isa->kernels.recurrence_backward(args);
 }
+void mlstm_forward_cpu(const MLSTMForward& args) { g_isa->kernels.mlstm_forward(args); }
+void mlstm_backward_cpu(const MLSTMBackward& args) { g_isa->kernels.mlstm_backward(args); }
 void kl_div_cpu(const KlDiv& args) { g_isa->kernels.kl_div(args); }
 void scale_rows_cpu(const ScaleRows& args) { g_isa->kernels.scale_rows(args); }
 

@@ -8,6 +8,8 @@ namespace xlstm {
 struct Kernels {
   void (*recurrence_forward)(const RecurrenceForward&);
   void (*recurrence_backward)(const RecurrenceBackward&);
+  void (*mlstm_forward)(const MLSTMForward&);
+  void (*mlstm_backward)(const MLSTMBackward&);
   void (*kl_div)(const KlDiv&);
   void (*scale_rows)(const ScaleRows&);
 };
@@ -16,6 +18,8 @@ struct Kernels {
   namespace ISA {                                      \
   void recurrence_forward(const RecurrenceForward&);   \
   void recurrence_backward(const RecurrenceBackward&); \
+  void mlstm_forward(const MLSTMForward&);             \
+  void mlstm_backward(const MLSTMBackward&);           \
   void kl_div(const KlDiv&);                           \
   void scale_rows(const ScaleRows&);                   \
   }

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from . import lstm, slstm
 from .lstm import LSTMState
+from .mlstm import MLSTMState
 from .slstm import SLSTMState
 
-__all__ = ["CELLS", "Cell", "LSTMState", "SLSTMState"]
+__all__ = ["CELLS", "Cell", "LSTMState", "MLSTMState", "SLSTMState"]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...arguments import check_is_number, check_is_tensor
+from ...arguments import check_is_number, check_is_tensor, check_tensor, count_sequences
 from ...backends import Backend
 from ...cells import CELLS, GATES, LSTMState, SLSTMState, compute_dtype
 from . import op, reference
@@ -250,15 +250,15 @@ def _check(
     check_is_tensor(name, "x", x)
     if x.dim() != 5 or x.shape[2] != G:
         raise ValueError(f"{name}: x must be (B, T, 4, H, D), got {tuple(x.shape)}")
-    B, _, _, H, D = x.shape
+    _, _, _, H, D = x.shape
     if H == 0 or D == 0:
         raise ValueError(f"{name}: x must have H and D of at least 1, got {tuple(x.shape)}")
-    if cu_seqlens is not None:
-        B = _count_sequences(name, x, cu_seqlens)
-    _check_tensor(name, "x", x, "", x.shape, x.device)
-    _check_tensor(name, "r", r, "(4, H, D, D)", (G, H, D, D), x.device)
+    first = "x", x
+    B = count_sequences(name, first, cu_seqlens)
+    check_tensor(name, "x", x, "", x.shape, first)
+    check_tensor(name, "r", r, "(4, H, D, D)", (G, H, D, D), first)
     if b is not None:
-        _check_tensor(name, "b", b, "(4, H, D)", (G, H, D), x.device)
+        check_tensor(name, "b", b, "(4, H, D)", (G, H, D), first)
     if state is None:
         return
     fields = CELLS[cell].State._fields
@@ -267,39 +267,4 @@ def _check(
     if len(state) != len(fields):
         raise ValueError(f"{name}: state must be ({', '.join(fields)}), got {len(state)} tensors")
     for field, part in zip(fields, state, strict=True):
-        _check_tensor(name, f"state.{field}", part, "(B, H, D)", (B, H, D), x.device)
-
-
-def _check_tensor(
-    name: str,
-    argument: str,
-    tensor: Tensor,
-    letters: str,
-    shape: tuple[int, ...],
-    device: torch.device,
-) -> None:
-    check_is_tensor(name, argument, tensor)
-    if tensor.shape != shape:
-        raise ValueError(
-            f"{name}: {argument} must be {letters} = {shape}, got {tuple(tensor.shape)}"
-        )
-    if not tensor.dtype.is_floating_point:
-        raise TypeError(f"{name}: {argument} must be a floating point tensor, got {tensor.dtype}")
-    if tensor.device != device:
-        raise ValueError(f"{name}: {argument} must be on x's device {device}, got {tensor.device}")
-
-
-def _count_sequences(name: str, x: Tensor, cu_seqlens: Tensor) -> int:
-    check_is_tensor(name, "cu_seqlens", cu_seqlens)
-    if x.shape[0] != 1:
-        raise ValueError(f"{name}: x must have B = 1 with cu_seqlens, got B = {x.shape[0]}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype != torch.int32:
-        raise ValueError(
-            f"{name}: cu_seqlens must be (S + 1,) int32, got {tuple(cu_seqlens.shape)}"
-            f" {cu_seqlens.dtype}"
-        )
-    if cu_seqlens.device != x.device:
-        raise ValueError(
-            f"{name}: cu_seqlens must be on x's device {x.device}, got {cu_seqlens.device}"
-        )
-    return cu_seqlens.shape[0] - 1
+        check_tensor(name, f"state.{field}", part, "(B, H, D)", (B, H, D), first)

@@ -7,10 +7,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ...arguments import token_starts
 from ...backends import load_cpu
 from ...cells import CELLS, compute_dtype
 from ...memory import address, fresh_cpu
-from .shapes import last_shape, saved_shapes, token_starts
+from .shapes import last_shape, saved_shapes
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # csrc/common/dtype.h
 CELL_INDEX = {cell: index for index, cell in enumerate(CELLS)}  # csrc/cells/list.h
@@ -131,5 +132,5 @@ def _rows(tensor: MaybeTensor) -> MaybeTensor:
 def _starts(cu_seqlens: Tensor | None, T: int, cell: str) -> Tensor | None:
     if cu_seqlens is None:
         return None
-    token_starts(cu_seqlens, T, cell)
+    token_starts(CELLS[cell].function, cu_seqlens, T)
     return cu_seqlens.contiguous()

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...arguments import token_starts
 from ...cells import CELLS, compute_dtype, no_autocast
-from .shapes import last_shape, token_starts
+from .shapes import last_shape
 
 
 class ClipGrad(torch.autograd.Function):
@@ -58,7 +59,7 @@ def _scan_packed(
     n_floor: float,
     clip_grad: float | None,
 ) -> tuple[Tensor, Tensor]:
-    starts = token_starts(cu_seqlens, x_BTGHD.shape[1], cell)
+    starts = token_starts(CELLS[cell].function, cu_seqlens, x_BTGHD.shape[1])
     if len(starts) == 1:  # no sequence
         _, _, _, H, D = x_BTGHD.shape
         last_SBHD = x_BTGHD.new_zeros(last_shape(x_BTGHD.shape, cu_seqlens, cell))

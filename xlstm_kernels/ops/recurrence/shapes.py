@@ -1,4 +1,4 @@
-"""Shapes of what the recurrence returns and saves, and the token offsets of packed sequences.
+"""Shapes of what the recurrence returns and saves.
 
 raw          (B, T, G, H, D) compute dtype: x + R h + b
 checkpoints  (N, S, H, D) compute dtype: the states before every 16th step of each sequence; row
@@ -8,7 +8,6 @@ checkpoints  (N, S, H, D) compute dtype: the states before every 16th step of ea
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 from torch import Tensor
 
@@ -34,13 +33,3 @@ def saved_shapes(
     else:
         rows = T // CHECKPOINT_INTERVAL + B
     return tuple(shape), (rows, S, H, D)
-
-
-def token_starts(cu_seqlens: Tensor, T: int, cell: str) -> list[int]:
-    """The values of `cu_seqlens`, checked: loops and kernels index with them."""
-    starts = cu_seqlens.tolist()
-    if starts[0] != 0 or starts[-1] != T or any(a > b for a, b in pairwise(starts)):
-        raise ValueError(
-            f"{CELLS[cell].function}: cu_seqlens must rise from 0 to T = {T}, got {starts}"
-        )
-    return starts

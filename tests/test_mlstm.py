@@ -1,0 +1,138 @@
+"""Every backend of the mLSTM gives the float64 recurrence's outputs and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mlstm_cases import (
+    BACKENDS,
+    FLAGS,
+    STATE,
+    MLSTMCase,
+    call_mlstm,
+    check_mlstm,
+    mlstm_inputs,
+    on_every_backend,
+    run_mlstm,
+)
+
+import xlstm_kernels as xk
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SHAPES = [
+    *({"T": T} for T in (0, 1, 2, 15, 16, 17, 63, 64, 65, 257)),
+    *({"K": K} for K in (1, 16, 48, 80, 96)),
+    *({"V": V} for V in (1, 16, 24, 80, 130)),
+    {"B": 0},
+    {"B": 5, "H": 3, "T": 20},
+    {"B": 1, "T": 600, "H": 1, "K": 16, "V": 16},
+    {"B": 1, "T": 1030, "H": 1, "K": 8, "V": 8},
+]
+LENGTHS = [{"lengths": n} for n in ((7, 64, 1), (0, 5, 0, 33, 80, 0), (48,), (0, 0), (), (520, 3))]
+# 1 and 5 are below what a backend may have, 1000 above.
+CHUNKS = [{"T": 150, "chunk_size": size} for size in (1, 5, 16, 33, 64, 100, 128, 1000)]
+
+
+@pytest.mark.parametrize("case", on_every_backend(*SHAPES))
+def test_shapes(case):
+    check_mlstm(case)
+
+
+@pytest.mark.parametrize(
+    "case", on_every_backend(*({**flags, "dtype": d} for flags in FLAGS for d in DTYPES))
+)
+def test_gates_normalizers_and_dtypes(case):
+    check_mlstm(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    on_every_backend(
+        *({"layout": x, "dtype": d} for x in ("head_first", "expanded", "strided") for d in DTYPES)
+    ),
+)
+def test_layouts(case):
+    check_mlstm(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    on_every_backend(*({**flags, "state": s} for flags in FLAGS for s in ("zero", "large"))),
+)
+def test_initial_states(case):
+    check_mlstm(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    on_every_backend(
+        *(
+            {**flags, "gates": 50.0, "state": state, "T": 40}
+            for flags in FLAGS
+            if flags != {"input_gate": "exp", "normalizer": "none"}  # exp(50) squared, and more
+            for state in ("zero", "random")
+        )
+    ),
+)
+def test_saturated_gates(case):
+    check_mlstm(case)
+
+
+@pytest.mark.parametrize("case", on_every_backend(*LENGTHS))
+def test_packed_sequences(case):
+    check_mlstm(case)
+
+
+@pytest.mark.parametrize("case", on_every_backend(*CHUNKS, {"scale": 0.5}, {"scale": -2.0}))
+def test_chunk_sizes_and_scale(case):
+    check_mlstm(case)
+
+
+@pytest.mark.parametrize("case", on_every_backend({"T": 33}, {"lengths": (5, 0, 20)}))
+def test_gradient_through_some_outputs(case):
+    """A loss on c, n or m alone is what peers get wrong: they drop n's gradient and fix m."""
+    states = [f"last_{field}" for field in STATE]
+    for through in (["h"], states, *([state] for state in states)):
+        check_mlstm(case, through)
+
+
+@pytest.mark.parametrize("case", on_every_backend({"T": 19}, {"T": 19, "state": "zero"}))
+def test_gradient_of_some_inputs(case):
+    """Whatever else is asked for, each gradient has the same bits."""
+    inputs = mlstm_inputs(case)
+    everything = run_mlstm(case, inputs, case.backend)
+    names = [name for name in inputs if not name.startswith("weight_")]
+    for wanted in (*([name] for name in names), names[:2], names[2:]):
+        some = run_mlstm(case, inputs, case.backend, wanted=wanted)
+        for name in wanted:
+            assert torch.equal(some[f"d_{name}"], everything[f"d_{name}"]), name
+
+
+@pytest.mark.parametrize(
+    "case",
+    on_every_backend(
+        *({**flags, "B": 1, "T": 7, "H": 1, "K": 3, "V": 2} for flags in FLAGS),
+        {"lengths": (2, 0, 4), "H": 1, "K": 3, "V": 2},
+        {"B": 1, "T": 70, "H": 1, "K": 2, "V": 3},
+        backends=("reference", "cpu"),
+    ),
+)
+def test_gradcheck(case):
+    case = MLSTMCase(**{**case.__dict__, "dtype": torch.float64})
+    inputs = {name: x.double() for name, x in mlstm_inputs(case).items()}
+    names = [name for name in inputs if not name.startswith("weight_")]
+
+    def outputs(*tensors):
+        h, last = call_mlstm(case, dict(zip(names, tensors, strict=True)), case.backend)
+        return h, *last
+
+    leaves = [inputs[name].requires_grad_() for name in names]
+    assert torch.autograd.gradcheck(outputs, leaves, fast_mode=case.T > 8)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float16_subnormals_count(backend):
+    tiny = torch.tensor([6e-8, 3e-6, 6e-5], dtype=torch.float16)
+    one, gate = torch.ones(1, 1, 1, 1, dtype=torch.float16), torch.zeros(1, 1, 1)
+    h, _ = xk.mlstm(one, one, tiny.view(1, 1, 1, 3), gate, gate, normalizer="none", backend=backend)
+    assert torch.equal(h.view(3), tiny)

@@ -1,0 +1,3 @@
+from .api import mlstm
+
+__all__ = ["mlstm"]

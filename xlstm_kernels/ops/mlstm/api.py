@@ -1,0 +1,214 @@
+"""`xk.mlstm`: checks, autograd, and the choice of backend."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...arguments import (
+    check_is_integer,
+    check_is_number,
+    check_is_tensor,
+    check_tensor,
+    count_sequences,
+)
+from ...backends import Backend
+from ...cells import MLSTMState
+from ...cells.mlstm import INPUT_GATES, NORMALIZERS, Options
+from . import op, reference
+from .shapes import state_shapes
+
+
+def mlstm(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    state: MLSTMState | tuple[Tensor, Tensor, Tensor] | None = None,
+    *,
+    input_gate: str = "exp",
+    normalizer: str = "max",
+    scale: float | None = None,
+    eps: float = 1e-6,
+    chunk_size: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, MLSTMState]:
+    """mLSTM: matrix memory with a scalar input and forget gate per head, over a whole sequence.
+
+    Args:
+        q, k: (B, T, H, K) queries and keys. float64, float32, bfloat16 or float16; any strides, so
+            a `.transpose(1, 2)` of a head-first tensor costs no copy.
+        v: (B, T, H, V) values, of q's dtype.
+        i, f: (B, T, H) pre-activations of the input and the forget gate, any float dtype.
+        state: (c (B, H, K, V), n (B, H, K), m (B, H)); None is zeros. Pass the returned state to
+            go on.
+        input_gate: "exp", or "sigmoid": no stabiliser is needed then and m is 0.
+        normalizer: what the sums over the past are divided by, q n being their weights' sum:
+            "max": max(|q n|, 1) in the unstabilised form; "plain": q n, for positive q and k;
+            "none": nothing.
+        scale: of q; None is K ** -0.5.
+        eps: added to the divisor, after stabilisation.
+        chunk_size: tokens that are processed side by side; None is the backend's choice, which for
+            "reference" is the recurrence, token by token. It changes speed and rounding, nothing
+            else, and a backend may use the nearest it has.
+        cu_seqlens: (S + 1,) int32 token offsets of S packed sequences; B is then 1 and states have
+            S rows.
+        backend: "auto", or one of "reference", "cpu"; a named backend runs or raises.
+
+    Returns:
+        h (B, T, H, V) in q's dtype, and the last state: float32, float64 for float64 q. Gates,
+        states and sums are in that dtype too. Gradients are exact for q, k, v, i, f and the
+        initial state, through h and through each part of the returned state.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        NotImplementedError: the named backend cannot run this call; the message says why.
+
+    Source: xLSTM, arXiv 2405.04517, section 2.3; chunkwise form and the sigmoid input gate:
+    Tiled Flash Linear Attention, arXiv 2503.14376.
+
+    Example:
+        >>> import torch, xlstm_kernels as xk
+        >>> q, k, v = (torch.randn(2, 100, 4, 16) for _ in range(3))
+        >>> i, f = torch.randn(2, 100, 4), torch.randn(2, 100, 4) + 3
+        >>> h, state = xk.mlstm(q, k, v, i, f)
+        >>> h.shape, state.c.shape
+        (torch.Size([2, 100, 4, 16]), torch.Size([2, 4, 16, 16]))
+    """
+    _check(q, k, v, i, f, state, cu_seqlens)
+    options = _options(q, input_gate, normalizer, scale, eps)
+    if chunk_size is not None:
+        check_is_integer("mlstm", "chunk_size", chunk_size)
+        if chunk_size < 1:
+            raise ValueError(f"mlstm: chunk_size must be at least 1 or None, got {chunk_size}")
+    chosen = op.MLSTM.resolve(backend, q)
+    state = None if state is None else MLSTMState(*state)
+    if chosen is Backend.REFERENCE:
+        form = None if chunk_size is None else partial(reference.chunkwise, chunk_size=chunk_size)
+        return reference.forward(q, k, v, i, f, state, cu_seqlens, options, form)
+    inputs = (q, k, v, i, f, *(state or (None, None, None)))
+    call = (cu_seqlens, *options, chunk_size or 0)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        h, *last = MLSTM.apply(chosen.value, call, *inputs)
+    else:
+        h, *last = op.forward(*inputs, *call, False, chosen.value)
+    return h, MLSTMState(*last)
+
+
+class MLSTM(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, backend: str, call: tuple[Any, ...], *inputs: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        h, c, n, m, *saved = op.forward(*inputs, *call, True, backend)
+        cu_seqlens, *ctx.options = call
+        ctx.backend = backend
+        ctx.save_for_backward(*inputs[:5], cu_seqlens, *saved)
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
+        ctx.set_materialize_grads(False)
+        return h, c, n, m
+
+    @staticmethod
+    def backward(ctx: Any, *doutputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(d is None for d in doutputs):
+            return (None,) * 10
+        want = ctx.needs_input_grad[2:]
+        grads = MLSTMGrad.apply(
+            ctx.backend, ctx.options, any(want[5:]), *doutputs, *ctx.saved_tensors
+        )
+        return (
+            None,
+            None,
+            *(
+                grad.to(dtype) if wanted else None
+                for grad, dtype, wanted in zip(grads, ctx.dtypes, want, strict=True)
+            ),
+        )
+
+
+class MLSTMGrad(torch.autograd.Function):
+    """The gradient as a function of its own, so that differentiating it is an error, not a zero."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, backend: str, options: list[Any], want_state: bool, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        ctx.backend = backend
+        doutputs, inputs = tensors[:4], tensors[4:9]
+        cu_seqlens, saved = tensors[9], list(tensors[10:])
+        return tuple(
+            op.backward(*(*doutputs, *inputs, saved, cu_seqlens, *options, want_state, backend))
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError(
+            f"mlstm: backend {ctx.backend!r} has no second derivative; use backend='reference'"
+        )
+
+
+def _options(
+    q: Tensor, input_gate: str, normalizer: str, scale: float | None, eps: float
+) -> Options:
+    for name, value, known in (
+        ("input_gate", input_gate, INPUT_GATES),
+        ("normalizer", normalizer, NORMALIZERS),
+    ):
+        if value not in known:
+            names = " or ".join(map(repr, known))
+            raise ValueError(f"mlstm: {name} must be {names}, got {value!r}")
+    check_is_number("mlstm", "eps", eps)
+    if scale is not None:
+        check_is_number("mlstm", "scale", scale)
+    if not eps >= 0:
+        raise ValueError(f"mlstm: eps must be a number >= 0, got {eps}")
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return Options(input_gate, normalizer, scale, float(eps))
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    state: tuple[Tensor, ...] | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Shapes, dtypes and devices; nothing here reads a tensor's values."""
+    check_is_tensor("mlstm", "q", q)
+    check_is_tensor("mlstm", "v", v)
+    if q.dim() != 4 or 0 in q.shape[2:]:
+        raise ValueError(f"mlstm: q must be (B, T, H, K), none of H and K 0, got {tuple(q.shape)}")
+    B, T, H, _ = q.shape
+    V = v.shape[-1] if v.dim() else 0
+    if V == 0:
+        raise ValueError(f"mlstm: v must be (B, T, H, V), V not 0, got {tuple(v.shape)}")
+    first = "q", q
+    for name, x, letters, shape in (
+        ("q", q, "", q.shape),
+        ("k", k, "(B, T, H, K)", q.shape),
+        ("v", v, "(B, T, H, V)", (B, T, H, V)),
+        ("i", i, "(B, T, H)", (B, T, H)),
+        ("f", f, "(B, T, H)", (B, T, H)),
+    ):
+        check_tensor("mlstm", name, x, letters, tuple(shape), first)
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"mlstm: {name} must have q's dtype {q.dtype}, got {x.dtype}")
+    rows = count_sequences("mlstm", first, cu_seqlens)
+    if state is None:
+        return
+    if not isinstance(state, (tuple, list)):
+        raise TypeError(f"mlstm: state must be (c, n, m), got {type(state).__name__}")
+    if len(state) != 3:
+        raise ValueError(f"mlstm: state must be (c, n, m), got {len(state)} tensors")
+    axes = ("(B, H, K, V)", "(B, H, K)", "(B, H)")
+    sizes = state_shapes(rows, q, v)
+    for field, part, letters, size in zip(MLSTMState._fields, state, axes, sizes, strict=True):
+        check_tensor("mlstm", f"state.{field}", part, letters, size, first)
