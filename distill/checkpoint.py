@@ -119,13 +119,13 @@ def _digest(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
     sha = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
         sha.update(name.encode())
-        sha.update(tensors[name].numpy())
+        sha.update(tensors[name].numpy().data)
     return sha.hexdigest()
 
 
 def _flat(settings: dict, prefix: str = "") -> dict:
     """Nested settings with dotted keys."""
-    flat = {}
+    flat: dict[str, object] = {}
     for key, value in settings.items():
         nested = isinstance(value, dict)
         flat |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}

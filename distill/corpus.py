@@ -92,7 +92,8 @@ def split_by_file(
     ranked = sorted(documents, key=lambda document: _digest(document.path.encode()))
     count = max(1, math.ceil(heldout_fraction * len(ranked)))
     train = sorted(ranked[count:], key=lambda document: document.path)
-    heldout, total = [], 0
+    heldout: list[Document] = []
+    total = 0
     for document in ranked[:count]:
         if heldout and total + len(document.text) > heldout_bytes:
             continue
@@ -133,7 +134,8 @@ def end_of_text(tokenizer: Tokenizer) -> int:
 def token_sizes(tokenizer: Tokenizer) -> torch.Tensor:
     """Bytes of text that each id stands for, (V,) int64; the end-of-text id stands for none."""
     # A byte-level token is spelled with one character for each of its bytes.
-    sizes = [len(tokenizer.id_to_token(i)) for i in range(tokenizer.get_vocab_size())]
+    vocab = tokenizer.get_vocab()
+    sizes = [len(token) for token in sorted(vocab, key=vocab.__getitem__)]
     return torch.tensor([*sizes, 0])
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import xlstm_kernels as xk
 
-State = list  # one SLSTMState a block
+State = list[xk.SLSTMState]  # one a block
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,9 @@ class Block(nn.Module):
         self.up = nn.Linear(width, 2 * config.ffn, bias=False)
         self.down = nn.Linear(config.ffn, width, bias=False)
 
-    def forward(self, x_BTE: torch.Tensor, state=None):
+    def forward(
+        self, x_BTE: torch.Tensor, state: xk.SLSTMState | None = None
+    ) -> tuple[torch.Tensor, xk.SLSTMState]:
         h_BTE, state = self.mixer(self.mixer_norm(x_BTE), state)
         x_BTE = x_BTE + self._normalise_heads(h_BTE)
         gate_BTF, value_BTF = self.up(self.ffn_norm(x_BTE)).chunk(2, dim=-1)
@@ -73,6 +75,7 @@ class LanguageModel(nn.Module):
         # Logits of unit variance at the start, and residual branches that do not add up with depth.
         nn.init.normal_(self.embedding.weight, std=self.config.width**-0.5)
         for block in self.blocks:
+            assert isinstance(block, Block)
             nn.init.normal_(block.up.weight, std=self.config.width**-0.5)
             branch_std = self.config.ffn**-0.5 / math.sqrt(2 * self.config.layers)
             nn.init.normal_(block.down.weight, std=branch_std)

@@ -2,6 +2,8 @@
 
 import io
 import re
+from collections.abc import Callable
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -12,7 +14,8 @@ COLORS = {"teacher": "#8b93a1", "student": "#2f8fe0", "control": "#e0822f"}
 # Stands for the page's text colour until the SVG is written.
 INK = "#010203"
 
-STYLE = {
+# Any: matplotlib 3.11 and newer spell out the names of their settings as the keys' type.
+STYLE: dict[Any, object] = {
     "font.size": 10,
     "svg.fonttype": "none",
     "axes.edgecolor": INK,
@@ -40,7 +43,7 @@ def figures(metrics: dict) -> dict[str, str]:
     return {name: _svg(name, function, metrics) for name, function in draw.items()}
 
 
-def _svg(name: str, draw, metrics: dict) -> str:
+def _svg(name: str, draw: Callable[[Axes, dict], None], metrics: dict) -> str:
     # The salt keeps the ids of several figures in one page apart, and the same in every run.
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(5.4, 3.3), layout="constrained")

@@ -6,7 +6,15 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+)
 from rich.table import Column
 from rich.text import Text
 
@@ -61,7 +69,7 @@ class Reporter:
 class StatusColumn(ProgressColumn):
     """Loss, tokens/s and time left, as the meter last put them."""
 
-    def render(self, task) -> Text:
+    def render(self, task: Task) -> Text:
         return Text(task.fields["status"], style="cyan")
 
 
@@ -81,7 +89,7 @@ class Pace:
 
 
 class LiveMeter:
-    def __init__(self, progress: Progress, task, total: int, start: int):
+    def __init__(self, progress: Progress, task: TaskID, total: int, start: int):
         self.progress, self.task, self.pace = progress, task, Pace(total, start)
 
     def update(self, done: int, loss: float | None = None, tokens: int = 0) -> None:

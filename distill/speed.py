@@ -63,7 +63,11 @@ class Step:
 
     def gradients(self, batch: Batch) -> dict[str, torch.Tensor]:
         self._backward(batch)
-        return {name: p.grad for name, p in self.model.named_parameters()}
+        gradients = {}
+        for name, parameter in self.model.named_parameters():
+            assert parameter.grad is not None, name
+            gradients[name] = parameter.grad
+        return gradients
 
     def timed(self, batch: Batch) -> float:
         """Seconds of forward, loss, backward and optimizer."""
