@@ -37,7 +37,11 @@ struct BackwardTask {
     T *n, *dn, *dden, *dm, *dh_h, *r, *u, *dlf, *dli, *column;
     T* m;  // before each chunk of the interval
   };
-  std::int64_t chunks() const { return (kStateInterval + args.chunk - 1) / args.chunk; }
+  // Of an interval, or of the longest sequence where that is shorter.
+  std::int64_t chunks() const {
+    const std::int64_t longest = std::min<std::int64_t>(kStateInterval, args.T);
+    return std::max<std::int64_t>((longest + args.chunk - 1) / args.chunk, 1);
+  }
   // State before chunk c of the interval.
   Matrix<T> state(const Buffers& b, std::int64_t c) const {
     Matrix<T> at = b.C;
