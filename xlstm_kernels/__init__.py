@@ -9,7 +9,7 @@ from . import nn
 from .backends import available_backends
 from .cells import LSTMState, MLSTMState, SLSTMState
 from .ops.kl_div import kl_div
-from .ops.mlstm import mlstm
+from .ops.mlstm import mlstm, mlstm_combine
 from .ops.recurrence import lstm, slstm
 
 __version__ = "0.1.0"
@@ -22,6 +22,7 @@ __all__ = [
     "kl_div",
     "lstm",
     "mlstm",
+    "mlstm_combine",
     "nn",
     "slstm",
 ]

@@ -1,3 +1,3 @@
-from .api import mlstm
+from .api import mlstm, mlstm_combine
 
-__all__ = ["mlstm"]
+__all__ = ["mlstm", "mlstm_combine"]

@@ -19,7 +19,10 @@ from ...backends import Backend
 from ...cells import MLSTMState
 from ...cells.mlstm import INPUT_GATES, NORMALIZERS, Options
 from . import op, reference
+from .combine import mlstm_combine
 from .shapes import state_shapes
+
+__all__ = ["mlstm", "mlstm_combine"]
 
 
 def mlstm(
