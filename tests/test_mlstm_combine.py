@@ -9,8 +9,6 @@ from layer_cases import assert_near
 
 import xlstm_kernels as xk
 
-FIELDS = xk.MLSTMState._fields
-
 
 def tokens(T, gates=1.0):
     torch.manual_seed(0)

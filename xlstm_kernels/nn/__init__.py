@@ -1,6 +1,7 @@
 """Layers: parameters, initialisation, and one call into the operations."""
 
 from .lstm import LSTM, LSTMCell
+from .mlstm import MLSTM
 from .slstm import SLSTM
 
-__all__ = ["LSTM", "SLSTM", "LSTMCell"]
+__all__ = ["LSTM", "MLSTM", "SLSTM", "LSTMCell"]

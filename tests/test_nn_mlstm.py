@@ -1,0 +1,191 @@
+"""MLSTM: what it computes, states, initialisation, and torch's own machinery."""
+
+import copy
+import pickle
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from layer_cases import assert_near, seeded, with_gradients
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import xlstm_kernels as xk
+
+
+def make(**options):
+    return seeded(xk.nn.MLSTM, 6, 16, 2, **options)
+
+
+def plain(layer, x_BTE):
+    """The same layer, token by token, without a stabiliser: y of "exp" gates and "max"."""
+    H, K, V = layer.num_heads, layer.qk_dim, layer.head_dim
+    rows = layer.qkvo.weight.split([H * K, H * K, H * V, H * V])
+    q, k, v, o = (F.linear(x_BTE, w) for w in rows)
+    q, k, v = (t.unflatten(-1, (H, -1)) for t in (q, k, v))
+    gates = F.linear(x_BTE, layer.gates.weight, layer.gates.bias)
+    i, f = (15.0 * torch.tanh(gates / 15.0)).chunk(2, dim=-1)
+    c, n, y = 0.0, 0.0, []
+    for t in range(x_BTE.shape[1]):
+        keep, add = torch.sigmoid(f[:, t])[..., None], i[:, t].exp()[..., None]
+        c = keep[..., None] * c + (add * k[:, t])[..., None] * v[:, t, :, None]
+        n = keep * n + add * k[:, t]
+        query = q[:, t] * K**-0.5
+        den = torch.einsum("bhk,bhk->bh", query, n).abs().clamp(min=1.0)
+        h = torch.einsum("bhk,bhkv->bhv", query, c) / den[..., None]
+        h = h * (h.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        y.append(h.flatten(1) * layer.norm.weight)
+    return F.linear(torch.sigmoid(o) * torch.stack(y, dim=1), layer.out.weight)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_is_the_published_layer(backend):
+    layer = make(backend=backend, dtype=torch.float64)
+    with torch.no_grad():
+        layer.gates.bias[:2] = 0.5  # at -10 the memory counts for little
+    x = torch.randn(3, 11, 6, dtype=torch.float64)
+    want_y = plain(layer, x)
+    want = with_gradients(layer, want_y)
+    y, _ = layer(x)
+    assert_near(y, want_y, 1e-4)  # eps of the divisor
+    got = with_gradients(layer, y)
+    assert got.keys() == want.keys()
+    for name in want:
+        assert want[name].any()
+        assert_near(got[name], want[name], 1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"input_gate": "sigmoid"}, {"soft_cap": None}])
+def test_prefill_and_steps_are_one_pass(options):
+    layer = make(**options)
+    x = torch.randn(2, 9, 6)
+    y, last = layer(x)
+    parts, state = layer(x[:, :4])
+    parts = [parts]
+    for t in range(4, 9):
+        token, state = layer.step(x[:, t], state)
+        parts.append(token[:, None])
+    assert_near(torch.cat(parts, dim=1), y, 1e-4)
+    for got, want in zip(state, last, strict=True):
+        assert_near(got, want, 1e-4)
+
+
+def test_sequence_layouts():
+    layer, time_first = make(), make(batch_first=False)
+    x = torch.randn(3, 5, 6)
+    y, state = layer(x)
+    assert y.shape == (3, 5, 16)
+    assert [tuple(p.shape) for p in state] == [(3, 2, 4, 8), (3, 2, 4), (3, 2)]
+    assert_near(time_first(x.transpose(0, 1))[0].transpose(0, 1), y)
+    one, carried = layer(x[1, :3])
+    rest, last = layer(x[1, 3:], carried)
+    assert_near(torch.cat([one, rest]), y[1], 1e-4)
+    assert_near(last.c, state.c[1], 1e-4)
+
+
+@pytest.mark.parametrize("batch_axis", [True, False])
+def test_packed_sequences(batch_axis):
+    layer = make()
+    x = torch.randn(11, 6)
+    starts = torch.tensor([0, 4, 4, 11], dtype=torch.int32)
+    y, state = layer(x[None] if batch_axis else x, cu_seqlens=starts)
+    y = y.view(11, 16)
+    for row, (begin, end) in enumerate([(0, 4), (4, 4), (4, 11)]):
+        want, want_state = layer(x[begin:end])
+        assert_near(y[begin:end], want, 1e-4)
+        assert_near(state.c[row], want_state.c, 1e-4)
+
+
+def test_soft_cap_bounds_the_gates():
+    layer = make(soft_cap=2.0, input_gate="exp")
+    with torch.no_grad():
+        layer.gates.bias.fill_(1e4)
+    _, state = layer(torch.randn(2, 9, 6))
+    assert (state.m <= 2.0).all()
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    layer = xk.nn.MLSTM(400, 64, 4)
+    assert layer.qkvo.weight.std().item() == pytest.approx((2 / (5 * 400)) ** 0.5, rel=0.02)
+    assert not layer.gates.weight.any()
+    assert layer.gates.bias.tolist() == [-10.0] * 4 + [3.0, 4.0, 5.0, 6.0]
+    assert (layer.norm.weight == 1).all()
+    assert not xk.nn.MLSTM(6, 16, 2, bias=True).out.bias.any()
+
+
+def test_state_dict_copies_and_pickles():
+    layer, x = make(bias=True), torch.randn(2, 3, 6)
+    want, _ = layer(x)
+    loaded = xk.nn.MLSTM(6, 16, 2, bias=True)
+    loaded.load_state_dict(layer.state_dict())
+    for twin in (loaded, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin(x)[0], want)
+        assert repr(twin) == repr(layer)
+    names = {f"{m}.{p}" for m in ("qkvo", "gates", "out") for p in ("weight", "bias")}
+    assert set(layer.state_dict()) == names | {"norm.weight"}
+
+
+def test_bfloat16_and_autocast():
+    layer, x = make(), torch.randn(2, 30, 6)
+    want, _ = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, state = layer(x)
+    assert (y.dtype, state.c.dtype) == (torch.bfloat16, torch.float32)
+    assert_near(y, want, 0.05)
+    y.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in layer.parameters())
+    y, state = layer.to(torch.bfloat16)(x.bfloat16())
+    assert (y.dtype, state.c.dtype) == (torch.bfloat16, torch.float32)
+    assert_near(y, want, 0.05)
+
+
+def test_compiles_without_a_recompile_per_shape():
+    torch.compiler.reset()
+    layer = make()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    compilations = []
+    for B, T in ((2, 5), (2, 6), (3, 7), (4, 9), (5, 30)):
+        x = torch.randn(B, T, 6)
+        y, state = layer(x)
+        want = with_gradients(layer, y) | {"y": y, "c": state.c}
+        y, state = compiled(x)
+        got = with_gradients(layer, y) | {"y": y, "c": state.c}
+        for key in want:
+            assert_near(got[key], want[key])
+        compilations.append(counter.frame_count)
+    # dynamo learns that T varies, then that B does; then it is done.
+    assert compilations[2] == compilations[-1]
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: xk.nn.MLSTM(6, 10, 4), "hidden_size must be a multiple of num_heads = 4, got 10"),
+        (
+            lambda: xk.nn.MLSTM(6, 12, 4),
+            "qk_ratio must make hidden_size * qk_ratio a multiple of num_heads = 4, got 0.5, which"
+            " makes 6",
+        ),
+        (lambda: xk.nn.MLSTM(6, 16, 2, soft_cap=0), "soft_cap must be above 0 or None, got 0"),
+        (
+            lambda: make()(torch.zeros(2, 3, 5)),
+            "x must be (..., input_size) = (..., 6), got (2, 3, 5)",
+        ),
+        (
+            lambda: make()(torch.zeros(6)),
+            "x must be (B, T, input_size) or (T, input_size), got (6,)",
+        ),
+        (lambda: make().step(torch.zeros(6)), "x must be (B, input_size), got (6,)"),
+    ],
+)
+def test_errors(call, text):
+    with pytest.raises(ValueError, match=f"^MLSTM: {re.escape(text)}$"):
+        call()
+
+
+def test_repr():
+    assert repr(xk.nn.MLSTM(6, 16, 2, soft_cap=None)).startswith(
+        "MLSTM(\n  6, 16, 2, soft_cap=None"
+    )

@@ -1,0 +1,225 @@
+"""The mLSTM layer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..arguments import check_is_integer, check_is_number, check_is_tensor
+from ..cells import MLSTMState
+from ..ops.mlstm.api import mlstm
+
+# What `repr` does not show, being the usual.
+_USUAL = {
+    "qk_ratio": 0.5,
+    "input_gate": "exp",
+    "normalizer": "max",
+    "soft_cap": 15.0,
+    "chunk_size": None,
+    "batch_first": True,
+    "bias": False,
+    "backend": "auto",
+}
+
+
+class MLSTM(nn.Module):
+    """mLSTM over sequences, as in xLSTM-7B: projections, `xk.mlstm`, a norm per head, output gate.
+
+    y = W_out (sigmoid(W_o x) * norm(h)), gates i and f soft-capped: cap tanh((W x + b) / cap).
+
+    Args:
+        input_size: features of the input.
+        hidden_size: features of values, memory readout and output; a multiple of `num_heads`.
+        num_heads: heads, each with a matrix memory of its own.
+        qk_ratio: features of queries and of keys, as a share of `hidden_size`.
+        input_gate, normalizer, chunk_size, backend: as in `xk.mlstm`.
+        soft_cap: bound on the pre-activations of both gates; None for no bound.
+        batch_first: True: x and y are (B, T, ...); False: (T, B, ...).
+        bias: whether projections other than the gates' have a bias.
+
+    forward(x, state=None, cu_seqlens=None) -> (y, state):
+        x: (B, T, input_size), or (T, input_size) for one sequence without a batch axis.
+        state: MLSTMState(c (B, H, K, V), n (B, H, K), m (B, H)), without B for one sequence; None
+            is zeros. Pass the returned state to go on.
+        cu_seqlens: (S + 1,) int32 token offsets of S packed sequences; x is then (1, T, input_size)
+            or (T, input_size), and states have S rows.
+        y: (B, T, hidden_size) or (T, hidden_size).
+
+    step(x, state=None) -> (y, state): one token, x (B, input_size), y (B, hidden_size).
+
+    State dict, rows of every projection head-major:
+        qkvo.weight  (2 H K + 2 H V, input_size)  queries, keys, values, output gate
+        gates.weight (2 H, input_size)            input gates, forget gates
+        gates.bias   (2 H)
+        norm.weight  (H V)                        of each head's RMS norm
+        out.weight   (H V, H V)                   rows are outputs
+        qkvo.bias, out.bias                       absent with bias=False
+
+    Initialisation of the gates and the norm as published with xLSTM-7B (arXiv 2503.13427): gate
+    weights zero, input gates' bias -10, forget gates' from 3 (first head) to 6 (last), norm one.
+    Other biases are zero, other weights normal with variance 2 / (5 fan_in) (arXiv 1910.05895).
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        qk_ratio: float = 0.5,
+        input_gate: str = "exp",
+        normalizer: str = "max",
+        soft_cap: float | None = 15.0,
+        chunk_size: int | None = None,
+        batch_first: bool = True,
+        bias: bool = False,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        _check_sizes(input_size, hidden_size, num_heads, qk_ratio, soft_cap)
+        self.input_size, self.hidden_size, self.num_heads = input_size, hidden_size, num_heads
+        self.qk_ratio, self.soft_cap, self.bias = qk_ratio, soft_cap, bias
+        self.input_gate, self.normalizer, self.chunk_size = input_gate, normalizer, chunk_size
+        self.batch_first, self.backend = batch_first, backend
+        self.head_dim = hidden_size // num_heads
+        self.qk_dim = round(hidden_size * qk_ratio) // num_heads
+        made: Any = {"device": device, "dtype": dtype}
+        sizes = 2 * num_heads * self.qk_dim + 2 * hidden_size
+        self.qkvo = nn.Linear(input_size, sizes, bias, **made)
+        self.gates = nn.Linear(input_size, 2 * num_heads, **made)
+        self.norm = HeadNorm(num_heads, self.head_dim, **made)
+        self.out = nn.Linear(hidden_size, hidden_size, bias, **made)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for linear in (self.qkvo, self.out):
+            small_init(linear)
+        nn.init.ones_(self.norm.weight)
+        nn.init.zeros_(self.gates.weight)
+        i_H, f_H = self.gates.bias.chunk(2)
+        i_H.fill_(-10.0)
+        f_H.copy_(torch.linspace(3.0, 6.0, self.num_heads, device=f_H.device))
+
+    def forward(
+        self,
+        x: Tensor,
+        state: MLSTMState | tuple[Tensor, Tensor, Tensor] | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, MLSTMState]:
+        """Runs the layer over sequences; see the class for shapes."""
+        layout = "(B, T, input_size)" if self.batch_first else "(T, B, input_size)"
+        self._check_input(x, (2, 3), f"{layout} or (T, input_size)")
+        unbatched = x.dim() == 2
+        # Packed sequences bring one state each, whether or not x has the batch axis of size 1.
+        lift_state = unbatched and cu_seqlens is None
+        if unbatched:
+            x = x.unsqueeze(0)
+        elif not self.batch_first:
+            x = x.transpose(0, 1)
+        given: Any = state
+        if lift_state and isinstance(state, (tuple, list)):
+            given = tuple(p.unsqueeze(0) if isinstance(p, Tensor) else p for p in state)
+        y, last = self._run(x, given, cu_seqlens)
+        if lift_state:
+            last = MLSTMState(*(part.squeeze(0) for part in last))
+        if unbatched:
+            y = y.squeeze(0)
+        elif not self.batch_first:
+            y = y.transpose(0, 1)
+        return y, last
+
+    def step(
+        self, x: Tensor, state: MLSTMState | tuple[Tensor, Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, MLSTMState]:
+        """One token: x (B, input_size) -> y (B, hidden_size), and the next state."""
+        self._check_input(x, (2,), "(B, input_size)")
+        y, last = self._run(x.unsqueeze(1), state, None)
+        return y.squeeze(1), last
+
+    def _run(self, x_BTE: Tensor, state: Any, cu_seqlens: Tensor | None) -> Any:
+        H, K, V = self.num_heads, self.qk_dim, self.head_dim
+        q, k, v, o = self.qkvo(x_BTE).split([H * K, H * K, H * V, H * V], dim=-1)
+        gates = self.gates(x_BTE)
+        if self.soft_cap is not None:
+            gates = self.soft_cap * torch.tanh(gates / self.soft_cap)
+        i_BTH, f_BTH = gates.chunk(2, dim=-1)
+        h_BTHV, last = mlstm(
+            *(q.unflatten(-1, (H, K)), k.unflatten(-1, (H, K)), v.unflatten(-1, (H, V))),
+            *(i_BTH, f_BTH, state),
+            input_gate=self.input_gate,
+            normalizer=self.normalizer,
+            chunk_size=self.chunk_size,
+            cu_seqlens=cu_seqlens,
+            backend=self.backend,
+        )
+        return self.out(torch.sigmoid(o) * self.norm(h_BTHV).flatten(2)), last
+
+    def _check_input(self, x: Tensor, dims: tuple[int, ...], layout: str) -> None:
+        check_is_tensor("MLSTM", "x", x)
+        if x.dim() not in dims:
+            raise ValueError(f"MLSTM: x must be {layout}, got {tuple(x.shape)}")
+        if x.shape[-1] != self.input_size:
+            raise ValueError(
+                f"MLSTM: x must be (..., input_size) = (..., {self.input_size}),"
+                f" got {tuple(x.shape)}"
+            )
+
+    def extra_repr(self) -> str:
+        shown = [f"{self.input_size}, {self.hidden_size}, {self.num_heads}"]
+        given = {key: getattr(self, key) for key in _USUAL}
+        return ", ".join(shown + [f"{k}={v!r}" for k, v in given.items() if v != _USUAL[k]])
+
+
+class HeadNorm(nn.Module):
+    """RMS norm of each head's values, (..., H, V), with a weight for each."""
+
+    def __init__(self, num_heads: int, head_dim: int, **made: Any):
+        super().__init__()
+        self.num_heads, self.head_dim, self.eps = num_heads, head_dim, 1e-6
+        self.weight = nn.Parameter(torch.ones(num_heads * head_dim, **made))
+
+    def forward(self, h: Tensor) -> Tensor:
+        weight_HV = self.weight.view(self.num_heads, self.head_dim)
+        return F.rms_norm(h, (self.head_dim,), eps=self.eps) * weight_HV.to(h.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_heads}, {self.head_dim}"
+
+
+@torch.no_grad()
+def small_init(linear: nn.Linear) -> None:
+    nn.init.normal_(linear.weight, std=math.sqrt(2 / (5 * linear.in_features)))
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
+
+
+def _check_sizes(
+    input_size: int, hidden_size: int, num_heads: int, qk_ratio: float, soft_cap: float | None
+) -> None:
+    sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_heads": num_heads}
+    for argument, size in sizes.items():
+        check_is_integer("MLSTM", argument, size)
+        if size < 1:
+            raise ValueError(f"MLSTM: {argument} must be at least 1, got {size}")
+    if hidden_size % num_heads:
+        raise ValueError(
+            f"MLSTM: hidden_size must be a multiple of num_heads = {num_heads}, got {hidden_size}"
+        )
+    check_is_number("MLSTM", "qk_ratio", qk_ratio)
+    features = round(hidden_size * qk_ratio)
+    if features < 1 or features % num_heads:
+        raise ValueError(
+            "MLSTM: qk_ratio must make hidden_size * qk_ratio a multiple of num_heads ="
+            f" {num_heads}, got {qk_ratio}, which makes {features}"
+        )
+    if soft_cap is not None:
+        check_is_number("MLSTM", "soft_cap", soft_cap)
+        if not soft_cap > 0:
+            raise ValueError(f"MLSTM: soft_cap must be above 0 or None, got {soft_cap}")
