@@ -189,3 +189,25 @@ def test_repr():
     assert repr(xk.nn.MLSTM(6, 16, 2, soft_cap=None)).startswith(
         "MLSTM(\n  6, 16, 2, soft_cap=None"
     )
+
+
+def test_block():
+    block = seeded(xk.nn.XLSTMBlock, 8, 2, soft_cap=None)
+    assert block.down.in_features == 64  # 8 * 2.6667, rounded up
+    x = torch.randn(2, 7, 8)
+    y, last = block(x)
+    between = x + block.mlstm(block.norm_mlstm(x))[0]
+    gate, up = block.gate_up(block.norm_ffn(between)).chunk(2, dim=-1)
+    assert_near(y, between + block.down(F.silu(gate) * up))
+    assert all(grad.any() for grad in with_gradients(block, y).values())
+    tokens, state = [], None
+    for t in range(7):
+        token, state = block.step(x[:, t], state)
+        tokens.append(token)
+    assert_near(torch.stack(tokens, dim=1), y, 1e-4)
+    assert_near(state.c, last.c, 1e-4)
+    torch.compiler.reset()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    assert_near(compiled(x)[0], y)
+    with pytest.raises(ValueError, match=r"^XLSTMBlock: ffn_ratio must be above 0, got 0$"):
+        xk.nn.XLSTMBlock(8, 2, ffn_ratio=0)

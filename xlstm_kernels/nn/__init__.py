@@ -1,7 +1,8 @@
 """Layers: parameters, initialisation, and one call into the operations."""
 
+from .block import XLSTMBlock
 from .lstm import LSTM, LSTMCell
 from .mlstm import MLSTM
 from .slstm import SLSTM
 
-__all__ = ["LSTM", "MLSTM", "SLSTM", "LSTMCell"]
+__all__ = ["LSTM", "MLSTM", "SLSTM", "LSTMCell", "XLSTMBlock"]
