@@ -6,7 +6,7 @@ PYTHON ?= .venv/bin/python
 TORCH ?= torch==2.13.0
 
 # The tests of each operation, which also run under every instruction set and under the sanitizers.
-OP_TESTS = $(wildcard $(patsubst xlstm_kernels/ops/%/op.py,tests/test_%*.py,$(wildcard xlstm_kernels/ops/*/op.py)))
+OP_TESTS = $(sort $(wildcard $(patsubst xlstm_kernels/ops/%/op.py,tests/test_%*.py,$(wildcard xlstm_kernels/ops/*/op.py))))
 # One thread a worker: two thread pools would fight for the cores. Tests that share a build stay on
 # one worker.
 PYTEST = $(PYTHON) -m pytest -q

@@ -7,10 +7,12 @@ import torch
 from . import kl_div, mlstm, recurrence
 from .problem import FORWARD, FORWARD_BACKWARD, Case
 
-OPS = ("mlstm", "slstm", "lstm", "kl_div")
+OPS = ("mlstm", "mlstm_step", "slstm", "lstm", "kl_div")
 
 # (B, T, H, K, V)
 MEMORIES = ((1, 1024, 4, 128, 256), (1, 8192, 4, 128, 256))
+# (B, H, K, V)
+TOKENS = ((1, 8, 256, 512), (8, 8, 256, 512))
 # (B, T, H, D)
 SEQUENCES = ((8, 512, 4, 64), (16, 256, 8, 64), (32, 128, 4, 256))
 LAYERS = ((8, 512, 1, 256),)
@@ -20,6 +22,7 @@ STEPS = ((4, 64), (4, 128))
 LOGITS = ((1024, 32000), (512, 128256))
 
 QUICK_MEMORIES = ((2, 40, 2, 16, 24),)
+QUICK_TOKENS = ((2, 2, 16, 24),)
 QUICK_SEQUENCES = ((2, 8, 2, 16),)
 QUICK_LAYERS = ((2, 8, 1, 16),)
 QUICK_STEPS = ((2, 16),)
@@ -34,6 +37,7 @@ def cases(quick: bool = False) -> list[Case]:
     for memory in QUICK_MEMORIES if quick else MEMORIES:
         for dtype in (torch.float32, torch.bfloat16):
             found += [mlstm.sequence(memory, dtype, d) for d in (FORWARD, FORWARD_BACKWARD)]
+    found += [mlstm.step(*token) for token in (QUICK_TOKENS if quick else TOKENS)]
     for op in ("slstm", "lstm"):
         for shape in sequences:
             found += [recurrence.sequence(op, shape, d) for d in (FORWARD, FORWARD_BACKWARD)]

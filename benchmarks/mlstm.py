@@ -1,4 +1,4 @@
-"""Cases of the mLSTM: a sequence, forward and backward."""
+"""Cases of the mLSTM: a sequence, forward and backward, and one decoding step."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from torch import Tensor
 
 import xlstm_kernels as xk
 
-from .problem import FORWARD_BACKWARD, Bound, Case, Tensors, Trial, Variant
+from .problem import FORWARD, FORWARD_BACKWARD, Bound, Case, Tensors, Trial, Variant
 
 INPUTS = ("q", "k", "v", "i", "f")
+STATE = xk.MLSTMState._fields
+FLOAT_BYTES = 4
 EAGER_CHUNKS = (64, 128, 256)  # what native torch code is fastest at depends on the sequence
 
 
@@ -37,6 +39,54 @@ def sequence(shape: tuple[int, int, int, int, int], dtype: torch.dtype, directio
         flops=(3 if backward else 1) * 4 * K * V * B * T * H,
         moved_bytes=(2 if backward else 1) * 2 * (K + V + 1) * B * T * H * dtype.itemsize,
     )
+
+
+def step(B: int, H: int, K: int, V: int) -> Case:
+    """`xk.mlstm_step`: one token of each sequence. In place, the state is put back before each call
+    of every variant, outside the clock."""
+    state, token = K * V + K + 1, 2 * K + V + 2
+    return Case(
+        op="mlstm_step",
+        shape=f"B{B} H{H} K{K} V{V}",
+        dtype=torch.float32,
+        direction=FORWARD,
+        inputs=lambda draw: _step_inputs(draw, B, H, K, V),
+        outputs=("h", *(f"last_{name}" for name in STATE)),
+        wrt=(),
+        reference=lambda case, tensors: Trial(case, _step("eager", "reference"), tensors).results(),
+        variants=(
+            _step("cpu", "cpu", ours=True),
+            _step("cpu in place", "cpu", ours=True, inplace=True),
+            _step("eager", "reference"),
+        ),
+        flops=4 * K * V * B * H,
+        moved_bytes=FLOAT_BYTES * B * H * (2 * state + token + V),
+        restore=STATE,
+    )
+
+
+def _step(name: str, backend: str, ours: bool = False, inplace: bool = False) -> Variant:
+    def bind(case: Case, tensors: Tensors) -> Bound:
+        token = [tensors[name] for name in INPUTS]
+        state = xk.MLSTMState(*(tensors[name] for name in STATE))
+
+        def call() -> tuple[Tensor, ...]:
+            h, last = xk.mlstm_step(*token, state, inplace=inplace, backend=backend)
+            return (h, *last)
+
+        return Bound(call, {})
+
+    return Variant(name, bind, ours=ours)
+
+
+def _step_inputs(draw: torch.Generator, B: int, H: int, K: int, V: int) -> Tensors:
+    """A token as in a sequence, and a state of unit size."""
+    sequence = _inputs(draw, B, 1, H, K, V)
+    return {name: x.squeeze(1) for name, x in sequence.items()} | {
+        "c": torch.randn(B, H, K, V, generator=draw),
+        "n": torch.randn(B, H, K, generator=draw),
+        "m": torch.randn(B, H, generator=draw),
+    }
 
 
 def _eager(chunk_size: int) -> Variant:

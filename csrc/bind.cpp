@@ -136,6 +136,25 @@ void mlstm_backward(std::array<int, 3> kinds, std::array<std::int64_t, 6> sizes,
 
 using Strides = std::array<std::int64_t, 2>;
 
+// `sizes` are B, H, K, V; strides those of B and H.
+void mlstm_step(std::array<int, 3> kinds, std::array<std::int64_t, 4> sizes, double scale,
+                double eps, std::array<Address, 5> inputs, std::array<Strides, 5> strides,
+                std::array<Address, 3> state, std::array<Address, 4> outputs) {
+  xlstm::MLSTMForward args;
+  MLSTMStrides all{};
+  for (int input = 0; input < 5; ++input) {
+    all[input] = {strides[input][0], 0, strides[input][1]};
+  }
+  fill(args, kinds, {sizes[0], 1, sizes[1], sizes[2], sizes[3], 1}, {scale, eps}, 0, inputs, all,
+       {});
+  args.c = pointer(state[0]), args.n = pointer(state[1]), args.m = pointer(state[2]);
+  args.h = pointer(outputs[0]);
+  args.c_last = pointer(outputs[1]), args.n_last = pointer(outputs[2]);
+  args.m_last = pointer(outputs[3]);
+  py::gil_scoped_release unlocked;
+  xlstm::mlstm_step_cpu(args);
+}
+
 void kl_div(int divergence, int reduction, std::array<int, 2> dtypes, Strides rows,
             std::array<std::int64_t, 2> widths, Address student, Strides student_stride,
             Address teacher, Strides teacher_stride, Address labels, std::int64_t ignore_index,
@@ -238,6 +257,7 @@ PYBIND11_MODULE(XLSTM_MODULE, m) {
   m.def("recurrence_backward", &recurrence_backward);
   m.def("mlstm_forward", &mlstm_forward);
   m.def("mlstm_backward", &mlstm_backward);
+  m.def("mlstm_step", &mlstm_step);
   m.def("kl_div", &kl_div);
   m.attr("checkpoint_interval") = xlstm::kCheckpointInterval;
   m.attr("state_interval") = xlstm::kStateInterval;

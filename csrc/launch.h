@@ -129,6 +129,8 @@ void recurrence_forward_cpu(const RecurrenceForward& args);
 void recurrence_backward_cpu(const RecurrenceBackward& args);
 void mlstm_forward_cpu(const MLSTMForward& args);
 void mlstm_backward_cpu(const MLSTMBackward& args);
+// T is 1; chunk, starts and what a gradient needs are not read. Each state may be written in place.
+void mlstm_step_cpu(const MLSTMForward& args);
 // Throws std::invalid_argument for a label out of range.
 void kl_div_cpu(const KlDiv& args);
 void scale_rows_cpu(const ScaleRows& args);

@@ -318,7 +318,7 @@ class TestCommandLine:
     def test_unknown_op_names_the_known_ones(self, capsys):
         assert main(["run", "--op", "gru"]) == 2
         assert capsys.readouterr().err == (
-            "benchmarks: unknown --op 'gru'; known: mlstm, slstm, lstm, kl_div\n"
+            "benchmarks: unknown --op 'gru'; known: mlstm, mlstm_step, slstm, lstm, kl_div\n"
         )
 
     def test_no_such_case(self, capsys):

@@ -31,6 +31,9 @@ MAY_IMPORT = {
     r"compat(\.\w+)?": r"compat\.\w+|nn|cells|ops\.\w+\.api",
     r"ops": r"ops\.\w+",
     r"ops\.(?P<op>\w+)": r"{op}\.api",
+    # The gradient of a step is that of a sequence of one token.
+    r"ops\.(?P<op>mlstm_step)\.api": r"{op}\.(op|reference)|ops\.mlstm\.(api|arguments)"
+    r"|backends|cells|arguments",
     r"ops\.(?P<op>\w+)\.api": r"{op}\.(?!cpu$|cuda$|triton$)\w+|backends|cells(\.\w+)?|arguments",
     r"ops\.(?P<op>\w+)\.op": rf"{{op}}\.(cpu|cuda|triton)|{HELPERS}|backends|library|cells",
     r"ops\.(?P<op>\w+)\.(cpu|cuda|triton)": rf"{HELPERS}|backends|memory|arguments|cells(\.\w+)?",

@@ -10,6 +10,7 @@ from .backends import available_backends
 from .cells import LSTMState, MLSTMState, SLSTMState
 from .ops.kl_div import kl_div
 from .ops.mlstm import mlstm, mlstm_combine
+from .ops.mlstm_step import mlstm_step
 from .ops.recurrence import lstm, slstm
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "lstm",
     "mlstm",
     "mlstm_combine",
+    "mlstm_step",
     "nn",
     "slstm",
 ]

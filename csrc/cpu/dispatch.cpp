@@ -18,12 +18,9 @@ struct Isa {
   Kernels kernels;
 };
 
-#define XLSTM_KERNELS(ISA)   \
-  {ISA::recurrence_forward,  \
-   ISA::recurrence_backward, \
-   ISA::mlstm_forward,       \
-   ISA::mlstm_backward,      \
-   ISA::kl_div,              \
+#define XLSTM_KERNELS(ISA)                                                \
+  {ISA::recurrence_forward, ISA::recurrence_backward, ISA::mlstm_forward, \
+   ISA::mlstm_backward,     ISA::mlstm_step,          ISA::kl_div,        \
    ISA::scale_rows}
 
 // Best first.
@@ -83,6 +80,7 @@ void recurrence_backward_cpu(const RecurrenceBackward& args) {
 }
 void mlstm_forward_cpu(const MLSTMForward& args) { g_isa->kernels.mlstm_forward(args); }
 void mlstm_backward_cpu(const MLSTMBackward& args) { g_isa->kernels.mlstm_backward(args); }
+void mlstm_step_cpu(const MLSTMForward& args) { g_isa->kernels.mlstm_step(args); }
 void kl_div_cpu(const KlDiv& args) { g_isa->kernels.kl_div(args); }
 void scale_rows_cpu(const ScaleRows& args) { g_isa->kernels.scale_rows(args); }
 

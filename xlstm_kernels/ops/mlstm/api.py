@@ -10,15 +10,14 @@ from torch import Tensor
 
 from ...arguments import (
     check_is_integer,
-    check_is_number,
     check_is_tensor,
     check_tensor,
     count_sequences,
 )
 from ...backends import Backend
 from ...cells import MLSTMState
-from ...cells.mlstm import INPUT_GATES, NORMALIZERS, Options
 from . import op, reference
+from .arguments import check_state, make_options
 from .combine import mlstm_combine
 from .shapes import state_shapes
 
@@ -84,7 +83,7 @@ def mlstm(
         (torch.Size([2, 100, 4, 16]), torch.Size([2, 4, 16, 16]))
     """
     _check(q, k, v, i, f, state, cu_seqlens)
-    options = _options(q, input_gate, normalizer, scale, eps)
+    options = make_options("mlstm", q.shape[-1], input_gate, normalizer, scale, eps)
     if chunk_size is not None:
         check_is_integer("mlstm", "chunk_size", chunk_size)
         if chunk_size < 1:
@@ -155,25 +154,6 @@ class MLSTMGrad(torch.autograd.Function):
         )
 
 
-def _options(
-    q: Tensor, input_gate: str, normalizer: str, scale: float | None, eps: float
-) -> Options:
-    for name, value, known in (
-        ("input_gate", input_gate, INPUT_GATES),
-        ("normalizer", normalizer, NORMALIZERS),
-    ):
-        if value not in known:
-            names = " or ".join(map(repr, known))
-            raise ValueError(f"mlstm: {name} must be {names}, got {value!r}")
-    check_is_number("mlstm", "eps", eps)
-    if scale is not None:
-        check_is_number("mlstm", "scale", scale)
-    if not eps >= 0:
-        raise ValueError(f"mlstm: eps must be a number >= 0, got {eps}")
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return Options(input_gate, normalizer, scale, float(eps))
-
-
 def _check(
     q: Tensor,
     k: Tensor,
@@ -205,13 +185,5 @@ def _check(
         if x.dtype != q.dtype:
             raise TypeError(f"mlstm: {name} must have q's dtype {q.dtype}, got {x.dtype}")
     rows = count_sequences("mlstm", first, cu_seqlens)
-    if state is None:
-        return
-    if not isinstance(state, (tuple, list)):
-        raise TypeError(f"mlstm: state must be (c, n, m), got {type(state).__name__}")
-    if len(state) != 3:
-        raise ValueError(f"mlstm: state must be (c, n, m), got {len(state)} tensors")
-    axes = ("(B, H, K, V)", "(B, H, K)", "(B, H)")
-    sizes = state_shapes(rows, q, v)
-    for field, part, letters, size in zip(MLSTMState._fields, state, axes, sizes, strict=True):
-        check_tensor("mlstm", f"state.{field}", part, letters, size, first)
+    if state is not None:
+        check_state("mlstm", state, state_shapes(rows, q, v), first)

@@ -1,0 +1,3 @@
+from .api import mlstm_step
+
+__all__ = ["mlstm_step"]
