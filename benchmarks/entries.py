@@ -19,7 +19,8 @@ class Entry:
     def label(self) -> str:
         name = f"{self.ours.op} {self.ours.direction}"
         place = self.ours.backend.removeprefix("cpu").strip()
-        dtype = f" {self.ours.dtype}" if self.ours.op == "kl_div" else ""
+        plain = self.ours.dtype == "f32" and self.ours.op != "kl_div"
+        dtype = "" if plain else f" {self.ours.dtype}"
         return f"{name}{dtype}{', ' if place else ''}{place}\n{self.ours.shape}"
 
     def speed_up(self, peer: str) -> float:
