@@ -78,7 +78,10 @@ def budget(plain: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
 
 def _allowed(plain_errors: Sequence[float], dtype: torch.dtype) -> float:
     plain_factor, rounding_steps = BUDGETS[dtype]
-    plain_error = math.sqrt(sum(e * e for e in plain_errors) / len(plain_errors))
+    runs = len(plain_errors)
+    plain_error = math.sqrt(sum(e * e for e in plain_errors) / runs)
+    if runs > 1:  # the root mean square of few draws is uncertain itself, by its standard error
+        plain_error *= 1 + (2 * runs) ** -0.5
     return plain_factor * plain_error + rounding_steps * torch.finfo(dtype).eps
 
 
