@@ -16,7 +16,7 @@ from xlstm_kernels.cells import compute_dtype
 from xlstm_kernels.cells.mlstm import INPUT_GATES, NORMALIZERS, Options
 from xlstm_kernels.ops.mlstm import reference
 from xlstm_kernels.ops.mlstm.op import MLSTM
-from xlstm_kernels.testing import check_results
+from xlstm_kernels.testing import check_results, lay_out, packed, run
 
 BACKENDS = [backend.value for backend in MLSTM.table]
 FLAGS = [{"input_gate": g, "normalizer": n} for g in INPUT_GATES for n in NORMALIZERS]
@@ -40,8 +40,7 @@ class MLSTMCase:
         lengths: of packed sequences; B is then 1 and T their sum.
         state: "zero" (None is passed), "random" or "large".
         gates: None: i of unit size and f around 3; else each is +-`gates`.
-        layout: of q, k and v: "contiguous", "head_first" (B, H, T, D transposed), "expanded" (batch
-            stride 0) or "strided" (every other element of the last axis).
+        layout: of q, k and v, as `testing.lay_out` has them.
     """
 
     backend: str
@@ -91,10 +90,7 @@ class MLSTMCase:
 
     @property
     def cu_seqlens(self) -> Tensor | None:
-        if self.lengths is None:
-            return None
-        starts = [sum(self.lengths[:n]) for n in range(len(self.lengths) + 1)]
-        return torch.tensor(starts, dtype=torch.int32)
+        return packed(self.lengths)
 
 
 def on_every_backend(*variants: dict, backends: Collection[str] = BACKENDS) -> list:
@@ -115,7 +111,7 @@ def mlstm_inputs(case: MLSTMCase) -> dict[str, Tensor]:
     inputs = {"q": normal(B, T, H, K), "k": normal(B, T, H, K), "v": normal(B, T, H, V)}
     if positive:
         inputs |= {"q": inputs["q"].abs(), "k": inputs["k"].abs()}
-    inputs = {name: _lay_out(x.to(case.dtype), case.layout) for name, x in inputs.items()}
+    inputs = {name: lay_out(x.to(case.dtype), case.layout) for name, x in inputs.items()}
     i, f = normal(B, T, H), normal(B, T, H) + 3
     if case.gates is not None:
         i, f = case.gates * i.sign(), case.gates * (f - 3).sign()
@@ -131,18 +127,6 @@ def mlstm_inputs(case: MLSTMCase) -> dict[str, Tensor]:
     for field, shape in zip(STATE, ((K, V), (K,), ()), strict=True):
         inputs[f"weight_last_{field}"] = normal(rows, H, *shape).to(dtype)
     return inputs
-
-
-def _lay_out(x_BTHD: Tensor, layout: str) -> Tensor:
-    if layout == "head_first":
-        return x_BTHD.transpose(1, 2).contiguous().transpose(1, 2)
-    if layout == "expanded":
-        return x_BTHD[:1].expand_as(x_BTHD)
-    if layout == "strided":
-        wide = torch.full((*x_BTHD.shape[:-1], 2 * x_BTHD.shape[-1]), torch.nan).to(x_BTHD.dtype)
-        wide[..., ::2] = x_BTHD
-        return wide[..., ::2]
-    return x_BTHD
 
 
 def call_mlstm(
@@ -172,31 +156,8 @@ def run_mlstm(
     through: Collection[str] | None = None,
     wanted: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
-    """Outputs by name (`h`, `last_<state>`), and gradients as `d_<input>`.
-
-    Args:
-        backend: of `xk.mlstm`, or a form of the reference.
-        through: the outputs that the loss depends on; None: all.
-        wanted: the inputs that require a gradient; None: all.
-    """
-    leaves = {
-        name: x.detach().requires_grad_(wanted is None or name in wanted)
-        for name, x in inputs.items()
-        if not name.startswith("weight_")
-    }
-    h, last = call_mlstm(case, leaves, backend)
-    results = {"h": h} | {f"last_{field}": part for field, part in last._asdict().items()}
-    terms = [
-        (result * inputs[f"weight_{name}"]).sum(dtype=compute_dtype(case.dtype))
-        for name, result in results.items()
-        if result.requires_grad and (through is None or name in through)
-    ]
-    if terms:
-        torch.stack(terms).sum().backward()
-    for name, leaf in leaves.items():
-        if leaf.requires_grad:
-            results[f"d_{name}"] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-    return {name: result.detach() for name, result in results.items()}
+    """`run` of the case on a backend of `xk.mlstm`, or on a form of the reference."""
+    return run(partial(call_mlstm, case, backend=backend), inputs, through, wanted)
 
 
 def exact_mlstm(

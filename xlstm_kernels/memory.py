@@ -1,21 +1,52 @@
-"""Buffers handed to the kernels."""
+"""Tensors and buffers as the compiled kernels take them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from .backends import load_cpu
 
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
+
+# In the order of csrc/common/dtype.h.
+CPU_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Below this a buffer comes from the allocator's heap, already mapped.
 _HUGE_PAGE_BYTES = 2 << 20
+
+
+def refused_by_cpu(**tensors: Tensor) -> str | None:
+    """Why the C++ kernels cannot read the tensors, or None."""
+    for name, tensor in tensors.items():
+        if tensor.device.type != "cpu":
+            return f"it runs on CPU tensors, {name} is on {tensor.device}"
+        if tensor.dtype not in CPU_DTYPES:
+            return f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}"
+    return None
+
+
+def dtype_code(tensor: Tensor) -> int:
+    return CPU_DTYPES.index(tensor.dtype)
 
 
 def address(tensor: Tensor | None) -> int:
     """Address of the first element, 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def plain(tensor: MaybeTensor, dtype: torch.dtype) -> MaybeTensor:
+    """Contiguous and of `dtype`; the tensor itself where it is."""
+    if tensor is None or (tensor.dtype is dtype and tensor.is_contiguous()):
+        return tensor
+    return tensor.to(dtype).contiguous()
+
+
+def dense_rows(tensor: MaybeTensor) -> MaybeTensor:
+    """With neighbours in the last axis side by side, which a vector loads at once."""
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def fresh_cpu(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

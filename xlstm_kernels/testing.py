@@ -11,10 +11,12 @@ NaN fails. The largest single error is bounded too, so that one bad tile of a la
 
 from __future__ import annotations
 
+import itertools
 import math
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -137,6 +139,61 @@ def check_results(
         assert not missed, missed
 
 
+def packed(lengths: Sequence[int] | None) -> Tensor | None:
+    """`cu_seqlens` of packed sequences of these lengths."""
+    if lengths is None:
+        return None
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
+def lay_out(x: Tensor, layout: str) -> Tensor:
+    """`x` (B, T, ..., H, D) as a view: "contiguous", "head_first" (B, H, T, ..., D turned),
+    "expanded" (batch stride 0) or "strided" (every other element of D, NaN between)."""
+    if layout == "head_first":
+        return x.movedim(-2, 1).contiguous().movedim(1, -2)
+    if layout == "expanded":
+        return x[:1].expand_as(x)
+    if layout == "strided":
+        wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), torch.nan).to(x.dtype)
+        wide[..., ::2] = x
+        return wide[..., ::2]
+    return x
+
+
+def run(
+    call: Callable[[Results], tuple[Tensor, Any]],
+    inputs: Results,
+    through: Collection[str] | None = None,
+    wanted: Collection[str] | None = None,
+) -> dict[str, Tensor]:
+    """Outputs of `call` by name (`h`, `last_<state>`), and gradients as `d_<input>`.
+
+    Args:
+        call: takes the inputs by name and returns h and a state.
+        inputs: and `weight_<output>`, which the loss multiplies that output with.
+        through: the outputs that the loss depends on; None: all.
+        wanted: the inputs that require a gradient; None: all.
+    """
+    leaves = {
+        name: x.detach().requires_grad_(wanted is None or name in wanted)
+        for name, x in inputs.items()
+        if not name.startswith("weight_")
+    }
+    h, last = call(leaves)
+    results = {"h": h} | {f"last_{field}": part for field, part in last._asdict().items()}
+    terms = [
+        (result * inputs[f"weight_{name}"]).sum(dtype=compute_dtype(h.dtype))
+        for name, result in results.items()
+        if result.requires_grad and (through is None or name in through)
+    ]
+    if terms:
+        torch.stack(terms).sum().backward()
+    for name, leaf in leaves.items():
+        if leaf.requires_grad:
+            results[f"d_{name}"] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+    return {name: result.detach() for name, result in results.items()}
+
+
 @dataclass(frozen=True)
 class RecurrenceCase:
     """One call of `xk.slstm` or `xk.lstm`; `str` names it and seeds its inputs.
@@ -147,8 +204,7 @@ class RecurrenceCase:
         weight_dtype: of r and b; None: x's.
         state: "zero" (None is passed), "random", "large", or "empty" (sLSTM: n = 0 but c != 0).
         gates: None: normal pre-activations; else each is +-`gates`.
-        layout: of x: "contiguous", "head_first" (B, H, T, G, D permuted), "expanded" (batch stride
-            0) or "strided" (every other element of D).
+        layout: of x, as `lay_out` has them.
     """
 
     cell: str
@@ -210,7 +266,7 @@ def recurrence_inputs(case: RecurrenceCase) -> dict[str, Tensor]:
         x_BTGHD = case.gates * x_BTGHD.sign()
     weight_dtype = case.weight_dtype or case.dtype
     inputs = {
-        "x": _lay_out(x_BTGHD.to(case.dtype), case.layout),
+        "x": lay_out(x_BTGHD.to(case.dtype), case.layout),
         "r": (normal(G, H, D, D) / D**0.5).to(weight_dtype),
     }
     if case.bias:
@@ -236,28 +292,11 @@ def _states(case: RecurrenceCase, normal: Any) -> dict[str, Tensor]:
     return {f"{field}0": part for field, part in states.items()}
 
 
-def _lay_out(x_BTGHD: Tensor, layout: str) -> Tensor:
-    if layout == "head_first":
-        return x_BTGHD.permute(0, 3, 1, 2, 4).contiguous().permute(0, 2, 3, 1, 4)
-    if layout == "expanded":
-        return x_BTGHD[:1].expand_as(x_BTGHD)
-    if layout == "strided":
-        wide = torch.full((*x_BTGHD.shape[:-1], 2 * x_BTGHD.shape[-1]), torch.nan)
-        wide = wide.to(x_BTGHD.dtype)
-        wide[..., ::2] = x_BTGHD
-        return wide[..., ::2]
-    return x_BTGHD
-
-
-def call_recurrence(case: RecurrenceCase, inputs: Mapping[str, Tensor], backend: str) -> Any:
-    """(h, state) of the public function that runs the case's cell."""
+def call_recurrence(case: RecurrenceCase, inputs: Results, backend: str) -> tuple[Tensor, Any]:
+    """h and the state of the public function that runs the case's cell."""
     state = tuple(inputs[f"{f}0"] for f in CELLS[case.cell].State._fields if f"{f}0" in inputs)
-    cu_seqlens = None
-    if case.lengths is not None:
-        starts = [sum(case.lengths[:n]) for n in range(len(case.lengths) + 1)]
-        cu_seqlens = torch.tensor(starts, dtype=torch.int32)
     arguments: Any = (inputs["x"], inputs["r"], inputs.get("b"), state or None)
-    options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "backend": backend}
+    options: dict[str, Any] = {"cu_seqlens": packed(case.lengths), "backend": backend}
     function = CELLS[case.cell].function
     if function == "slstm":
         options["forget_gate"] = "exp" if case.cell == "slstm_exp" else "sigmoid"
@@ -272,30 +311,8 @@ def run_recurrence(
     through: Collection[str] | None = None,
     wanted: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
-    """Outputs by name (`h`, `last_<state>`), and gradients as `d_<input>`.
-
-    Args:
-        through: the outputs that the loss depends on; None: all.
-        wanted: the inputs that require a gradient; None: all.
-    """
-    leaves = {
-        name: t.detach().requires_grad_(name in wanted if wanted is not None else True)
-        for name, t in inputs.items()
-        if not name.startswith("weight_")
-    }
-    h, last = call_recurrence(case, leaves, backend)
-    results = {"h": h} | {f"last_{field}": part for field, part in last._asdict().items()}
-    terms = [
-        (result * inputs[f"weight_{name}"]).sum(dtype=compute_dtype(case.dtype))
-        for name, result in results.items()
-        if result.requires_grad and (through is None or name in through)
-    ]
-    if terms:
-        torch.stack(terms).sum().backward()
-    for name, t in leaves.items():
-        if t.requires_grad:
-            results[f"d_{name}"] = torch.zeros_like(t) if t.grad is None else t.grad
-    return {name: result.detach() for name, result in results.items()}
+    """`run` of the case on `backend`."""
+    return run(partial(call_recurrence, case, backend=backend), inputs, through, wanted)
 
 
 def check_recurrence(case: RecurrenceCase, through: Collection[str] | None = None) -> None:

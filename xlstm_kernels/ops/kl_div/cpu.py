@@ -9,21 +9,14 @@ from torch import Tensor
 
 from ...backends import load_cpu
 from ...cells import compute_dtype
-from ...memory import address, fresh_cpu
+from ...memory import address, dtype_code, fresh_cpu, plain, refused_by_cpu
 from .options import DIVERGENCES, REDUCTIONS, Options
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # csrc/common/dtype.h
 
 Rows = tuple[int, int]
 
 
 def supports(student: Tensor, teacher: Tensor) -> str | None:
-    if student.device.type != "cpu":
-        return f"it runs on CPU tensors, student_logits is on {student.device}"
-    for name, tensor in (("student_logits", student), ("teacher_logits", teacher)):
-        if tensor.dtype not in DTYPES:
-            return f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}"
-    return None
+    return refused_by_cpu(student_logits=student, teacher_logits=teacher)
 
 
 def forward(
@@ -67,7 +60,7 @@ def scale(grad: Tensor, factor: Tensor) -> None:
         return
     factor, V = factor.contiguous(), grad.shape[-1]
     load_cpu().scale_rows(
-        DTYPES.index(grad.dtype), (grad.numel() // V, V), address(grad), V, address(factor), 0
+        dtype_code(grad), (grad.numel() // V, V), address(grad), V, address(factor), 0
     )
 
 
@@ -107,15 +100,15 @@ def _launch(
     found = row_strides(*logits)
     assert found is not None  # supports() has seen to it
     rows, strides = found
-    labels = None if labels is None else labels.to(torch.int64).contiguous()
-    row_weight = None if row_weight is None else row_weight.to(dtype).contiguous()
+    labels = plain(labels, torch.int64)
+    row_weight = plain(row_weight, dtype)
     row_loss = torch.empty(leading, dtype=dtype)
     reduced = options.reduction != "none"
     loss = torch.empty((), dtype=dtype) if reduced else row_loss
     load_cpu().kl_div(
         DIVERGENCES.index(options.divergence),
         REDUCTIONS.index(options.reduction),
-        (DTYPES.index(student.dtype), DTYPES.index(teacher.dtype)),
+        (dtype_code(student), dtype_code(teacher)),
         rows,
         (student.shape[-1], teacher.shape[-1]),
         address(student),

@@ -9,10 +9,9 @@ from ...arguments import token_starts
 from ...backends import load_cpu
 from ...cells import compute_dtype
 from ...cells.mlstm import INPUT_GATES, NORMALIZERS
-from ...memory import address, fresh_cpu
+from ...memory import address, dense_rows, dtype_code, fresh_cpu, plain, refused_by_cpu
 from .shapes import saved_shapes, sequences, state_shapes
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # csrc/common/dtype.h
 # Tokens of a chunk: few enough that its scores are cheap beside the state's update, many enough
 # that the state is read and written seldom.
 CHUNK_SIZE = 64
@@ -22,11 +21,7 @@ NO_STATE = (0, 0, 0)
 
 
 def supports(q_BTHK: Tensor) -> str | None:
-    if q_BTHK.device.type != "cpu":
-        return f"it runs on CPU tensors, q is on {q_BTHK.device}"
-    if q_BTHK.dtype not in DTYPES:
-        return f"q must be float64, float32, bfloat16 or float16, got {q_BTHK.dtype}"
-    return None
+    return refused_by_cpu(q=q_BTHK)
 
 
 def forward(
@@ -47,10 +42,12 @@ def forward(
     save: bool,
 ) -> list[Tensor]:
     dtype = compute_dtype(q_BTHK.dtype)
-    rows = sequences(q_BTHK, cu_seqlens)
-    state = [_plain(part, dtype) for part in (c_BHKV, n_BHK, m_BH)]
+    state = [plain(part, dtype) for part in (c_BHKV, n_BHK, m_BH)]
     h_BTHV = fresh_cpu(v_BTHV.shape, v_BTHV.dtype)
-    last = [torch.empty(shape, dtype=dtype) for shape in state_shapes(rows, q_BTHK, v_BTHV)]
+    last = [
+        torch.empty(shape, dtype=dtype)
+        for shape in state_shapes(sequences(q_BTHK, cu_seqlens), q_BTHK, v_BTHV)
+    ]
     saved = [fresh_cpu(s, dtype) for s in saved_shapes(q_BTHK, v_BTHV, cu_seqlens)] if save else []
     if save and cu_seqlens is not None:
         for part in saved[2:]:
@@ -88,15 +85,14 @@ def backward(
     want_state: bool,
 ) -> list[Tensor]:
     dtype = compute_dtype(q_BTHK.dtype)
-    rows = sequences(q_BTHK, cu_seqlens)
     inputs = [
         *(fresh_cpu(x.shape, x.dtype) for x in (q_BTHK, k_BTHK, v_BTHV)),
         *(torch.empty(i_BTH.shape, dtype=dtype) for _ in range(2)),
     ]
-    shapes = state_shapes(rows, q_BTHK, v_BTHV)
+    shapes = state_shapes(sequences(q_BTHK, cu_seqlens), q_BTHK, v_BTHV)
     dstate = [torch.empty(shape if want_state else (0,), dtype=dtype) for shape in shapes]
-    dlast = [_plain(part, dtype) for part in (dc_BHKV, dn_BHK, dm_BH)]
-    dh_BTHV = None if dh_BTHV is None else _rows(dh_BTHV)
+    dlast = [plain(part, dtype) for part in (dc_BHKV, dn_BHK, dm_BH)]
+    dh_BTHV = dense_rows(dh_BTHV)
     call = _Call(
         *(q_BTHK, k_BTHK, v_BTHV, i_BTH, f_BTH, cu_seqlens),
         *(input_gate, normalizer, scale, eps, chunk_size),
@@ -133,7 +129,7 @@ class _Call:
         _, T, H, K = q_BTHK.shape
         dtype = compute_dtype(q_BTHK.dtype)
         self.tensors = (
-            *(_rows(x) for x in (q_BTHK, k_BTHK, v_BTHV)),
+            *(dense_rows(x) for x in (q_BTHK, k_BTHK, v_BTHV)),
             *(gate.to(dtype) for gate in (i_BTH, f_BTH)),
         )
         self.starts = None
@@ -143,7 +139,7 @@ class _Call:
         chunk = min(max(chunk_size or CHUNK_SIZE, SMALLEST_CHUNK), LARGEST_CHUNK)
         self.arguments = (
             (
-                DTYPES.index(q_BTHK.dtype),
+                dtype_code(q_BTHK),
                 INPUT_GATES.index(input_gate),
                 NORMALIZERS.index(normalizer),
             ),
@@ -153,13 +149,3 @@ class _Call:
             [address(x) for x in self.tensors],
             [x.stride()[:3] for x in self.tensors],
         )
-
-
-def _plain(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Contiguous and of `dtype`; the tensor itself where it is."""
-    return None if tensor is None else tensor.to(dtype).contiguous()
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """With neighbours in the last axis side by side, which a vector loads at once."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

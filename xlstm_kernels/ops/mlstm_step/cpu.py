@@ -8,17 +8,11 @@ from torch import Tensor
 from ...backends import load_cpu
 from ...cells import compute_dtype
 from ...cells.mlstm import INPUT_GATES, NORMALIZERS
-from ...memory import fresh_cpu
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # csrc/common/dtype.h
+from ...memory import address, dense_rows, dtype_code, fresh_cpu, plain, refused_by_cpu
 
 
 def supports(q_BHK: Tensor) -> str | None:
-    if q_BHK.device.type != "cpu":
-        return f"it runs on CPU tensors, q is on {q_BHK.device}"
-    if q_BHK.dtype not in DTYPES:
-        return f"q must be float64, float32, bfloat16 or float16, got {q_BHK.dtype}"
-    return None
+    return refused_by_cpu(q=q_BHK)
 
 
 def forward(
@@ -36,7 +30,7 @@ def forward(
     eps: float,
 ) -> list[Tensor]:
     dtype = compute_dtype(q_BHK.dtype)
-    state = [part.to(dtype).contiguous() for part in (c_BHKV, n_BHK, m_BH)]
+    state = [plain(part, dtype) for part in (c_BHKV, n_BHK, m_BH)]
     after = [fresh_cpu(part.shape, dtype) for part in state]
     token = (q_BHK, k_BHK, v_BHV, i_BH, f_BH)
     return [_launch(token, state, after, input_gate, normalizer, scale, eps), *after]
@@ -77,10 +71,10 @@ def _launch(
     q_BHK, _, v_BHV, *gates = token
     h_BHV = torch.empty(v_BHV.shape, dtype=v_BHV.dtype)
     dtype = compute_dtype(q_BHK.dtype)
-    inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in token[:3]]
+    inputs = [dense_rows(x) for x in token[:3]]
     inputs += [gate.to(dtype) for gate in gates]
     kinds = (
-        DTYPES.index(q_BHK.dtype),
+        dtype_code(q_BHK),
         INPUT_GATES.index(input_gate),
         NORMALIZERS.index(normalizer),
     )
@@ -89,9 +83,9 @@ def _launch(
         (*q_BHK.shape, v_BHV.shape[2]),
         scale,
         eps,
-        [x.data_ptr() for x in inputs],
+        [address(x) for x in inputs],
         [x.stride()[:2] for x in inputs],
-        [part.data_ptr() for part in before],
-        [h_BHV.data_ptr(), *(part.data_ptr() for part in after)],
+        [address(part) for part in before],
+        [address(h_BHV), *(address(part) for part in after)],
     )
     return h_BHV

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 import torch
 from torch import Tensor
 
 from ...arguments import token_starts
 from ...backends import load_cpu
 from ...cells import CELLS, compute_dtype
-from ...memory import address, fresh_cpu
+from ...memory import address, dense_rows, dtype_code, fresh_cpu, plain, refused_by_cpu
 from .shapes import last_shape, saved_shapes
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # csrc/common/dtype.h
 CELL_INDEX = {cell: index for index, cell in enumerate(CELLS)}  # csrc/cells/list.h
-MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
 
 def supports(x_BTGHD: Tensor, cell: str) -> str | None:
-    if x_BTGHD.device.type != "cpu":
-        return f"it runs on CPU tensors, x is on {x_BTGHD.device}"
-    if x_BTGHD.dtype not in DTYPES:
-        return f"x must be float64, float32, bfloat16 or float16, got {x_BTGHD.dtype}"
-    return None
+    return refused_by_cpu(x=x_BTGHD)
 
 
 def forward(
@@ -45,17 +37,14 @@ def forward(
     saved = [fresh_cpu(shape, dtype) for shape in to_save]
     if save and cu_seqlens is not None:
         saved[1].zero_()  # its last rows belong to no sequence
-    x_BTGHD, starts = _rows(x_BTGHD), _starts(cu_seqlens, T, cell)
-    r_GHDE, b_GHD, state_SBHD = (
-        _plain(r_GHDE, dtype),
-        _plain(b_GHD, dtype),
-        _plain(state_SBHD, dtype),
-    )
+    x_BTGHD, starts = dense_rows(x_BTGHD), _starts(cu_seqlens, T, cell)
+    r_GHDE, b_GHD = plain(r_GHDE, dtype), plain(b_GHD, dtype)
+    state_SBHD = plain(state_SBHD, dtype)
     if last[1] == 0:
         return [h_BTHD, last_SBHD, *saved]
     load_cpu().recurrence_forward(
         CELL_INDEX[cell],
-        DTYPES.index(x_BTGHD.dtype),
+        dtype_code(x_BTGHD),
         (last[1], T, H, D),
         address(starts),
         address(x_BTGHD),
@@ -92,13 +81,13 @@ def backward(
     dr_GHDE = torch.empty(r_GHDE.shape if want_r else (0,), dtype=dtype)
     db_GHD = torch.empty(r_GHDE.shape[:3] if want_b else (0,), dtype=dtype)
     dstate_SBHD = torch.empty(last if want_state else (0,), dtype=dtype)
-    r_GHDE, dlast_SBHD = _plain(r_GHDE, dtype), _plain(dlast_SBHD, dtype)
-    dh_BTHD, starts = _rows(dh_BTHD), _starts(cu_seqlens, T, cell)
+    r_GHDE, dlast_SBHD = plain(r_GHDE, dtype), plain(dlast_SBHD, dtype)
+    dh_BTHD, starts = dense_rows(dh_BTHD), _starts(cu_seqlens, T, cell)
     if last[1] == 0:
         return dx_BTGHD, dr_GHDE.zero_(), db_GHD.zero_(), dstate_SBHD
     load_cpu().recurrence_backward(
         CELL_INDEX[cell],
-        DTYPES.index(like_x.dtype),
+        dtype_code(like_x),
         (last[1], T, H, D),
         address(starts),
         address(r_GHDE),
@@ -115,18 +104,6 @@ def backward(
         address(dstate_SBHD) if want_state else 0,
     )
     return dx_BTGHD, dr_GHDE, db_GHD, dstate_SBHD
-
-
-def _plain(tensor: MaybeTensor, dtype: torch.dtype) -> MaybeTensor:
-    """Contiguous and of `dtype`; the tensor itself where it is."""
-    if tensor is None or (tensor.dtype is dtype and tensor.is_contiguous()):
-        return tensor
-    return tensor.to(dtype).contiguous()
-
-
-def _rows(tensor: MaybeTensor) -> MaybeTensor:
-    """With neighbours in D side by side, which a vector loads at once."""
-    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _starts(cu_seqlens: Tensor | None, T: int, cell: str) -> Tensor | None:
