@@ -1,8 +1,14 @@
 """Settings of every test: reproducible, and loud where memory is read before it is written."""
 
+import os
+
 import hypothesis
 import pytest
 import torch
+
+# Where there is no GPU, Triton's kernels run in its interpreter: on CPU tensors, and no faster than
+# NumPy. Set before the package reads the environment.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 from xlstm_kernels.backends import UNAVAILABLE
 

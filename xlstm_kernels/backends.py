@@ -2,7 +2,8 @@
 
 This is the only module that reads environment variables, once, at import:
 
-``XLSTM_CPU_ISA``  forces the CPU kernels' instruction set: ``avx512``, ``avx2`` or ``baseline``.
+``XLSTM_CPU_ISA``     forces the CPU kernels' instruction set: ``avx512``, ``avx2`` or ``baseline``.
+``TRITON_INTERPRET``  Triton's own: 1 runs its kernels in an interpreter, on CPU tensors too.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import torch
 from torch.autograd import forward_ad
 
 FORCED_CPU_ISA = os.environ.get("XLSTM_CPU_ISA") or None
+# In the words that Triton takes for yes. Triton reads it when a kernel's module is imported.
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on")
 
 
 class Backend(str, Enum):
@@ -133,6 +136,7 @@ def available_backends() -> dict[str, dict[str, str]]:
     """
     broken = {
         Backend.CPU: _failure(load_cpu),
+        Backend.TRITON: _without_triton_device(),
         Backend.CUDA: _failure(lambda: load_cuda().devices()),
     }
     return {
@@ -144,6 +148,22 @@ def available_backends() -> dict[str, dict[str, str]]:
         for op in OPS.values()
         for function in op.functions or (op.name,)
     }
+
+
+def triton_refuses(argument: str, device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on tensors of `device`, which `argument` is on, or None."""
+    if device.type == "cuda" or (device.type == "cpu" and TRITON_INTERPRETED):
+        return None
+    return (
+        f"it runs on CUDA and HIP tensors, and on CPU tensors under TRITON_INTERPRET=1;"
+        f" {argument} is on {device}"
+    )
+
+
+def _without_triton_device() -> str | None:
+    if TRITON_INTERPRETED or torch.cuda.is_available():
+        return None
+    return "torch sees no GPU, and TRITON_INTERPRET=1 is not set"
 
 
 def _failure(load: Callable[[], object]) -> str | None:
