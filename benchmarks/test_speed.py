@@ -10,7 +10,7 @@ import pytest
 from .gate import Gate
 from .problem import Case, Trial, Variant
 
-pytest.importorskip("pytest_benchmark")
+pytest.importorskip("pytest_benchmark", reason="the extra `bench` is not installed")
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,7 @@ def test_cell_takes_two_states(count):
 
 
 def test_numbers_of_numpy_are_numbers():
-    numpy = pytest.importorskip("numpy")
+    numpy = pytest.importorskip("numpy", reason="numpy is not installed")
     assert xk.kl_div(S, T + 1, temperature=numpy.float32(2), beta=numpy.float64(0.5)) == 0
 
 

@@ -331,7 +331,7 @@ class TestCommandLine:
 
 
 def test_cases_run_under_pytest_benchmark():
-    pytest.importorskip("pytest_benchmark")
+    pytest.importorskip("pytest_benchmark", reason="the extra `bench` is not installed")
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "--quick", "-q"]
     # pytest-benchmark does not time in a process that says it is a worker of pytest-xdist.
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}

@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from xlstm_kernels.backends import load_cpu
+from xlstm_kernels.ops.mlstm import shapes as mlstm_shapes
+from xlstm_kernels.ops.recurrence import shapes as recurrence_shapes
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "xlstm_kernels"
 SOURCE = ROOT / "csrc"
@@ -27,7 +31,7 @@ MAY_IMPORT = {
     r"arguments": r"(?!)",
     r"testing": r"cells|backends|ops\.\w+",
     r"cells(\.\w+)?": r"cells\.\w+",
-    r"nn(\.\w+)?": r"nn\.\w+|cells|arguments|ops\.\w+\.api",
+    r"nn(\.\w+)?": r"nn\.\w+|cells|arguments|backends|ops\.\w+\.(api|arguments)",
     r"compat(\.\w+)?": r"compat\.\w+|nn|cells|ops\.\w+\.api",
     r"ops": r"ops\.\w+",
     r"ops\.(?P<op>\w+)": r"{op}\.api",
@@ -288,3 +292,8 @@ def test_cpp_functions_are_found(
 ) -> None:
     (tmp_path / "a.cpp").write_text(text)
     assert list(cpp_functions(tmp_path / "a.cpp")) == expected
+
+
+def test_shapes_agree_with_the_kernels():
+    assert load_cpu().checkpoint_interval == recurrence_shapes.CHECKPOINT_INTERVAL
+    assert load_cpu().state_interval == mlstm_shapes.STATE_INTERVAL

@@ -170,6 +170,18 @@ def test_compiles_without_a_recompile_per_shape():
         ),
         (lambda: xk.nn.MLSTM(6, 16, 2, soft_cap=0), "soft_cap must be above 0 or None, got 0"),
         (
+            lambda: xk.nn.MLSTM(6, 16, 2, input_gate="tanh"),
+            "input_gate must be 'exp' or 'sigmoid', got 'tanh'",
+        ),
+        (
+            lambda: xk.nn.MLSTM(6, 16, 2, chunk_size=0),
+            "chunk_size must be at least 1 or None, got 0",
+        ),
+        (
+            lambda: xk.nn.MLSTM(6, 16, 2, backend="gpu"),
+            "backend must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda', got 'gpu'",
+        ),
+        (
             lambda: make()(torch.zeros(2, 3, 5)),
             "x must be (..., input_size) = (..., 6), got (2, 3, 5)",
         ),
@@ -211,3 +223,22 @@ def test_block():
     assert_near(compiled(x)[0], y)
     with pytest.raises(ValueError, match=r"^XLSTMBlock: ffn_ratio must be above 0, got 0$"):
         xk.nn.XLSTMBlock(8, 2, ffn_ratio=0)
+    with pytest.raises(ValueError, match=r"^XLSTMBlock: ffn_multiple must be at least 1, got 0$"):
+        xk.nn.XLSTMBlock(8, 2, ffn_multiple=0)
+
+
+def test_block_is_initialised_again_as_it_was_made():
+    torch.manual_seed(3)
+    block = xk.nn.XLSTMBlock(8, 2)
+    want = {name: p.clone() for name, p in block.named_parameters()}
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.fill_(torch.nan)
+    torch.manual_seed(3)
+    block.reset_parameters()
+    for name, parameter in block.named_parameters():
+        got, original = parameter.detach(), want[name]
+        if original.dim() == 1 or not original.any():
+            assert torch.equal(got, original), name
+        else:  # drawn anew
+            assert got.std().item() == pytest.approx(original.std().item(), rel=0.2), name

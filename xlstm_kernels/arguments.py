@@ -28,6 +28,23 @@ def check_is_integer(function: str, argument: str, value: object) -> None:
         raise TypeError(f"{function}: {argument} must be an integer, got {type(value).__name__}")
 
 
+def check_is_positive(function: str, argument: str, value: object) -> None:
+    """An integer of at least 1."""
+    check_is_integer(function, argument, value)
+    if value < 1:  # type: ignore[operator]
+        raise ValueError(f"{function}: {argument} must be at least 1, got {value}")
+
+
+def check_layer_sizes(layer: str, input_size: int, hidden_size: int, num_heads: int) -> None:
+    check_is_positive(layer, "input_size", input_size)
+    check_is_positive(layer, "hidden_size", hidden_size)
+    check_is_positive(layer, "num_heads", num_heads)
+    if hidden_size % num_heads:
+        raise ValueError(
+            f"{layer}: hidden_size must be a multiple of num_heads = {num_heads}, got {hidden_size}"
+        )
+
+
 def check_tensor(
     function: str,
     argument: str,

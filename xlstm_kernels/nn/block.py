@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..arguments import check_is_number
+from ..arguments import check_is_number, check_is_positive
 from ..cells import MLSTMState
 from .mlstm import MLSTM, small_init
 
@@ -50,6 +50,7 @@ class XLSTMBlock(nn.Module):
         check_is_number("XLSTMBlock", "ffn_ratio", ffn_ratio)
         if not ffn_ratio > 0:
             raise ValueError(f"XLSTMBlock: ffn_ratio must be above 0, got {ffn_ratio}")
+        check_is_positive("XLSTMBlock", "ffn_multiple", ffn_multiple)
         made: Any = {"device": device, "dtype": dtype}
         self.mlstm = MLSTM(embedding_dim, embedding_dim, num_heads, **options, **made)
         features = -int(-embedding_dim * ffn_ratio // ffn_multiple) * ffn_multiple
@@ -57,6 +58,16 @@ class XLSTMBlock(nn.Module):
         self.norm_ffn = nn.RMSNorm(embedding_dim, eps=1e-6, **made)
         self.gate_up = nn.Linear(embedding_dim, 2 * features, False, **made)
         self.down = nn.Linear(features, embedding_dim, False, **made)
+        self.reset_ffn()
+
+    def reset_parameters(self) -> None:
+        """Initialises the block as it was made, its layers included."""
+        self.mlstm.reset_parameters()
+        for norm in (self.norm_mlstm, self.norm_ffn):
+            norm.reset_parameters()
+        self.reset_ffn()
+
+    def reset_ffn(self) -> None:
         for linear in (self.gate_up, self.down):
             small_init(linear)
 

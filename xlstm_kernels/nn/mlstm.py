@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..arguments import check_is_integer, check_is_number, check_is_tensor
-from ..cells import MLSTMState
+from ..arguments import check_is_number, check_is_tensor, check_layer_sizes
+from ..backends import Backend
+from ..cells import MLSTMState, compute_dtype
 from ..ops.mlstm.api import mlstm
+from ..ops.mlstm.arguments import check_options
+from ..ops.mlstm_step.api import mlstm_step
 
 # What `repr` does not show, being the usual.
 _USUAL = {
@@ -86,9 +89,10 @@ class MLSTM(nn.Module):
         self.input_size, self.hidden_size, self.num_heads = input_size, hidden_size, num_heads
         self.qk_ratio, self.soft_cap, self.bias = qk_ratio, soft_cap, bias
         self.input_gate, self.normalizer, self.chunk_size = input_gate, normalizer, chunk_size
-        self.batch_first, self.backend = batch_first, backend
+        self.batch_first, self.backend = batch_first, Backend.parse("MLSTM", backend).value
         self.head_dim = hidden_size // num_heads
         self.qk_dim = round(hidden_size * qk_ratio) // num_heads
+        check_options("MLSTM", input_gate, normalizer, chunk_size)
         made: Any = {"device": device, "dtype": dtype}
         sizes = 2 * num_heads * self.qk_dim + 2 * hidden_size
         self.qkvo = nn.Linear(input_size, sizes, bias, **made)
@@ -126,7 +130,10 @@ class MLSTM(nn.Module):
         given: Any = state
         if lift_state and isinstance(state, (tuple, list)):
             given = tuple(p.unsqueeze(0) if isinstance(p, Tensor) else p for p in state)
-        y, last = self._run(x, given, cu_seqlens)
+        inputs, o = self._project(x)
+        options = self._options() | {"chunk_size": self.chunk_size, "cu_seqlens": cu_seqlens}
+        h, last = mlstm(**inputs, state=given, **options)
+        y = self._read_out(h, o)
         if lift_state:
             last = MLSTMState(*(part.squeeze(0) for part in last))
         if unbatched:
@@ -140,26 +147,33 @@ class MLSTM(nn.Module):
     ) -> tuple[Tensor, MLSTMState]:
         """One token: x (B, input_size) -> y (B, hidden_size), and the next state."""
         self._check_input(x, (2,), "(B, input_size)")
-        y, last = self._run(x.unsqueeze(1), state, None)
-        return y.squeeze(1), last
+        inputs, o = self._project(x)
+        given: Any = self._zeros(x) if state is None else state
+        h, last = mlstm_step(**inputs, state=given, **self._options())
+        return self._read_out(h, o), last
 
-    def _run(self, x_BTE: Tensor, state: Any, cu_seqlens: Tensor | None) -> Any:
+    def _project(self, x: Tensor) -> tuple[dict[str, Any], Tensor]:
+        """q, k, v, i, f by name, and the output gate's pre-activations (..., H V)."""
         H, K, V = self.num_heads, self.qk_dim, self.head_dim
-        q, k, v, o = self.qkvo(x_BTE).split([H * K, H * K, H * V, H * V], dim=-1)
-        gates = self.gates(x_BTE)
+        q, k, v, o = self.qkvo(x).split([H * K, H * K, H * V, H * V], dim=-1)
+        gates = self.gates(x)
         if self.soft_cap is not None:
             gates = self.soft_cap * torch.tanh(gates / self.soft_cap)
-        i_BTH, f_BTH = gates.chunk(2, dim=-1)
-        h_BTHV, last = mlstm(
-            *(q.unflatten(-1, (H, K)), k.unflatten(-1, (H, K)), v.unflatten(-1, (H, V))),
-            *(i_BTH, f_BTH, state),
-            input_gate=self.input_gate,
-            normalizer=self.normalizer,
-            chunk_size=self.chunk_size,
-            cu_seqlens=cu_seqlens,
-            backend=self.backend,
-        )
-        return self.out(torch.sigmoid(o) * self.norm(h_BTHV).flatten(2)), last
+        i, f = gates.chunk(2, dim=-1)
+        heads = {name: x.unflatten(-1, (H, -1)) for name, x in (("q", q), ("k", k), ("v", v))}
+        return heads | {"i": i, "f": f}, o
+
+    def _read_out(self, h: Tensor, o: Tensor) -> Tensor:
+        return self.out(torch.sigmoid(o) * self.norm(h).flatten(-2))
+
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("input_gate", "normalizer", "backend")}
+
+    def _zeros(self, x_BE: Tensor) -> MLSTMState:
+        H, K, V = self.num_heads, self.qk_dim, self.head_dim
+        dtype = compute_dtype(self.qkvo.weight.dtype)
+        shapes = ((H, K, V), (H, K), (H,))
+        return MLSTMState(*(x_BE.new_zeros(x_BE.shape[0], *s, dtype=dtype) for s in shapes))
 
     def _check_input(self, x: Tensor, dims: tuple[int, ...], layout: str) -> None:
         check_is_tensor("MLSTM", "x", x)
@@ -203,15 +217,7 @@ def small_init(linear: nn.Linear) -> None:
 def _check_sizes(
     input_size: int, hidden_size: int, num_heads: int, qk_ratio: float, soft_cap: float | None
 ) -> None:
-    sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_heads": num_heads}
-    for argument, size in sizes.items():
-        check_is_integer("MLSTM", argument, size)
-        if size < 1:
-            raise ValueError(f"MLSTM: {argument} must be at least 1, got {size}")
-    if hidden_size % num_heads:
-        raise ValueError(
-            f"MLSTM: hidden_size must be a multiple of num_heads = {num_heads}, got {hidden_size}"
-        )
+    check_layer_sizes("MLSTM", input_size, hidden_size, num_heads)
     check_is_number("MLSTM", "qk_ratio", qk_ratio)
     features = round(hidden_size * qk_ratio)
     if features < 1 or features % num_heads:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..arguments import check_is_integer, check_is_tensor
+from ..arguments import check_is_tensor, check_layer_sizes
+from ..backends import Backend
 from ..cells import GATES
 
 
@@ -30,19 +31,10 @@ class Recurrent(nn.Module):
     ):
         super().__init__()
         name = type(self).__name__
-        sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_heads": num_heads}
-        for argument, size in sizes.items():
-            check_is_integer(name, argument, size)
-            if size < 1:
-                raise ValueError(f"{name}: {argument} must be at least 1, got {size}")
-        if hidden_size % num_heads:
-            raise ValueError(
-                f"{name}: hidden_size must be a multiple of num_heads = {num_heads},"
-                f" got {hidden_size}"
-            )
+        check_layer_sizes(name, input_size, hidden_size, num_heads)
         self.input_size, self.hidden_size, self.num_heads = input_size, hidden_size, num_heads
         self.head_dim = hidden_size // num_heads
-        self.backend = backend
+        self.backend = Backend.parse(name, backend).value
         G, H, D = len(GATES), num_heads, self.head_dim
 
         def parameter(*shape: int) -> nn.Parameter:

@@ -8,12 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...arguments import (
-    check_is_integer,
-    check_is_tensor,
-    check_tensor,
-    count_sequences,
-)
+from ...arguments import check_is_tensor, check_tensor, count_sequences
 from ...backends import Backend
 from ...cells import MLSTMState
 from . import op, reference
@@ -83,11 +78,7 @@ def mlstm(
         (torch.Size([2, 100, 4, 16]), torch.Size([2, 4, 16, 16]))
     """
     _check(q, k, v, i, f, state, cu_seqlens)
-    options = make_options("mlstm", q.shape[-1], input_gate, normalizer, scale, eps)
-    if chunk_size is not None:
-        check_is_integer("mlstm", "chunk_size", chunk_size)
-        if chunk_size < 1:
-            raise ValueError(f"mlstm: chunk_size must be at least 1 or None, got {chunk_size}")
+    options = make_options("mlstm", q.shape[-1], input_gate, normalizer, scale, eps, chunk_size)
     chosen = op.MLSTM.resolve(backend, q)
     state = None if state is None else MLSTMState(*state)
     if chosen is Backend.REFERENCE:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...arguments import check_is_number, check_tensor
+from ...arguments import check_is_integer, check_is_number, check_tensor
 from ...cells import MLSTMState
 from ...cells.mlstm import INPUT_GATES, NORMALIZERS, Options
 
 Shape = tuple[int, ...]
 
 
-def make_options(
-    function: str, K: int, input_gate: str, normalizer: str, scale: float | None, eps: float
-) -> Options:
+def check_options(
+    function: str, input_gate: str, normalizer: str, chunk_size: int | None = None
+) -> None:
     for name, value, known in (
         ("input_gate", input_gate, INPUT_GATES),
         ("normalizer", normalizer, NORMALIZERS),
@@ -21,6 +21,22 @@ def make_options(
         if value not in known:
             names = " or ".join(map(repr, known))
             raise ValueError(f"{function}: {name} must be {names}, got {value!r}")
+    if chunk_size is not None:
+        check_is_integer(function, "chunk_size", chunk_size)
+        if chunk_size < 1:
+            raise ValueError(f"{function}: chunk_size must be at least 1 or None, got {chunk_size}")
+
+
+def make_options(
+    function: str,
+    K: int,
+    input_gate: str,
+    normalizer: str,
+    scale: float | None,
+    eps: float,
+    chunk_size: int | None = None,
+) -> Options:
+    check_options(function, input_gate, normalizer, chunk_size)
     check_is_number(function, "eps", eps)
     if scale is not None:
         check_is_number(function, "scale", scale)
