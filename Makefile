@@ -1,6 +1,8 @@
 # `make install` and `make demo` are all a first look needs. `make help` lists the rest.
 
-PYTHON ?= .venv/bin/python
+# What `make install` made; where it was not run, the environment at hand.
+PYTHON ?= $(shell test -x .venv/bin/python && echo .venv/bin/python || echo python3)
+SCRIPTS = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('scripts'))")
 # The release that the project's own numbers and tests come from; any torch >= 2.10 works:
 # `make install TORCH=torch` takes the newest, `make install TORCH=/path/to/torch.whl` a file.
 TORCH ?= torch==2.13.0
@@ -57,19 +59,19 @@ sanitize:  ## the operations' tests on a build with AddressSanitizer and UBSan
 	  XLSTM_CPU_ISA=$$isa PYTHONPATH=$(SANITIZED)/lib OMP_NUM_THREADS=1 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  $(dir $(PYTHON))pytest -q -n 2 -m "not slow" tests/test_sanitizers.py $(OP_TESTS); \
+	  $(SCRIPTS)/pytest -q -n 2 -m "not slow" tests/test_sanitizers.py $(OP_TESTS); \
 	done
 
 lint:  ## formatting, lint and types
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' | xargs $(dir $(PYTHON))clang-format --dry-run -Werror
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' | xargs $(SCRIPTS)/clang-format --dry-run -Werror
 	$(PYTHON) -m mypy
 
 format:  ## what `make lint` asks for, as far as tools can do it
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' | xargs $(dir $(PYTHON))clang-format -i
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' | xargs $(SCRIPTS)/clang-format -i
 
 bench:  ## measure this machine, append to benchmarks/results, write the README's tables
 	$(PYTHON) -m benchmarks run --save
