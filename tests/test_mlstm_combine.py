@@ -99,6 +99,15 @@ def test_gradients():
     assert torch.autograd.gradgradcheck(combine, leaves)
 
 
+def test_gradient_of_m_at_a_tie_goes_to_the_past():
+    leaves = [part.detach().requires_grad_() for part in (*random_state(), *random_state())]
+    with torch.no_grad():
+        leaves[5].copy_(leaves[2])
+    last = xk.mlstm_combine(leaves[:3], torch.zeros_like(leaves[2]), leaves[3:])
+    d_a, d_b = torch.autograd.grad(last.m.sum(), [leaves[2], leaves[5]])
+    assert (d_a == 1).all() and (d_b == 0).all()
+
+
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [

@@ -9,7 +9,7 @@ from . import nn
 from .backends import available_backends
 from .cells import LSTMState, MLSTMState, SLSTMState
 from .ops.kl_div import kl_div
-from .ops.mlstm import mlstm, mlstm_combine
+from .ops.mlstm import mlstm, mlstm_combine, mlstm_context_parallel
 from .ops.mlstm_step import mlstm_step
 from .ops.recurrence import lstm, slstm
 
@@ -24,6 +24,7 @@ __all__ = [
     "lstm",
     "mlstm",
     "mlstm_combine",
+    "mlstm_context_parallel",
     "mlstm_step",
     "nn",
     "slstm",

@@ -1,3 +1,3 @@
-from .api import mlstm, mlstm_combine
+from .api import mlstm, mlstm_combine, mlstm_context_parallel
 
-__all__ = ["mlstm", "mlstm_combine"]
+__all__ = ["mlstm", "mlstm_combine", "mlstm_context_parallel"]

@@ -6,17 +6,18 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ...arguments import check_is_tensor, check_tensor, count_sequences
 from ...backends import Backend
 from ...cells import MLSTMState
-from . import op, reference
+from . import context_parallel, op, reference
 from .arguments import check_state, make_options
 from .combine import mlstm_combine
 from .shapes import state_shapes
 
-__all__ = ["mlstm", "mlstm_combine"]
+__all__ = ["mlstm", "mlstm_combine", "mlstm_context_parallel"]
 
 
 def mlstm(
@@ -77,7 +78,7 @@ def mlstm(
         >>> h.shape, state.c.shape
         (torch.Size([2, 100, 4, 16]), torch.Size([2, 4, 16, 16]))
     """
-    _check(q, k, v, i, f, state, cu_seqlens)
+    _check("mlstm", q, k, v, i, f, state, cu_seqlens)
     options = make_options("mlstm", q.shape[-1], input_gate, normalizer, scale, eps, chunk_size)
     chosen = op.MLSTM.resolve(backend, q)
     state = None if state is None else MLSTMState(*state)
@@ -91,6 +92,79 @@ def mlstm(
     else:
         h, *last = op.forward(*inputs, *call, False, chosen.value)
     return h, MLSTMState(*last)
+
+
+def mlstm_context_parallel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    state: MLSTMState | tuple[Tensor, Tensor, Tensor] | None = None,
+    *,
+    group: dist.ProcessGroup | None = None,
+    input_gate: str = "exp",
+    normalizer: str = "max",
+    scale: float | None = None,
+    eps: float = 1e-6,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, MLSTMState]:
+    """`xk.mlstm` of sequences that are split over the ranks of `torch.distributed`.
+
+    Every rank of the group calls it with its own tokens, the first rank with the first ones; the
+    results are those of one pass over all of them.
+
+    Args:
+        q, k, v, i, f: this rank's tokens, as in `xk.mlstm`. T may be another one on each rank, and
+            0; B, H, K, V and dtype are the same on all.
+        state: before the first rank's tokens. Only that rank reads it, and gets its gradient.
+        group: the process group, in the order of the tokens; None is the default group.
+        input_gate, normalizer, scale, eps, chunk_size, backend: as in `xk.mlstm`.
+
+    Returns:
+        h (B, T, H, V) of this rank's tokens, and on every rank the state after the last rank's.
+        Gradients are exact: those of the sum of all ranks' losses, to all ranks' inputs.
+
+        Under `no_grad` nothing is kept for a backward. Otherwise h and the state require a gradient
+        on every rank, whatever its own inputs do, and the ranks go backward together: each through
+        its h or the state. A rank that leaves it out lets the others wait.
+
+    Raises:
+        RuntimeError: `torch.distributed` is not initialised, or this rank is not of the group.
+        ValueError, TypeError, NotImplementedError: as in `xk.mlstm`.
+
+    Costs beside the pass itself: one product of k and v, and the group's states once on each rank,
+    gathered forward and reduce-scattered backward: ranks x B H (K V + K + 2) numbers, for any T.
+
+    Example:
+        h, state = xk.mlstm_context_parallel(q, k, v, i, f, group=group)
+        (h * weight).sum().backward()
+    """
+    function = "mlstm_context_parallel"
+    _check(function, q, k, v, i, f, state, None)
+    make_options(function, q.shape[-1], input_gate, normalizer, scale, eps, chunk_size)
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            f"{function}: torch.distributed must be initialised, which `init_process_group` does,"
+            " got a process without a default group"
+        )
+    if dist.get_rank(group) < 0:
+        raise RuntimeError(
+            f"{function}: group must hold this rank, got a group without rank {dist.get_rank()}"
+        )
+    initial = None if state is None else MLSTMState(*state)
+    tokens, before, last = context_parallel.exchange((q, k, v, i, f), initial, input_gate, group)
+    h, _ = mlstm(
+        *(*tokens, before),
+        input_gate=input_gate,
+        normalizer=normalizer,
+        scale=scale,
+        eps=eps,
+        chunk_size=chunk_size,
+        backend=backend,
+    )
+    return h, last
 
 
 class MLSTM(torch.autograd.Function):
@@ -146,6 +220,7 @@ class MLSTMGrad(torch.autograd.Function):
 
 
 def _check(
+    function: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -155,14 +230,16 @@ def _check(
     cu_seqlens: Tensor | None,
 ) -> None:
     """Shapes, dtypes and devices; nothing here reads a tensor's values."""
-    check_is_tensor("mlstm", "q", q)
-    check_is_tensor("mlstm", "v", v)
+    check_is_tensor(function, "q", q)
+    check_is_tensor(function, "v", v)
     if q.dim() != 4 or 0 in q.shape[2:]:
-        raise ValueError(f"mlstm: q must be (B, T, H, K), none of H and K 0, got {tuple(q.shape)}")
+        raise ValueError(
+            f"{function}: q must be (B, T, H, K), none of H and K 0, got {tuple(q.shape)}"
+        )
     B, T, H, _ = q.shape
     V = v.shape[-1] if v.dim() else 0
     if V == 0:
-        raise ValueError(f"mlstm: v must be (B, T, H, V), V not 0, got {tuple(v.shape)}")
+        raise ValueError(f"{function}: v must be (B, T, H, V), V not 0, got {tuple(v.shape)}")
     first = "q", q
     for name, x, letters, shape in (
         ("q", q, "", q.shape),
@@ -171,10 +248,10 @@ def _check(
         ("i", i, "(B, T, H)", (B, T, H)),
         ("f", f, "(B, T, H)", (B, T, H)),
     ):
-        check_tensor("mlstm", name, x, letters, tuple(shape), first)
+        check_tensor(function, name, x, letters, tuple(shape), first)
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
-            raise TypeError(f"mlstm: {name} must have q's dtype {q.dtype}, got {x.dtype}")
-    rows = count_sequences("mlstm", first, cu_seqlens)
+            raise TypeError(f"{function}: {name} must have q's dtype {q.dtype}, got {x.dtype}")
+    rows = count_sequences(function, first, cu_seqlens)
     if state is not None:
-        check_state("mlstm", state, state_shapes(rows, q, v), first)
+        check_state(function, state, state_shapes(rows, q, v), first)

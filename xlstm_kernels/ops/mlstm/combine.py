@@ -55,7 +55,7 @@ def mlstm_combine(
     c_a, n_a, m_a = state_a
     c_b, n_b, m_b = state_b
     m_a = log_decay_b + m_a
-    m = torch.maximum(m_a, m_b)
+    m = torch.where(m_b > m_a, m_b, m_a)  # at a tie its gradient goes to a, as in the recurrence
     # -inf - -inf is NaN; where both segments hold nothing, both weights are 0.
     base = m.masked_fill(m == -torch.inf, 0.0)
     keep_BH1, add_BH1 = (m_a - base).exp()[..., None], (m_b - base).exp()[..., None]
