@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: `python -m benchmarks run`, `report` and `list`."""
+"""Command line of the benchmarks: `python -m benchmarks --help` lists what it can do."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from subprocess import CalledProcessError
 
 import torch
 from rich.console import Console
 
-from . import ceilings, machine, report, rows
+from . import ceilings, errors, machine, packages, report, rows
 from .cases import OPS, select
 from .problem import Case
 from .runner import Run, run_case
 from .table import terminal_table
 
 OK, RED, USAGE, INTERRUPTED = 0, 1, 2, 130
+PEERS = packages.FOLDER.relative_to(machine.ROOT)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,7 +30,11 @@ def parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="compare with the float64 reference, then time")
     listing = commands.add_parser("list", help="print the id of every case")
-    for command in (run, listing):
+    accuracy = commands.add_parser(
+        "errors", help="print those of every result, ours and the peers'"
+    )
+    commands.add_parser("peers", help=f"install what cases are compared with into {PEERS}")
+    for command in (run, listing, accuracy):
         command.add_argument("--op", action="append", default=[], help=", ".join(OPS))
         command.add_argument("--case", default="", help="only ids that contain this")
         command.add_argument("--quick", action="store_true", help="tiny shapes, no torch.compile")
@@ -55,15 +61,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for path in report.write(options.results, options.readme):
                 print(path)
             return OK
+        if options.command == "peers":
+            packages.install()
+            return OK
         chosen = _chosen(options)
         if options.command == "list":
             print("\n".join(case.id for case in chosen))
+            return OK
+        if options.command == "errors":
+            for case in chosen:
+                _screen().print(errors.terminal_table(case))
             return OK
         return _run(options, chosen)
     except _UsageError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return USAGE
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, CalledProcessError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return RED
     except KeyboardInterrupt:
@@ -93,10 +106,7 @@ def _run(options: argparse.Namespace, chosen: list[Case]) -> int:
         torch.set_num_threads(options.threads)
     budget_s = options.budget_s if options.budget_s is not None else (0.2 if options.quick else 10)
     save = options.save if options.save is not None else not options.quick
-    screen = Console()
-    if not screen.is_terminal:
-        screen = Console(width=170)
-
+    screen = _screen()
     here = machine.describe()
     with screen.status("ceilings: copy bandwidth and sgemm rate"):
         roof = ceilings.measure(options.quick)
@@ -124,6 +134,11 @@ def _run(options: argparse.Namespace, chosen: list[Case]) -> int:
             screen.print(f"appended {len(measured)} rows to {path}", highlight=False)
         every += measured
     return RED if any(row.ours and not row.measured for row in every) else OK
+
+
+def _screen() -> Console:
+    screen = Console()
+    return screen if screen.is_terminal else Console(width=170)
 
 
 def _run_op(screen: Console, run: Run, chosen: list[Case]) -> list[rows.Row]:

@@ -21,7 +21,7 @@ STEPS = ((4, 64), (4, 128))
 # (N, V)
 LOGITS = ((1024, 32000), (512, 128256))
 
-QUICK_MEMORIES = ((2, 40, 2, 16, 24),)
+QUICK_MEMORIES = ((2, 64, 2, 16, 24),)
 QUICK_TOKENS = ((2, 2, 16, 24),)
 QUICK_SEQUENCES = ((2, 8, 2, 16),)
 QUICK_LAYERS = ((2, 8, 1, 16),)

@@ -10,7 +10,7 @@ from .rows import Row
 
 @dataclass(frozen=True)
 class Entry:
-    """One of our measured variants of a case, and the peers measured in turn with it, by name."""
+    """One of our measured variants of a case, and the peers measured in turn with it, by family."""
 
     ours: Row
     peers: dict[str, Row]
@@ -28,12 +28,22 @@ class Entry:
         return self.peers[peer].time_us / self.ours.time_us
 
 
+def family(backend: str) -> str:
+    """A peer's name without its setting: "eager, chunks of 64" is one of several "eager"."""
+    return backend.partition(",")[0]
+
+
 def entries(rows: Iterable[Row]) -> list[Entry]:
-    """In the order of the rows. Only rows of one date and case are compared."""
+    """In the order of the rows. Only rows of one date and case are compared; of a family of peers
+    the fastest counts."""
     measured = [row for row in rows if row.measured]
     found = []
     for row in measured:
         if row.ours:
             same = [r for r in measured if (r.date, r.case) == (row.date, row.case) and not r.ours]
-            found.append(Entry(row, {r.backend: r for r in same}))
+            peers: dict[str, Row] = {}
+            for peer in same:
+                name = family(peer.backend)
+                peers[name] = min(peer, peers.get(name, peer), key=lambda r: r.time_us)
+            found.append(Entry(row, peers))
     return found

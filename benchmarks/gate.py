@@ -46,13 +46,14 @@ class Oracle:
 
     exact: Tensors
     plain: Tensors
+    widened: float
 
     @classmethod
     def of(cls, case: Case, inputs: Tensors) -> Oracle:
         double = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
         exact = case.reference(case, tracked(case, double))
         del double
-        return cls(exact, case.reference(case, tracked(case, inputs)))
+        return cls(exact, case.reference(case, tracked(case, inputs)), case.widened)
 
     def judge(self, got: Tensors, ours: bool) -> Verdict:
         """The worst of `got`'s tensors. A shape or a name that differs is an error of infinity."""
@@ -64,7 +65,7 @@ class Oracle:
         if name not in got or got[name].shape != exact.shape:
             return Verdict(name, float("inf"), 0.0, 0.0)
         error = testing.relative_error(got[name], exact)
-        budget = testing.budget(plain, exact, got[name].dtype)
+        budget = self.widened * testing.budget(plain, exact, got[name].dtype)
         return Verdict(name, error, budget, budget if ours else max(budget, PEER_LIMIT))
 
 
@@ -108,7 +109,7 @@ class Gate:
             trial = Trial(case, variant, tensors)
             results = trial.results()
         except Exception as error:
-            self.reasons[variant.name] = _first_line(error)
+            self.reasons[variant.name] = first_line(error)
             return
         verdict = self.verdicts[variant.name] = oracle.judge(results, variant.ours)
         if verdict.passes:
@@ -117,7 +118,8 @@ class Gate:
             self.reasons[variant.name] = verdict.reason()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Why a variant has no result."""
     text = (str(error).strip() or repr(error)).splitlines()[0]
     kind = type(error).__name__
     return text if isinstance(error, UnavailableError) else f"{kind}: {text}"

@@ -9,18 +9,21 @@ from torch import Tensor
 
 import xlstm_kernels as xk
 
+from . import peers
 from .problem import FORWARD, FORWARD_BACKWARD, Bound, Case, Tensors, Trial, Variant
 
 INPUTS = ("q", "k", "v", "i", "f")
 STATE = xk.MLSTMState._fields
 FLOAT_BYTES = 4
-EAGER_CHUNKS = (64, 128, 256)  # what native torch code is fastest at depends on the sequence
+WIDENED = 2.0  # tests/mlstm_cases.py, for the normaliser "max"
+CHUNKS = (64, 128, 256)  # what native torch code is fastest at depends on the sequence
 
 
 def sequence(shape: tuple[int, int, int, int, int], dtype: torch.dtype, direction: str) -> Case:
     """`xk.mlstm` over (B, T, H, K, V) from a zero state, with no norm layer behind it."""
     B, T, H, K, V = shape
     backward = direction == FORWARD_BACKWARD
+    chunks = [chunk for chunk in CHUNKS if T % chunk == 0]
     return Case(
         op="mlstm",
         shape=f"B{B} T{T} H{H} K{K} V{V}",
@@ -32,12 +35,14 @@ def sequence(shape: tuple[int, int, int, int, int], dtype: torch.dtype, directio
         reference=lambda case, tensors: Trial(case, _eager(64), tensors).results(),
         variants=(
             Variant("cpu", partial(_bind, backend="cpu"), ours=True),
-            *(_eager(chunk_size) for chunk_size in EAGER_CHUNKS),
+            *(_eager(chunk) for chunk in chunks),
+            *peers.native_mlstm(chunks, direction),
         ),
         # One token: k v^T into the state, q out of it; and for the backward each again for either
         # operand.
         flops=(3 if backward else 1) * 4 * K * V * B * T * H,
         moved_bytes=(2 if backward else 1) * 2 * (K + V + 1) * B * T * H * dtype.itemsize,
+        widened=WIDENED,
     )
 
 
@@ -58,10 +63,12 @@ def step(B: int, H: int, K: int, V: int) -> Case:
             _step("cpu", "cpu", ours=True),
             _step("cpu in place", "cpu", ours=True, inplace=True),
             _step("eager", "reference"),
+            *peers.native_mlstm_step(),
         ),
         flops=4 * K * V * B * H,
         moved_bytes=FLOAT_BYTES * B * H * (2 * state + token + V),
         restore=STATE,
+        widened=WIDENED,
     )
 
 

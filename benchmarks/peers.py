@@ -1,8 +1,11 @@
-"""What we are compared with: plain torch on the same inputs, for the same results."""
+"""What we are compared with: plain torch, and others' packages, on the same inputs, for the same
+results."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +13,8 @@ from torch import Tensor
 
 import xlstm_kernels as xk
 
-from .problem import FORWARD, Bound, Case, Tensors, Variant
+from .packages import load
+from .problem import FORWARD, Bound, Case, Tensors, UnavailableError, Variant
 
 Bind = Callable[[Case, Tensors, str], Bound]
 
@@ -104,3 +108,83 @@ def _kl_div(temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
 def _bind_kl_div(loss: Callable[[Tensor, Tensor], Tensor], tensors: Tensors) -> Bound:
     student, teacher = tensors["student"], tensors["teacher"]
     return Bound(lambda: (loss(student, teacher),), {"student": student})
+
+
+Find = Callable[[], Callable[..., Any]]
+# Functions of q, k, v, i, f with heads before time.
+SEQUENCES: dict[str, Find] = {
+    "transformers": lambda: _transformers().mlstm_chunkwise_native_autograd,
+    "mlstm_kernels": lambda: load(_MLSTM_KERNELS).get_mlstm_kernel("chunkwise--native_autograd"),
+}
+# With the gradient that its GPU kernels compute as well.
+OWN_BACKWARD: dict[str, Find] = {
+    "mlstm_kernels custbw": lambda: load(_MLSTM_KERNELS).get_mlstm_kernel(
+        "chunkwise--native_custbw"
+    ),
+}
+# Functions of q, k, v, i, f, c, n, m.
+STEPS: dict[str, Find] = {
+    "transformers": lambda: _transformers().mlstm_recurrent_step_native,
+    "mlstm_kernels": lambda: load(_MLSTM_KERNELS).get_mlstm_step_kernel("native"),
+}
+_MLSTM_KERNELS = "mlstm_kernels.torch"
+
+
+def _transformers() -> ModuleType:
+    module = load("transformers.models.xlstm.modeling_xlstm")
+    if module.external_xlstm:
+        raise UnavailableError("transformers uses the package xlstm, which is installed")
+    return module
+
+
+def native_mlstm(chunk_sizes: Iterable[int], direction: str) -> list[Variant]:
+    """Others' chunkwise mLSTM in plain torch, gradients by autograd, and once by their own."""
+    found = [
+        _native_mlstm(name, find, chunk_size)
+        for name, find in SEQUENCES.items()
+        for chunk_size in chunk_sizes
+    ]
+    if direction != FORWARD:
+        found += [_native_mlstm(name, find, 64) for name, find in OWN_BACKWARD.items()]
+    return found
+
+
+def _native_mlstm(name: str, find: Find, chunk: int) -> Variant:
+    def bind(_: Case, tensors: Tensors) -> Bound:
+        function = find()
+        # Laid out as they like it, before the clock runs.
+        inputs = {name: _head_first(tensors[name]) for name in "qkvif"}
+        dtype = inputs["q"].dtype
+
+        def call() -> tuple[Tensor]:
+            heads = [x.transpose(1, 2) for x in inputs.values()]
+            h = function(*heads, chunk_size=chunk, autocast_kernel_dtype=dtype)
+            return (h.transpose(1, 2),)
+
+        return Bound(call, inputs)
+
+    return Variant(f"{name}, chunks of {chunk}", bind)
+
+
+def _head_first(x_BTHD: Tensor) -> Tensor:
+    x = x_BTHD.detach().transpose(1, 2).contiguous().transpose(1, 2)
+    return x.requires_grad_().view_as(x) if x_BTHD.requires_grad else x
+
+
+def native_mlstm_step() -> list[Variant]:
+    return [_native_mlstm_step(name, find) for name, find in STEPS.items()]
+
+
+def _native_mlstm_step(name: str, find: Find) -> Variant:
+    def bind(_: Case, tensors: Tensors) -> Bound:
+        function = find()
+        q, k, v, i, f, c, n, m = (tensors[name] for name in "qkvifcnm")
+        i, f, m = (x[..., None] for x in (i, f, m))
+
+        def call() -> tuple[Tensor, ...]:
+            h, (last_c, last_n, last_m) = function(q, k, v, i, f, c, n, m)
+            return h, last_c, last_n, last_m.squeeze(-1)
+
+        return Bound(call, {})
+
+    return Variant(name, bind)

@@ -14,7 +14,13 @@ from .entries import Entry
 from .table import ratio
 
 INK, FAINT = "#24292f", "#d0d7de"
-PEER_COLORS = {"eager": "#1f6feb", "torch.compile": "#d29922", "nn.LSTM": "#8957e5"}
+PEER_COLORS = {
+    "eager": "#1f6feb",
+    "torch.compile": "#d29922",
+    "nn.LSTM": "#8957e5",
+    "transformers": "#bf3989",
+    "mlstm_kernels": "#57606a",
+}
 CEILING_COLORS = {"memory": "#2da44e", "compute": "#1b7c83"}
 CEILING_NAMES = {"memory": "of copy bandwidth", "compute": "of the sgemm rate"}
 STYLE = {

@@ -65,6 +65,7 @@ class Case:
     flops: int
     moved_bytes: int
     restore: tuple[str, ...] = ()  # inputs that a variant may overwrite
+    widened: float = 1.0  # factor on the budget; as in the operation's tests, which say why
 
     @property
     def dtype_name(self) -> str:

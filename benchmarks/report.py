@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import plots
-from .entries import Entry, entries
+from .entries import Entry, entries, family
 from .rows import Row, newest_complete, read
 from .table import duration, ratio
 
@@ -66,7 +66,7 @@ def fill(text: str, marker: str, content: str) -> str:
 
 def markdown(rows: Sequence[Row], found: Sequence[Entry]) -> str:
     """A table with a line per variant of ours, what was not timed, and how it was measured."""
-    peers = list(dict.fromkeys(row.backend for row in rows if not row.ours))
+    peers = list(dict.fromkeys(name for entry in found for name in entry.peers))
     header = ["operation", "ours", *peers, "of the ceiling", "error / budget"]
     lines = [_line(header), _line(["---", *["---:"] * (len(header) - 1)])]
     for entry in found:
@@ -84,9 +84,22 @@ def markdown(rows: Sequence[Row], found: Sequence[Entry]) -> str:
                 ]
             )
         )
-    missing = [f"Not timed: {row.case} {row.backend}: {row.reason}  " for row in rows if row.reason]
     runs = dict.fromkeys(_conditions(row) for row in rows)
-    return "\n".join([*lines, "", *missing, *runs, ""])
+    settings = {row.backend for row in rows if not row.ours and row.measured}
+    note = ["Of a peer with several settings, the fastest.  "] if len(settings) > len(peers) else []
+    return "\n".join([*lines, "", *note, *_missing(rows), *runs, ""])
+
+
+def _missing(rows: Sequence[Row]) -> list[str]:
+    """A line for each reason why a peer, or one of ours, was not timed."""
+    cases: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.reason:
+            cases.setdefault((family(row.backend), row.reason), []).append(row.case)
+    return [
+        f"Not timed: {name}, {found[0] if len(found) == 1 else f'{len(found)} rows'}: {reason}  "
+        for (name, reason), found in cases.items()
+    ]
 
 
 def _against(entry: Entry, peer: str) -> str:

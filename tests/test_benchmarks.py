@@ -267,6 +267,17 @@ class TestReport:
         assert [entry.speed_up("eager") for entry in last] == [12.0]
         assert [entry.speed_up("eager") for entry in entries(every)] == [1 / 9e9, 12.0]
 
+    def test_the_fastest_of_a_family_of_peers_counts(self):
+        sizes = {64: 3000.0, 128: 2000.0, 256: 5000.0}
+        found = [peer(f"eager, chunks of {size}", time_us) for size, time_us in sizes.items()]
+        (entry,) = entries([row(), *found, peer("library", 9000.0)])
+        assert {name: r.time_us for name, r in entry.peers.items()} == {
+            "eager": 2000.0,
+            "library": 9000.0,
+        }
+        missing = [peer("library", math.nan, reason="not here", case=case) for case in "ab"]
+        assert "Not timed: library, 2 rows: not here" in report.markdown([row(), *missing], [entry])
+
     def test_fills_the_markers_twice_alike(self, tmp_path):
         readme = tmp_path / "README.md"
         readme.write_text(BLOCKS)
@@ -278,8 +289,8 @@ class TestReport:
         text = first[0]
         assert "stale" not in text and text.count("kept") == len(report.GROUPS)
         assert "(results/some-cpu/speed-recurrence.svg)" in text
-        assert "| **1 ms** | 12 ms (12x) | 900 us (0.90x) |  | 70 % sgemm |" in text
-        assert "Not timed: slstm-fwd-B1-f32 torch.compile: no compiler" in text
+        assert "| **1 ms** | 12 ms (12x) | 900 us (0.90x) | 70 % sgemm |" in text
+        assert "Not timed: torch.compile, slstm-fwd-B1-f32: no compiler" in text
         assert "CPU measurement, 2026-01-02" in text and report.NOT_MEASURED in text
 
     def test_missing_markers_are_an_error_and_nothing_is_written(self, tmp_path, capsys):
@@ -324,6 +335,13 @@ class TestCommandLine:
     def test_no_such_case(self, capsys):
         assert main(["run", "--case", "B999"]) == 2
         assert "no case has 'B999'" in capsys.readouterr().err
+
+    def test_errors_of_every_variant(self, capsys):
+        assert main(["errors", "--op", "mlstm", "--case", "fwd+bwd", "--quick"]) == 0
+        out = capsys.readouterr().out
+        assert all(f" {name} " in out for name in ("h", "dq", "df", "cpu", "eager, chunks of 64"))
+        # Each peer has its line, or a reason why not.
+        assert "transformers, chunks of 64" in out and "mlstm_kernels custbw, chunks of 64" in out
 
     def test_list(self, capsys):
         assert main(["list", "--op", "lstm"]) == 0
