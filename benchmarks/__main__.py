@@ -12,11 +12,11 @@ from subprocess import CalledProcessError
 import torch
 from rich.console import Console
 
-from . import ceilings, errors, machine, packages, report, rows
+from . import ceilings, errors, machine, packages, report, rows, scaling
 from .cases import OPS, select
 from .problem import Case
 from .runner import Run, run_case
-from .table import terminal_table
+from .table import duration, size, terminal_table
 
 OK, RED, USAGE, INTERRUPTED = 0, 1, 2, 130
 PEERS = packages.FOLDER.relative_to(machine.ROOT)
@@ -38,18 +38,23 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--op", action="append", default=[], help=", ".join(OPS))
         command.add_argument("--case", default="", help="only ids that contain this")
         command.add_argument("--quick", action="store_true", help="tiny shapes, no torch.compile")
-    run.add_argument(
-        "--save",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="append to the results (default: yes, with --quick no)",
-    )
     run.add_argument("--budget-s", type=float, metavar="N", help="seconds of timing a case (10)")
-    run.add_argument("--threads", type=int, metavar="N", help="torch.set_num_threads(N)")
+
+    over_T = commands.add_parser("scaling", help="time and memory of the mLSTM over T")
+    over_T.add_argument("--longest", type=int, default=scaling.LENGTHS[-1], metavar="T")
+    over_T.add_argument("--quick", action="store_true", help="tiny sequences")
+    for command in (run, over_T):
+        command.add_argument(
+            "--save",
+            action=argparse.BooleanOptionalAction,
+            default=None,
+            help="append to the results (default: yes, with --quick no)",
+        )
+        command.add_argument("--threads", type=int, metavar="N", help="torch.set_num_threads(N)")
 
     write = commands.add_parser("report", help="plots and the README's tables from the last runs")
     write.add_argument("--readme", type=Path, default=machine.ROOT / "README.md", metavar="FILE")
-    for command in (run, write):
+    for command in (run, over_T, write):
         command.add_argument("--results", type=Path, default=rows.RESULTS, metavar="DIR")
     return parser
 
@@ -64,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "peers":
             packages.install()
             return OK
+        if options.command == "scaling":
+            return _scale(options)
         chosen = _chosen(options)
         if options.command == "list":
             print("\n".join(case.id for case in chosen))
@@ -76,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _UsageError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return USAGE
-    except (OSError, ValueError, CalledProcessError) as error:
+    except (OSError, ValueError, RuntimeError, CalledProcessError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return RED
     except KeyboardInterrupt:
@@ -100,10 +107,7 @@ def _chosen(options: argparse.Namespace) -> list[Case]:
 
 
 def _run(options: argparse.Namespace, chosen: list[Case]) -> int:
-    if options.threads is not None:
-        if options.threads < 1:
-            raise _UsageError(f"--threads must be at least 1, got {options.threads}")
-        torch.set_num_threads(options.threads)
+    _set_threads(options)
     budget_s = options.budget_s if options.budget_s is not None else (0.2 if options.quick else 10)
     save = options.save if options.save is not None else not options.quick
     screen = _screen()
@@ -118,7 +122,7 @@ def _run(options: argparse.Namespace, chosen: list[Case]) -> int:
         highlight=False,
     )
     run = Run(
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        date=_now(),
         machine=here,
         ceilings=roof,
         complete=not options.case and not options.quick,
@@ -134,6 +138,35 @@ def _run(options: argparse.Namespace, chosen: list[Case]) -> int:
             screen.print(f"appended {len(measured)} rows to {path}", highlight=False)
         every += measured
     return RED if any(row.ours and not row.measured for row in every) else OK
+
+
+def _scale(options: argparse.Namespace) -> int:
+    _set_threads(options)
+    screen, here = _screen(), machine.describe()
+    points = []
+    for point in scaling.measure(_now(), here, options.longest, options.quick):
+        points.append(point)
+        screen.print(
+            f"T {point.T} {point.direction} {point.backend}: {duration(point.time_us)},"
+            f" peak {size(point.peak_bytes)}, error {point.error:.1e} / {point.budget:.1e}",
+            highlight=False,
+        )
+    if options.save if options.save is not None else not options.quick:
+        path = options.results / here.folder / f"{scaling.NAME}.csv"
+        rows.append(path, points)
+        screen.print(f"appended {len(points)} rows to {path}", highlight=False)
+    return OK if all(point.passes for point in points) else RED
+
+
+def _set_threads(options: argparse.Namespace) -> None:
+    if options.threads is not None:
+        if options.threads < 1:
+            raise _UsageError(f"--threads must be at least 1, got {options.threads}")
+        torch.set_num_threads(options.threads)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _screen() -> Console:

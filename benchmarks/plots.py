@@ -1,8 +1,8 @@
-"""Speed-ups and percent of the ceiling as one SVG per machine and table."""
+"""Speed-ups and percent of the ceiling as one SVG per machine and table; cost over T."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -10,7 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from .entries import Entry
+from .entries import Entry, family
+from .problem import FORWARD
+from .scaling import Point
 from .table import ratio
 
 INK, FAINT = "#24292f", "#d0d7de"
@@ -21,6 +23,7 @@ PEER_COLORS = {
     "transformers": "#bf3989",
     "mlstm_kernels": "#57606a",
 }
+OURS_COLOR = "#2da44e"
 CEILING_COLORS = {"memory": "#2da44e", "compute": "#1b7c83"}
 CEILING_NAMES = {"memory": "of copy bandwidth", "compute": "of the sgemm rate"}
 STYLE = {
@@ -114,3 +117,49 @@ def _shares(axes: Axes, entries: Sequence[Entry]) -> None:
     axes.set_xlabel("percent of the ceiling measured in the same run")
     if highest:
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+
+
+def draw_scaling(points: Sequence[Point], title: str, path: Path) -> None:
+    """Writes the figure: left, time over T; right, the peak of memory beyond the inputs."""
+    with matplotlib.rc_context(STYLE | {"axes.spines.left": True}):
+        figure = Figure(figsize=(10.0, 4.0), layout="constrained")
+        time, memory = figure.subplots(1, 2)
+        _over_T(time, points, lambda point: point.time_us / 1e3, "ms a call")
+        _over_T(memory, points, lambda point: point.peak_bytes / 1e6, "MB beyond the inputs, peak")
+        time.legend(loc="upper left", frameon=False)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="svg", facecolor="white", metadata={"Date": None})
+
+
+def tokens(T: float) -> str:
+    """1 k, 64 k, 1 M."""
+    return f"{T / 2**20:g} M" if T >= 2**20 else f"{T / 2**10:g} k"
+
+
+def _over_T(
+    axes: Axes, points: Sequence[Point], value: Callable[[Point], float], label: str
+) -> None:
+    for name, way in dict.fromkeys((point.backend, point.direction) for point in points):
+        line = [p for p in points if (p.backend, p.direction) == (name, way) and p.passes]
+        color = PEER_COLORS.get(family(name), OURS_COLOR)
+        axes.plot(
+            [point.T for point in line],
+            [value(point) for point in line],
+            marker="o",
+            markersize=3.5,
+            linestyle="-" if way == FORWARD else "--",
+            color=color,
+            label=f"{'ours' if color == OURS_COLOR else name}, {way}",
+        )
+    # Slope 1: twice the tokens, twice the cost.
+    first, last = min(point.T for point in points), max(point.T for point in points)
+    low = min(value(point) for point in points) / 2
+    axes.plot([first, last], [low, low * last / first], color=INK, linewidth=0.8, linestyle=":")
+    axes.annotate("linear", (last, low * last / first / 1.5), fontsize=8, ha="right", va="top")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter(lambda T, _: tokens(T))
+    axes.set_xlabel("T")
+    axes.set_ylabel(label)
+    axes.grid()

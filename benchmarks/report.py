@@ -6,10 +6,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import plots
+from . import plots, scaling
 from .entries import Entry, entries, family
 from .rows import Row, newest_complete, read
-from .table import duration, ratio
+from .scaling import Point
+from .table import duration, ratio, size
 
 # Marker in the README: the operations of its table.
 GROUPS = {
@@ -23,6 +24,7 @@ TITLES = {
     "speed-kl_div": "KL divergence with its gradient, temperature 2",
 }
 NOT_MEASURED = "Not measured yet.\n"
+HOW_SCALING = "Each point in a process of its own; memory is the peak beyond the inputs."
 CEILINGS = {"memory": "copy", "compute": "sgemm"}
 
 
@@ -32,12 +34,13 @@ def write(results: Path, readme: Path) -> list[Path]:
     if not any(results.glob("*/*.csv")):
         raise ValueError(f"--results: {results} holds no measurement; `run` makes one")
     text = readme.read_text()
-    for marker in GROUPS:
+    for marker in (*GROUPS, scaling.NAME):
         fill(text, marker, "")  # all markers are there, before anything is written
-    written = []
+    written: list[Path] = []
+    folders = sorted(path for path in results.glob("*") if path.is_dir())
     for marker, ops in GROUPS.items():
         parts = []
-        for folder in sorted(path for path in results.glob("*") if path.is_dir()):
+        for folder in folders:
             rows = [row for op in ops for row in _last_run(folder / f"{op}.csv")]
             if not rows:
                 continue
@@ -46,12 +49,25 @@ def write(results: Path, readme: Path) -> list[Path]:
             if found := entries(rows):
                 plots.draw(found, title, plot)
                 written.append(plot)
-                where = Path(os.path.relpath(plot, readme.parent)).as_posix()
-                parts.append(f"![{title}]({where})\n")
+                parts.append(_image(plot, title, readme))
             parts.append(markdown(rows, found))
         text = fill(text, marker, "\n".join(parts) or NOT_MEASURED)
+    parts = []
+    for folder in folders:
+        if points := _last_points(folder / f"{scaling.NAME}.csv"):
+            plot = folder / f"{scaling.NAME}.svg"
+            first = points[0]
+            title = f"mLSTM over T, {first.shape}, on {first.device} {first.machine}"
+            plots.draw_scaling(points, title, plot)
+            written.append(plot)
+            parts += [_image(plot, title, readme), scaling_markdown(points)]
+    text = fill(text, scaling.NAME, "\n".join(parts) or NOT_MEASURED)
     readme.write_text(text)
     return [*written, readme]
+
+
+def _image(plot: Path, title: str, readme: Path) -> str:
+    return f"![{title}]({Path(os.path.relpath(plot, readme.parent)).as_posix()})\n"
 
 
 def fill(text: str, marker: str, content: str) -> str:
@@ -84,10 +100,31 @@ def markdown(rows: Sequence[Row], found: Sequence[Entry]) -> str:
                 ]
             )
         )
-    runs = dict.fromkeys(_conditions(row) for row in rows)
+    runs = dict.fromkeys(_conditions(row, _how(row)) for row in rows)
     settings = {row.backend for row in rows if not row.ours and row.measured}
     note = ["Of a peer with several settings, the fastest.  "] if len(settings) > len(peers) else []
     return "\n".join([*lines, "", *note, *_missing(rows), *runs, ""])
+
+
+def scaling_markdown(points: Sequence[Point]) -> str:
+    """A line for each T: time, time of a token and peak of memory, ours and the peers'."""
+    columns = dict.fromkeys((point.backend, point.direction) for point in points)
+    names = [f"{'ours' if name == scaling.OURS else name}, {way}" for name, way in columns]
+    lines = [_line(["T", *names]), _line(["---:"] * (len(names) + 1))]
+    for T in sorted({point.T for point in points}):
+        cells = []
+        for column in columns:
+            here = [p for p in points if p.T == T and (p.backend, p.direction) == column]
+            cells.append(_scaling_cell(here[0]) if here else "")
+        lines.append(_line([plots.tokens(T), *cells]))
+    return "\n".join([*lines, "", _conditions(points[0], HOW_SCALING), ""])
+
+
+def _scaling_cell(point: Point) -> str:
+    if not point.passes:
+        return f"error {point.error:.0e}, budget {point.budget:.0e}"
+    each = duration(point.time_us / point.T)
+    return f"{duration(point.time_us)}, {each} a token, {size(point.peak_bytes)}"
 
 
 def _missing(rows: Sequence[Row]) -> list[str]:
@@ -109,20 +146,31 @@ def _against(entry: Entry, peer: str) -> str:
     return f"{duration(time_us)} ({ratio(time_us, entry.ours.time_us)})"
 
 
-def _conditions(row: Row) -> str:
+def _conditions(row: Row | Point, how: str) -> str:
     changes = " with local changes" if row.dirty else ""
     return (
         f"<sub>{row.device} measurement, {row.date[:10]}: {row.machine}, {row.threads} threads,"
         f" {row.isa} kernels, torch {row.torch}, Python {row.python}, commit {row.commit}{changes}."
-        f" Medians of calls timed in turn; in brackets, how many times faster ours is."
-        f" Ceilings of the same run: copy {row.copy_gb_s:.3g} GB/s,"
-        f" sgemm {row.sgemm_gflop_s:.3g} GFLOP/s."
-        f" Load before it: {row.load}.</sub>  "
+        f" {how} Load before it: {row.load}.</sub>  "
     )
 
 
+def _how(row: Row) -> str:
+    return (
+        "Medians of calls timed in turn; in brackets, how many times faster ours is."
+        f" Ceilings of the same run: copy {row.copy_gb_s:.3g} GB/s,"
+        f" sgemm {row.sgemm_gflop_s:.3g} GFLOP/s."
+    )
+
+
+def _last_points(path: Path) -> list[Point]:
+    points = read(path, Point) if path.exists() else []
+    last = max((point.date for point in points), default="")
+    return [point for point in points if point.date == last]
+
+
 def _last_run(path: Path) -> list[Row]:
-    return newest_complete(read(path)) if path.exists() else []
+    return newest_complete(read(path, Row)) if path.exists() else []
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -1,13 +1,14 @@
-"""One row per variant and case, appended to benchmarks/results/<machine>/<op>.csv."""
+"""One row per measurement, appended to benchmarks/results/<machine>/<op>.csv."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NAN = math.nan
@@ -64,28 +65,29 @@ class Row:
         return not math.isnan(self.time_us)
 
 
-FIELDS = [field.name for field in dataclasses.fields(Row)]
+AnyRow = TypeVar("AnyRow")
 _READERS = {"bool": lambda text: text == "True", "int": int, "float": float, "str": str}
 
 
-def append(path: Path, rows: Iterable[Row]) -> None:
-    """Adds rows to the file; the first line of a new one names the columns."""
+def append(path: Path, rows: Sequence[Any]) -> None:
+    """Adds rows of one dataclass to the file; the first line of a new one names the columns."""
+    columns = _columns(type(rows[0]))
     path.parent.mkdir(parents=True, exist_ok=True)
     exists = path.exists()
     if exists:
-        _check_columns(path)
+        _check_columns(path, columns)
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         if not exists:
             writer.writeheader()
         for row in rows:
             writer.writerow({name: _text(value) for name, value in vars(row).items()})
 
 
-def read(path: Path) -> list[Row]:
-    _check_columns(path)
+def read(path: Path, kind: type[AnyRow]) -> list[AnyRow]:
+    _check_columns(path, _columns(kind))
     with path.open(newline="") as file:
-        return [_parse(record) for record in csv.DictReader(file)]
+        return [_parse(record, kind) for record in csv.DictReader(file)]
 
 
 def newest_complete(rows: Iterable[Row]) -> list[Row]:
@@ -95,9 +97,13 @@ def newest_complete(rows: Iterable[Row]) -> list[Row]:
     return [row for row in complete if row.date == last]
 
 
-def _parse(record: dict[str, str]) -> Row:
-    types = {field.name: str(field.type) for field in dataclasses.fields(Row)}
-    return Row(**{name: _READERS[types[name]](text) for name, text in record.items()})
+def _columns(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+def _parse(record: dict[str, str], kind: type[AnyRow]) -> AnyRow:
+    types = {field.name: str(field.type) for field in dataclasses.fields(kind)}
+    return kind(**{name: _READERS[types[name]](text) for name, text in record.items()})
 
 
 def _text(value: object) -> object:
@@ -105,8 +111,8 @@ def _text(value: object) -> object:
     return f"{value:.5g}" if isinstance(value, float) else value
 
 
-def _check_columns(path: Path) -> None:
+def _check_columns(path: Path, columns: list[str]) -> None:
     with path.open(newline="") as file:
-        columns = next(csv.reader(file), [])
-    if columns != FIELDS:
+        found = next(csv.reader(file), [])
+    if found != columns:
         raise ValueError(f"{path}: its columns are not those of this version; move it away")

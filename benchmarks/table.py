@@ -17,6 +17,14 @@ def duration(time_us: float) -> str:
     return f"{time_us:.3g} us"
 
 
+def size(amount_bytes: float) -> str:
+    """Three digits with a unit: 1.5 MB, 3.22 GB."""
+    for unit, unit_bytes in (("GB", 1e9), ("MB", 1e6)):
+        if amount_bytes >= 0.9995 * unit_bytes:
+            return f"{amount_bytes / unit_bytes:.3g} {unit}"
+    return f"{amount_bytes / 1e3:.3g} kB"
+
+
 def ratio(slower_us: float, faster_us: float) -> str:
     """How many times faster: 0.94x, 3.2x, 41x."""
     value = slower_us / faster_us

@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("rich", reason="the extra `bench` is not installed")
 pytest.importorskip("matplotlib", reason="the extra `bench` is not installed")
 
-from benchmarks import report, rows, timing
+from benchmarks import report, rows, scaling, timing
 from benchmarks.__main__ import main
 from benchmarks.cases import OPS, cases
 from benchmarks.ceilings import Ceilings
@@ -31,7 +31,7 @@ ROOF = Ceilings(copy_gb_s=10.0, sgemm_gflop_s=100.0, fresh_clone_gb_s=5.0)
 QUICK_RUN = Run("2026-01-02T03:04:05+00:00", HERE, ROOF, True, budget_s=0.01, quick=True)
 BLOCKS = "".join(
     f"<!-- BEGIN GENERATED: {marker} -->\nstale\n<!-- END GENERATED: {marker} -->\nkept\n"
-    for marker in report.GROUPS
+    for marker in (*report.GROUPS, scaling.NAME)
 )
 
 
@@ -224,7 +224,7 @@ class TestRows:
         first, second = row(), peer("eager", math.nan, reason='needs "gcc", not found', dirty=True)
         rows.append(path, [first])
         rows.append(path, [second])
-        got = rows.read(path)
+        got = rows.read(path, rows.Row)
         assert got[0] == first
         assert math.isnan(got[1].time_us) and not got[1].measured
         assert dataclasses.replace(got[1], time_us=0.0) == dataclasses.replace(second, time_us=0.0)
@@ -262,7 +262,7 @@ class TestReport:
         return folder.parent
 
     def test_ratios_come_from_one_run(self, tmp_path):
-        every = rows.read(self.results(tmp_path) / "some-cpu" / "slstm.csv")
+        every = rows.read(self.results(tmp_path) / "some-cpu" / "slstm.csv", rows.Row)
         last = entries(rows.newest_complete(every))
         assert [entry.speed_up("eager") for entry in last] == [12.0]
         assert [entry.speed_up("eager") for entry in entries(every)] == [1 / 9e9, 12.0]
@@ -287,7 +287,7 @@ class TestReport:
         assert report.write(results, readme) == written
         assert (readme.read_text(), written[0].read_bytes()) == first
         text = first[0]
-        assert "stale" not in text and text.count("kept") == len(report.GROUPS)
+        assert "stale" not in text and text.count("kept") == len(report.GROUPS) + 1
         assert "(results/some-cpu/speed-recurrence.svg)" in text
         assert "| **1 ms** | 12 ms (12x) | 900 us (0.90x) | 70 % sgemm |" in text
         assert "Not timed: torch.compile, slstm-fwd-B1-f32: no compiler" in text
@@ -311,6 +311,32 @@ class TestReport:
         assert readme.read_text() == BLOCKS
 
 
+class TestScaling:
+    def test_points_are_plotted_beside_the_tables(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(scaling, "VARIANTS", {"cpu": 128})
+        readme = tmp_path / "README.md"
+        readme.write_text(BLOCKS)
+        arguments = ["--quick", "--longest", "128", "--save", "--threads", "1"]
+        assert main(["scaling", *arguments, "--results", str(tmp_path)]) == 0
+        (path,) = tmp_path.rglob("scaling.csv")
+        points = rows.read(path, scaling.Point)
+        assert [(p.backend, p.direction) for p in points[:2]] == [
+            ("cpu", "fwd"),
+            ("cpu", "fwd+bwd"),
+        ]
+        assert all(p.passes and p.peak_bytes >= 0 and p.time_us > 0 for p in points)
+        wrong = dataclasses.replace(points[0], T=256, error=math.nan)
+        rows.append(path, [wrong])
+        assert report.write(tmp_path, readme) == [path.with_suffix(".svg"), readme]
+        text = readme.read_text()
+        assert "| 0.125 k | " in text and "| 0.25 k | error nan, budget" in text
+
+    def test_a_process_that_fails_is_an_error(self, monkeypatch, capsys):
+        monkeypatch.setattr(scaling, "VARIANTS", {"no such variant": 128})
+        assert main(["scaling", "--quick"]) == 1
+        assert "no such variant fwd at T = 128: StopIteration" in capsys.readouterr().err
+
+
 class TestCommandLine:
     @pytest.mark.parametrize("op", OPS)
     def test_quick_run_prints_a_table_and_saves_nothing(self, op, tmp_path, capsys):
@@ -324,7 +350,7 @@ class TestCommandLine:
         arguments = ["--op", "slstm", "--case", "T8", "--quick", "--save", "--budget-s", "0.01"]
         assert main(["run", *arguments, "--results", str(tmp_path)]) == 0
         (path,) = tmp_path.rglob("slstm.csv")
-        assert {r.complete for r in rows.read(path)} == {False}
+        assert {r.complete for r in rows.read(path, rows.Row)} == {False}
 
     def test_unknown_op_names_the_known_ones(self, capsys):
         assert main(["run", "--op", "gru"]) == 2
