@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -15,8 +14,8 @@ import torch
 import xlstm_kernels as xk
 from xlstm_kernels import testing
 
-from . import mlstm
-from .problem import FORWARD, FORWARD_BACKWARD, Tensors, Trial, UnavailableError
+from . import mlstm, peak
+from .problem import FORWARD, FORWARD_BACKWARD, Tensors, Trial
 from .timing import Subject, settle
 
 # Gates of the cases' inputs forget what is this far back, exp(-50): the last tokens, forward and
@@ -32,9 +31,9 @@ def measure(
     torch.set_num_threads(threads)
     run_once(variant, direction, 2 * mlstm.CHUNKS[0], H, K, V)  # loads what is loaded once
     trial, inputs = _trial(variant, direction, T, H, K, V)
-    before_bytes = _forget_peak()
+    before_bytes = peak.forget()
     results = trial.run()
-    peak_bytes = _status_bytes("VmHWM") - before_bytes
+    peak_bytes = peak.size_bytes() - before_bytes
     names = ["h", *(f"d{name}" for name in trial.bound.wrt)]
     last = {n: x.detach()[:, -FORGOTTEN:].clone() for n, x in zip(names, results, strict=False)}
     del results
@@ -79,22 +78,6 @@ def _last_of_reference(inputs: Tensors, wrt: list[str], dtype: torch.dtype) -> T
         grads = torch.autograd.grad(h, [leaves[n] for n in wrt], part["dh"])
         found |= {f"d{n}": grad for n, grad in zip(wrt, grads, strict=True)}
     return {n: x[:, -FORGOTTEN:] for n, x in found.items()}
-
-
-def _forget_peak() -> int:
-    """Sets this process's peak of memory to what it holds now, and returns that."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError as error:
-        raise UnavailableError(f"the peak of memory cannot be measured here: {error}") from error
-    return _status_bytes("VmRSS")
-
-
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return 1024 * int(line.split()[1])
-    raise UnavailableError(f"/proc/self/status has no {field}")
 
 
 if __name__ == "__main__":
