@@ -106,6 +106,49 @@ def test_sequences_and_heads_do_not_see_one_another(case, threads):
         assert torch.equal(some[name], result[order]), name
 
 
+GUARD, CANARY = 64, 7.0
+
+
+@pytest.mark.parametrize(
+    "case",
+    on_every_backend(
+        *({"dtype": dtype} for dtype in (torch.float32, torch.bfloat16)),
+        {"K": 1, "V": 1, "T": 3},
+        {"B": 1, "T": 600, "K": 17, "V": 130},
+        {"lengths": (7, 0, 64, 1)},
+    ),
+)
+def test_nothing_beside_the_tensors_is_read_or_written(case, monkeypatch):
+    """Inputs stand between NaN, what the backend allocates between canaries."""
+    guarded = []
+
+    def between_guards(x, guard):
+        flat = torch.full((x.numel() + 2 * GUARD,), guard, dtype=x.dtype)
+        inside = flat[GUARD:-GUARD].view(x.shape)
+        guarded.append((flat, guard))
+        return inside.copy_(x)
+
+    def empty(*size, dtype=None, **options):
+        made = allocate(*size, dtype=dtype, **options)
+        return between_guards(made, CANARY) if made.is_floating_point() else made
+
+    inputs = mlstm_inputs(case)
+    expected = run_mlstm(case, inputs, case.backend)
+    padded = {name: between_guards(x, torch.nan) for name, x in inputs.items()}
+    allocate = torch.empty
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", empty)
+        got = run_mlstm(case, padded, case.backend)
+    for name, result in expected.items():
+        assert torch.equal(got[name], result), name
+    for name, x in inputs.items():
+        assert torch.equal(padded[name], x), name
+    assert len(guarded) > len(inputs) + 12  # h, the last state, what is saved, gradients
+    for flat, guard in guarded:
+        edges = torch.cat([flat[:GUARD], flat[-GUARD:]])
+        assert edges.isnan().all() if guard != CANARY else (edges == CANARY).all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("gates", [-100.0, 100.0])
 def test_long_sequences_of_extreme_gates_stay_finite(backend, gates):
