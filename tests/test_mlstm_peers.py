@@ -15,7 +15,9 @@ from torch import Tensor
 import xlstm_kernels as xk
 from xlstm_kernels.testing import Results, check_results, relative_error, run
 
-pytest.importorskip("transformers", reason="transformers is not installed; the extra `test` has it")
+transformers = pytest.importorskip(
+    "transformers", reason="transformers is not installed; the extra `test` has it"
+)
 theirs = import_module("transformers.models.xlstm.modeling_xlstm")
 if theirs.external_xlstm:
     pytest.skip(
@@ -78,3 +80,43 @@ def test_same_step(backend):
     )
     for got, exact in zip((h, *last), (want, c, n, m.squeeze(-1)), strict=True):
         assert relative_error(got, exact) < 1e-13
+
+
+@pytest.mark.parametrize("num_heads", [1, 2])
+def test_same_block(num_heads):
+    """The block of xLSTM-7B, with their weights in ours."""
+    torch.manual_seed(0)
+    config = transformers.xLSTMConfig(
+        hidden_size=128,
+        num_heads=num_heads,
+        num_hidden_layers=1,
+        chunk_size=CHUNK_SIZE,
+        mode="train",
+        norm_reduction_force_float32=False,
+    )
+    block = theirs.xLSTMBlock(config).double()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(torch.randn_like(parameter) / 4)
+    theirs_of = dict(block.named_parameters())
+    layer = "mlstm_layer"
+    gates = [f"{layer}.{gate}_preact" for gate in ("igate", "fgate")]
+    parts = {
+        "mlstm.qkvo.weight": [f"{layer}.{name}.weight" for name in ("q", "k", "v", "ogate_preact")],
+        "mlstm.gates.weight": [f"{gate}.weight" for gate in gates],
+        "mlstm.gates.bias": [f"{gate}.bias" for gate in gates],
+        "mlstm.norm.weight": [f"{layer}.multihead_norm.weight"],
+        "mlstm.out.weight": [f"{layer}.out_proj.weight"],
+        "norm_mlstm.weight": ["norm_mlstm.weight"],
+        "norm_ffn.weight": ["norm_ffn.weight"],
+        "gate_up.weight": ["ffn.proj_up_gate.weight", "ffn.proj_up.weight"],
+        "down.weight": ["ffn.proj_down.weight"],
+    }
+    ours = xk.nn.XLSTMBlock(128, num_heads, dtype=torch.float64)
+    ours.load_state_dict(
+        {name: torch.cat([theirs_of.pop(part) for part in found]) for name, found in parts.items()}
+    )
+    assert not theirs_of, "parameters of theirs that ours lacks"
+    x = torch.randn(2, 3 * CHUNK_SIZE, 128, dtype=torch.float64)
+    (want, _), (got, _) = block(x), ours(x)
+    assert relative_error(got, want) < 1e-12

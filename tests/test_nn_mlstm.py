@@ -33,6 +33,7 @@ def plain(layer, x_BTE):
         query = q[:, t] * K**-0.5
         den = torch.einsum("bhk,bhk->bh", query, n).abs().clamp(min=1.0)
         h = torch.einsum("bhk,bhkv->bhv", query, c) / den[..., None]
+        h = h - h.mean(-1, keepdim=True)
         h = h * (h.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
         y.append(h.flatten(1) * layer.norm.weight)
     return F.linear(torch.sigmoid(o) * torch.stack(y, dim=1), layer.out.weight)
@@ -107,11 +108,27 @@ def test_soft_cap_bounds_the_gates():
 def test_initialisation():
     torch.manual_seed(0)
     layer = xk.nn.MLSTM(400, 64, 4)
-    assert layer.qkvo.weight.std().item() == pytest.approx((2 / (5 * 400)) ** 0.5, rel=0.02)
-    assert not layer.gates.weight.any()
+    qkv, o = layer.qkvo.weight.split([128, 64])
+    assert qkv.std().item() == pytest.approx((2 / (5 * 400)) ** 0.5, rel=0.02)
+    assert layer.out.weight.std().item() == pytest.approx((2 / (5 * 64)) ** 0.5, rel=0.05)
+    assert not o.any() and not layer.gates.weight.any()
     assert layer.gates.bias.tolist() == [-10.0] * 4 + [3.0, 4.0, 5.0, 6.0]
     assert (layer.norm.weight == 1).all()
     assert not xk.nn.MLSTM(6, 16, 2, bias=True).out.bias.any()
+
+
+def test_residual_projections_start_small_in_a_deep_model():
+    torch.manual_seed(0)
+    block = xk.nn.XLSTMBlock(128, 4, num_blocks=32)
+    assert block.down.in_features == 384  # 128 * 2.667 = 341.4, rounded up to a multiple of 64
+    for linear in (block.mlstm.out, block.down):
+        assert linear.weight.std().item() == pytest.approx(2 / (32 * 128**0.5), rel=0.05)
+    assert block.gate_up.weight.std().item() == pytest.approx((2 / (5 * 128)) ** 0.5, rel=0.02)
+    before = block.down.weight.clone()
+    block.reset_parameters()
+    assert block.down.weight.std().item() == pytest.approx(before.std().item(), rel=0.05)
+    with pytest.raises(ValueError, match=r"^MLSTM: num_blocks must be at least 1, got 0$"):
+        xk.nn.XLSTMBlock(128, 4, num_blocks=0)
 
 
 def test_state_dict_copies_and_pickles():
@@ -205,7 +222,7 @@ def test_repr():
 
 def test_block():
     block = seeded(xk.nn.XLSTMBlock, 8, 2, soft_cap=None)
-    assert block.down.in_features == 64  # 8 * 2.6667, rounded up
+    assert block.down.in_features == 64  # 8 * 2.667, rounded up
     x = torch.randn(2, 7, 8)
     y, last = block(x)
     between = x + block.mlstm(block.norm_mlstm(x))[0]

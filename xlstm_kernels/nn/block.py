@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..arguments import check_is_number, check_is_positive
 from ..cells import MLSTMState
-from .mlstm import MLSTM, small_init
+from .mlstm import MLSTM, residual_init, small_init
 
 
 class XLSTMBlock(nn.Module):
@@ -24,6 +24,9 @@ class XLSTMBlock(nn.Module):
         ffn_ratio: features of the FFN, as a share of `embedding_dim`, rounded up to a multiple of
             `ffn_multiple`.
         ffn_multiple: see there; 64 as in xLSTM-7B.
+        num_blocks: of the model that the block is part of, for the initialisation: the two
+            projections that add to the residual, `mlstm.out` and `down`, start with standard
+            deviation 2 / (num_blocks sqrt(embedding_dim)); None: small as the others.
         options: of `MLSTM`, `device` and `dtype` among them.
 
     forward(x, state=None, cu_seqlens=None) -> (y, state) and step(x, state=None) -> (y, state) take
@@ -32,7 +35,7 @@ class XLSTMBlock(nn.Module):
     State dict: `mlstm.*` as `MLSTM` has it; `norm_mlstm.weight` and `norm_ffn.weight` (E);
     `gate_up.weight` (2 F, E), gate rows first; `down.weight` (E, F).
 
-    Source: xLSTM-7B, arXiv 2503.13427, section 3.
+    Source: xLSTM-7B, arXiv 2503.13427, section 3.1 and appendix A.
     """
 
     def __init__(
@@ -40,8 +43,9 @@ class XLSTMBlock(nn.Module):
         embedding_dim: int,
         num_heads: int,
         *,
-        ffn_ratio: float = 2.6667,
+        ffn_ratio: float = 2.667,
         ffn_multiple: int = 64,
+        num_blocks: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,
@@ -52,7 +56,8 @@ class XLSTMBlock(nn.Module):
             raise ValueError(f"XLSTMBlock: ffn_ratio must be above 0, got {ffn_ratio}")
         check_is_positive("XLSTMBlock", "ffn_multiple", ffn_multiple)
         made: Any = {"device": device, "dtype": dtype}
-        self.mlstm = MLSTM(embedding_dim, embedding_dim, num_heads, **options, **made)
+        options |= {"num_blocks": num_blocks} | made
+        self.mlstm = MLSTM(embedding_dim, embedding_dim, num_heads, **options)
         features = -int(-embedding_dim * ffn_ratio // ffn_multiple) * ffn_multiple
         self.norm_mlstm = nn.RMSNorm(embedding_dim, eps=1e-6, **made)
         self.norm_ffn = nn.RMSNorm(embedding_dim, eps=1e-6, **made)
@@ -68,8 +73,8 @@ class XLSTMBlock(nn.Module):
         self.reset_ffn()
 
     def reset_ffn(self) -> None:
-        for linear in (self.gate_up, self.down):
-            small_init(linear)
+        small_init(self.gate_up)
+        residual_init(self.down, self.down.out_features, self.mlstm.num_blocks)
 
     def forward(
         self,

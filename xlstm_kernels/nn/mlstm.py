@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..arguments import check_is_number, check_is_tensor, check_layer_sizes
+from ..arguments import check_is_number, check_is_positive, check_is_tensor, check_layer_sizes
 from ..backends import Backend
 from ..cells import MLSTMState, compute_dtype
 from ..ops.mlstm.api import mlstm
@@ -25,6 +25,7 @@ _USUAL = {
     "chunk_size": None,
     "batch_first": True,
     "bias": False,
+    "num_blocks": None,
     "backend": "auto",
 }
 
@@ -43,6 +44,7 @@ class MLSTM(nn.Module):
         soft_cap: bound on the pre-activations of both gates; None for no bound.
         batch_first: True: x and y are (B, T, ...); False: (T, B, ...).
         bias: whether projections other than the gates' have a bias.
+        num_blocks: of the model that the layer is part of, for the initialisation of `out`.
 
     forward(x, state=None, cu_seqlens=None) -> (y, state):
         x: (B, T, input_size), or (T, input_size) for one sequence without a batch axis.
@@ -58,13 +60,16 @@ class MLSTM(nn.Module):
         qkvo.weight  (2 H K + 2 H V, input_size)  queries, keys, values, output gate
         gates.weight (2 H, input_size)            input gates, forget gates
         gates.bias   (2 H)
-        norm.weight  (H V)                        of each head's RMS norm
+        norm.weight  (H V)                        of each head's layer norm
         out.weight   (H V, H V)                   rows are outputs
         qkvo.bias, out.bias                       absent with bias=False
 
-    Initialisation of the gates and the norm as published with xLSTM-7B (arXiv 2503.13427): gate
-    weights zero, input gates' bias -10, forget gates' from 3 (first head) to 6 (last), norm one.
-    Other biases are zero, other weights normal with variance 2 / (5 fan_in) (arXiv 1910.05895).
+    Source: xLSTM-7B, arXiv 2503.13427, section 2, section 3.2 and appendix A. Initialisation as
+    there (section 3.2, appendix C.2) and in the code that trained it: weights of all three gates
+    zero, input gates' bias -10, forget gates' from 3 (first head) to 6 (last), other biases zero,
+    norm one. q, k and v: normal with variance 2 / (5 input_size) (arXiv 1910.05895). out: normal
+    with standard deviation 2 / (num_blocks sqrt(hidden_size)), so that a deep model's residuals
+    start small; without `num_blocks` as the others.
     """
 
     def __init__(
@@ -80,6 +85,7 @@ class MLSTM(nn.Module):
         chunk_size: int | None = None,
         batch_first: bool = True,
         bias: bool = False,
+        num_blocks: int | None = None,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -93,6 +99,9 @@ class MLSTM(nn.Module):
         self.head_dim = hidden_size // num_heads
         self.qk_dim = round(hidden_size * qk_ratio) // num_heads
         check_options("MLSTM", input_gate, normalizer, chunk_size)
+        if num_blocks is not None:
+            check_is_positive("MLSTM", "num_blocks", num_blocks)
+        self.num_blocks = num_blocks
         made: Any = {"device": device, "dtype": dtype}
         sizes = 2 * num_heads * self.qk_dim + 2 * hidden_size
         self.qkvo = nn.Linear(input_size, sizes, bias, **made)
@@ -103,8 +112,9 @@ class MLSTM(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        for linear in (self.qkvo, self.out):
-            small_init(linear)
+        small_init(self.qkvo)
+        nn.init.zeros_(self.qkvo.weight[-self.hidden_size :])  # output gates
+        residual_init(self.out, self.hidden_size, self.num_blocks)
         nn.init.ones_(self.norm.weight)
         nn.init.zeros_(self.gates.weight)
         i_H, f_H = self.gates.bias.chunk(2)
@@ -192,7 +202,7 @@ class MLSTM(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """RMS norm of each head's values, (..., H, V), with a weight for each."""
+    """Layer norm of each head's values, (..., H, V), with a weight for each."""
 
     def __init__(self, num_heads: int, head_dim: int, **made: Any):
         super().__init__()
@@ -201,15 +211,27 @@ class HeadNorm(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         weight_HV = self.weight.view(self.num_heads, self.head_dim)
-        return F.rms_norm(h, (self.head_dim,), eps=self.eps) * weight_HV.to(h.dtype)
+        return F.layer_norm(h, (self.head_dim,), eps=self.eps) * weight_HV.to(h.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_heads}, {self.head_dim}"
 
 
-@torch.no_grad()
 def small_init(linear: nn.Linear) -> None:
-    nn.init.normal_(linear.weight, std=math.sqrt(2 / (5 * linear.in_features)))
+    _normal_init(linear, math.sqrt(2 / (5 * linear.in_features)))
+
+
+def residual_init(linear: nn.Linear, features: int, num_blocks: int | None) -> None:
+    """Of a projection whose output is added to a residual stream of `features`."""
+    if num_blocks is None:
+        small_init(linear)
+    else:
+        _normal_init(linear, 2 / (num_blocks * math.sqrt(features)))
+
+
+@torch.no_grad()
+def _normal_init(linear: nn.Linear, std: float) -> None:
+    nn.init.normal_(linear.weight, std=std)
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)
 
