@@ -331,6 +331,7 @@ class TestScaling:
         text = readme.read_text()
         assert "| 0.125 k | " in text and "| 0.25 k | error nan, budget" in text
 
+    @pytest.mark.slow
     def test_a_process_that_fails_is_an_error(self, monkeypatch, capsys):
         monkeypatch.setattr(scaling, "VARIANTS", {"no such variant": 128})
         assert main(["scaling", "--quick"]) == 1

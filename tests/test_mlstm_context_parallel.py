@@ -6,11 +6,13 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from mlstm_cases import FLAGS, INPUTS, STATE, MLSTMCase, check_mlstm, mlstm_inputs
 from ranks import run_on_ranks
 from torch import Tensor
 
 import xlstm_kernels as xk
+from xlstm_kernels.testing import relative_error
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,19 @@ def differentiate_little(rank: int) -> list[list[bool]]:
     return [*found, [leaves["c0"].grad is not None]]
 
 
+def run_in_a_group(rank: int) -> tuple[Tensor, ...] | str:
+    """h and the last state of ranks 1 and 2, who split the sequence; the error of rank 0."""
+    group = dist.new_group([1, 2])
+    inputs = mlstm_inputs(DOUBLE)
+    part = [inputs[name].split([30, 40], dim=1)[max(rank - 1, 0)] for name in INPUTS]
+    state = tuple(inputs[f"{field}0"] for field in STATE)
+    try:
+        h, last = xk.mlstm_context_parallel(*part, state, group=group)
+    except RuntimeError as error:
+        return str(error)
+    return (h.detach(), *(x.detach() for x in last))
+
+
 @pytest.mark.slow
 def test_no_rank_waits_for_another_in_vain():
     """Each has its part of the backward, whatever it asks a gradient of."""
@@ -133,13 +148,26 @@ def test_no_rank_waits_for_another_in_vain():
     assert others == [[[True, True], [False, True], [False]]] * 2
 
 
+@pytest.mark.slow
+def test_a_group_of_some_ranks():
+    outside, first, second = run_on_ranks(3, run_in_a_group, timeout_s=60)
+    assert outside == (
+        "mlstm_context_parallel: group must hold this rank, got a group without rank 0"
+    )
+    inputs = mlstm_inputs(DOUBLE)
+    state = tuple(inputs[f"{field}0"] for field in STATE)
+    h, last = xk.mlstm(*(inputs[name] for name in INPUTS), state)
+    for got, want in zip(
+        (torch.cat([first[0], second[0]], dim=1), *second[1:]), (h, *last), strict=True
+    ):
+        assert relative_error(got, want) < 1e-13
+
+
 def test_nothing_is_kept_under_no_grad_and_errors(tmp_path):
     inputs = mlstm_inputs(SINGLE)
     with pytest.raises(RuntimeError, match=r"^mlstm_context_parallel: torch\.distributed must be"):
         call(SINGLE, inputs)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         h, last = call(SINGLE, inputs)
         assert h.requires_grad and last.m.requires_grad
@@ -154,4 +182,4 @@ def test_nothing_is_kept_under_no_grad_and_errors(tmp_path):
         with pytest.raises(ValueError, match=text):
             call(SINGLE, inputs)
     finally:
-        torch.distributed.destroy_process_group()
+        dist.destroy_process_group()
