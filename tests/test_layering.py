@@ -64,6 +64,16 @@ LONG_FILES: dict[str, str] = {}
 LONG_FUNCTIONS = {
     "csrc/cpu/recurrence_backward.cpp:operator()": "a tile's buffers, chunks, states, in reverse",
     "distill/__main__.py:_add_demo": "one add_argument after the other",
+    **{
+        f"xlstm_kernels/ops/mlstm/{kernel}": "a kernel's parameters stand one on a line"
+        for kernel in (
+            "triton_dkeys.py:gates_kernel",
+            "triton_dkeys.py:keys_kernel",
+            "triton_gradients.py:queries_kernel",
+            "triton_outputs.py:outputs_kernel",
+            "triton_states.py:states_kernel",
+        )
+    },
 }
 
 

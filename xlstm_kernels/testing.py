@@ -107,15 +107,21 @@ def _check_kind(name: str, got: Tensor, exact: Tensor, plain: Tensor) -> None:
 
 
 def _missed(
-    name: str, got: Tensor, exact: Tensor, plains: Sequence[Tensor], widened: float = 1.0
+    name: str,
+    got: Tensor,
+    exact: Tensor,
+    plains: Sequence[Tensor],
+    widened: float = 1.0,
+    operands: torch.dtype | None = None,
 ) -> str:
     """What is wrong with `got`, or "", by the budget that all of `plains` earn together."""
+    dtype = operands or got.dtype
     for measure, error_of, factor in (
         ("relative error", relative_error, widened),
         ("worst element's error", worst_element_error, widened * WORST_ELEMENT_FACTOR),
     ):
         error = error_of(got, exact)
-        allowed = factor * _allowed([error_of(plain, exact) for plain in plains], got.dtype)
+        allowed = factor * _allowed([error_of(plain, exact) for plain in plains], dtype)
         if not error <= allowed:
             return f"{name}: {measure} {error:.2e}, budget {allowed:.2e}"
     return ""
@@ -125,18 +131,26 @@ Results = Mapping[str, Tensor]
 
 
 def check_results(
-    got: Results, exact: Results, plains: Iterator[Results], widened: float = 1.0
+    got: Results,
+    exact: Results,
+    plains: Iterator[Results],
+    widened: float = 1.0,
+    operands: torch.dtype | None = None,
 ) -> None:
     """`check` of every result by name. `plains` yields plain torch's results: the first earns the
-    budget, all of them together where a result misses it."""
+    budget, all of them together where a result misses it. `operands`: of the backend's products,
+    where they have fewer digits than a result; None: they have as many."""
     runs = [next(plains)]
+
+    def missed(name: str) -> str:
+        results = [run[name] for run in runs]
+        return _missed(name, got[name], exact[name], results, widened, operands)
+
     for name in exact:
         _check_kind(name, got[name], exact[name], runs[0][name])
-        missed = _missed(name, got[name], exact[name], [run[name] for run in runs], widened)
-        if missed:
+        if missed(name):
             runs += plains
-            missed = _missed(name, got[name], exact[name], [run[name] for run in runs], widened)
-        assert not missed, missed
+        assert not (why := missed(name)), why
 
 
 def packed(lengths: Sequence[int] | None) -> Tensor | None:

@@ -56,7 +56,7 @@ def mlstm(
             else, and a backend may use the nearest it has.
         cu_seqlens: (S + 1,) int32 token offsets of S packed sequences; B is then 1 and states have
             S rows.
-        backend: "auto", or one of "reference", "cpu"; a named backend runs or raises.
+        backend: "auto", or one of "reference", "cpu", "triton"; a named backend runs or raises.
 
     Returns:
         h (B, T, H, V) in q's dtype, and the last state: float32, float64 for float64 q. Gates,

@@ -10,10 +10,10 @@ from torch import Tensor
 from ...backends import Backend, Op
 from ...cells import compute_dtype
 from ...library import define
-from . import cpu
+from . import cpu, triton
 from .shapes import saved_shapes, sequences, state_shapes
 
-MLSTM = Op("mlstm", {Backend.CPU: cpu})
+MLSTM = Op("mlstm", {Backend.CPU: cpu, Backend.TRITON: triton})
 
 _OPTIONS = "str input_gate, str normalizer, float scale, float eps, int chunk_size"
 

@@ -1,0 +1,117 @@
+"""Outputs of the mLSTM from the states before every interval, in Triton.
+
+  num_i = sum_j P_ij v_j + inter_i C^T q_i     den_i = sum_j P_ij + inter_i <n, q_i>
+  P_ij = scale <q_i, k_j> D_ij                 inter_i = scale exp(query_log_i + decays before + m)
+over the tokens j <= i of i's interval, whose state before it is (C, n, m); D: triton_tiles.py.
+Source: Tiled Flash Linear Attention, arXiv 2503.14376, section 3, and README.md beside this file.
+q, k (B, T, H, K), v, h (B, T, H, V); row_m, row_den (B, T, H) float32 are what backward needs.
+Programs: a tile of tokens and a block of values of one head. Accumulators are float32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_tiles import (
+    dot,
+    load_block,
+    load_log_f,
+    load_log_i,
+    load_tile,
+    locate,
+    own_logs,
+    product,
+    row_scale,
+    store_tile,
+)
+
+
+@triton.jit(do_not_specialize=["gates", "packing", "sizes", "scale", "eps"])
+def outputs_kernel(
+    q,
+    k,
+    v,
+    h,
+    gates,
+    states,
+    key_log,
+    decay,
+    tile_m,
+    row_m,
+    row_den,
+    scale,
+    eps,
+    packing,
+    sizes,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    TILE: tl.constexpr,
+    PER: tl.constexpr,
+    INPUT_GATE: tl.constexpr,
+    NORMALIZER: tl.constexpr,
+    DOT: tl.constexpr,
+    PACKED: tl.constexpr,
+    SAVE: tl.constexpr,
+):
+    head, block, H = tl.program_id(1), tl.program_id(2), sizes.H
+    here = locate(packing, sizes, TILE, PACKED)
+    at, own, tokens, tiles, row = here.at, here.own, here.tokens, here.tiles, here.interval
+    if own * TILE >= at.length:
+        return
+    t = own * TILE + tl.arange(0, TILE)
+    kk, vv = tl.arange(0, BLOCK_K), block * BLOCK_V + tl.arange(0, BLOCK_V)
+    q_tile = load_tile(q, at, head, t, kk, K, BLOCK_K)
+
+    lf = load_log_f(gates, at, head, t, at.length)
+    log = own_logs(lf, load_log_i(gates, at, head, t, at.length, INPUT_GATE), 0, TILE)
+    since = tl.cumsum(lf, 0)
+    m = since * 0.0
+    if INPUT_GATE == "exp":
+        m = tl.maximum(tl.load(tile_m + tiles + own) + since, tl.max(log, 1))
+    query_log = since - m
+
+    # The state before the interval.
+    p = own // PER * PER + tl.arange(0, PER)
+    before = tl.sum(tl.load(decay + tiles + p, p < own, other=0.0), 0)
+    inter = scale * tl.exp(query_log + before + tl.load(states.m + row * H + head))
+    den = tl.zeros((TILE,), tl.float32)
+    sums = tl.zeros((TILE, BLOCK_V), tl.float32)
+    for first in tl.range(0, K, BLOCK_K):
+        if K > BLOCK_K:
+            q_tile = load_tile(q, at, head, t, first + kk, K, BLOCK_K)
+        c, n = load_block(states, row, head, H, first + kk, vv, K, V)
+        sums += dot(q_tile, c, DOT)
+        den += tl.sum(q_tile.to(tl.float32) * n[None, :], 1)
+    sums *= inter[:, None]
+    den *= inter
+
+    # The own tile.
+    k_tile = load_tile(k, at, head, t, kk, K, BLOCK_K)
+    scores = product(q_tile, k_tile, q, k, at, head, t, t, K, BLOCK_K, DOT)
+    scores *= scale * tl.exp(log - m[:, None])
+    den += tl.sum(scores, 1)
+    sums += dot(scores, load_tile(v, at, head, t, vv, V, BLOCK_V), DOT)
+
+    # Earlier tiles of the interval, from the last to the first.
+    for back in tl.range(1, own % PER + 1):
+        s = t - back * TILE
+        log_s = tl.load(key_log + tokens + s)
+        largest = tl.max(log_s, 0)
+        k_tile = load_tile(k, at, head, s, kk, K, BLOCK_K)
+        scores = product(q_tile, k_tile, q, k, at, head, t, s, K, BLOCK_K, DOT)
+        # Two factors, each at most 1, cost fewer exponentials than one of the sum.
+        scores *= (scale * tl.exp(query_log + largest))[:, None]
+        scores *= tl.exp(log_s - largest)[None, :]
+        den += tl.sum(scores, 1)
+        sums += dot(scores, load_tile(v, at, head, s, vv, V, BLOCK_V), DOT)
+        query_log += tl.load(decay + tiles + own - back)
+
+    by, _, _ = row_scale(den, m, eps, NORMALIZER)
+    store_tile(h, at, head, t, vv, sums * by[:, None], V, BLOCK_V)
+    if SAVE and block == 0:
+        rows = (at.token + t) * H + head
+        tl.store(row_m + rows, m, t < at.length)
+        tl.store(row_den + rows, den, t < at.length)
