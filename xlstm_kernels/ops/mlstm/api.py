@@ -134,8 +134,9 @@ def mlstm_context_parallel(
         RuntimeError: `torch.distributed` is not initialised, or this rank is not of the group.
         ValueError, TypeError, NotImplementedError: as in `xk.mlstm`.
 
-    Costs beside the pass itself: one product of k and v, and the group's states once on each rank,
-    gathered forward and reduce-scattered backward: ranks x B H (K V + K + 2) numbers, for any T.
+    Costs beside the pass itself: a product of k and v, and two more in the backward, which is about
+    half the pass again on a CPU; and the group's states once on each rank, gathered forward and
+    reduce-scattered backward: ranks x B H (K V + K + 2) numbers, for any T.
 
     Example:
         h, state = xk.mlstm_context_parallel(q, k, v, i, f, group=group)
