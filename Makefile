@@ -17,7 +17,12 @@ PARALLEL = OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadgroup
 ISAS = $(shell $(PYTHON) -c "from xlstm_kernels.backends import load_cpu; print(*load_cpu().supported_isas())")
 SANITIZED = build/sanitized
 
-.PHONY: help install demo ci check test test-fast test-isas sanitize lint format bench clean
+# setup.py's build of the CUDA kernels for the host, into the folder $(1), for sanitizer $(2) or none.
+EMULATED = build/emulated
+BUILD_EMULATED = XLSTM_EMULATED=1 XLSTM_SANITIZE=$(2) $(PYTHON) setup.py --quiet build_ext \
+  --build-lib $(EMULATED)/$(1) --build-temp $(EMULATED)/$(1)/temp
+
+.PHONY: help install demo ci check test test-fast test-isas emulated sanitize sanitize-emulated lint format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -37,10 +42,10 @@ ci: lint test-isas test-fast  ## what CI runs: everything but the slow tests and
 
 check: lint test sanitize  ## everything that must hold before a change goes in
 
-test: test-isas  ## every test, the operations under each instruction set of this CPU
+test: emulated test-isas  ## every test, the operations under each instruction set of this CPU
 	$(PARALLEL)
 
-test-fast:  ## the tests that take no more than seconds each
+test-fast: emulated  ## the tests that take no more than seconds each
 	$(PARALLEL) -m "not slow"
 
 # Triton's kernels know no instruction set, and their interpreter is not what is to be sanitized.
@@ -49,6 +54,9 @@ test-isas:
 	  echo "operations on $$isa"; \
 	  XLSTM_CPU_ISA=$$isa $(PARALLEL) -m "not slow" -k "not triton" $(OP_TESTS); \
 	done
+
+emulated:  ## the CUDA kernels for the host, which tests run on CPU tensors
+	@$(call BUILD_EMULATED,plain)
 
 # A build of its own beside the installed one; `pytest`, unlike `python -m pytest`, does not put the
 # source tree before it. Leaks are not looked for: Python and torch keep much until the process ends.

@@ -5,6 +5,8 @@ Nothing here imports torch, so `pip install .` works under build isolation. Envi
   CUDA_HOME          where bin/nvcc is looked for before PATH
   XLSTM_CUDA_ARCHS   compute capabilities, "80;90a;100"; the last also goes in as PTX
   XLSTM_SANITIZE     value for -fsanitize=, "address,undefined" (`make sanitize`)
+  XLSTM_EMULATED     1: builds `_emulated` alone, the CUDA sources for the host, which tests load
+                     (`make emulated`; csrc/emulator/README.md)
 """
 
 import os
@@ -36,11 +38,14 @@ ISA_FLAGS = {
 }
 MACHINE = {"AMD64": "x86_64"}.get(platform.machine(), platform.machine())
 SANITIZE = os.environ.get("XLSTM_SANITIZE", "")
+EMULATED = os.environ.get("XLSTM_EMULATED") == "1"
 CXX_FLAGS = (
     "-std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi -Wno-ignored-attributes"
     " -Wno-uninitialized -Wno-maybe-uninitialized"  # gcc 12 warns inside its AVX-512 header
     " -ffp-contract=fast -fno-math-errno -fno-trapping-math"
 ) + (f" -O1 -g1 -fno-omit-frame-pointer -fsanitize={SANITIZE}" if SANITIZE else " -O3 -g0")
+# -O1: the compiler takes as long as all tests that run through the result.
+EMULATED_FLAGS = f"-x c++ -O1 -DXLSTM_EMULATED -I{SOURCE / 'emulator' / 'include'}"
 
 
 def find_nvcc() -> str | None:
@@ -112,7 +117,8 @@ rule nvlink
 def edges(ext: Extension) -> str:
     """Ninja's edges of one extension: its objects (CPU kernels once per ISA), then the link."""
     module = ext.name.rsplit(".", 1)[1]
-    define = f"-DXLSTM_MODULE={module} -DXLSTM_BUILD{module.upper()}"
+    build = "_CPU" if module == "_cpu" else "_CUDA"
+    define = f"-DXLSTM_MODULE={module} -DXLSTM_BUILD{build}"
     objects = [("bind", SOURCE / "bind.cpp", f"{module}/bind.o", define)]
     if module == "_cpu":
         kernels = sorted(SOURCE.glob("cpu/*.cpp"))
@@ -122,11 +128,14 @@ def edges(ext: Extension) -> str:
             for source in kernels:
                 name = f"_cpu/{source.stem}.{isa}.o"
                 objects.append(("cxx", source, name, f"{flags} -DXLSTM_ISA={isa}"))
-    else:
-        for source in sorted(SOURCE.glob("cuda/*.cu")):
-            objects.append(("nvcc", source, f"_cuda/{source.stem}.o", ""))
+    for source in sorted(SOURCE.glob("cuda/*.cu")) if build == "_CUDA" else ():
+        rule, flags = ("cxx", EMULATED_FLAGS) if EMULATED else ("nvcc", "")
+        objects.append((rule, source, f"{module}/{source.stem}.o", flags))
+    # The emulator tells the sanitizers what they need to know; it is not what they look at.
+    for source in sorted(SOURCE.glob("emulator/*.cpp")) if EMULATED else ():
+        objects.append(("cxx", source, f"{module}/{source.stem}.o", "-fno-sanitize=all"))
     text = "".join(f"build {o}: {rule} {s}\n  flags = {flags}\n" for rule, s, o, flags in objects)
-    link = "link" if module == "_cpu" else "nvlink"
+    link = "nvlink" if module == "_cuda" else "link"
     return f"{text}build {ext.name}.so: {link} {' '.join(o for _, _, o, _ in objects)} | exports\n"
 
 
@@ -140,7 +149,7 @@ class BuildNinja(build_ext):
     """Runs one build.ninja for all extensions."""
 
     def build_extensions(self) -> None:
-        if not find_nvcc():
+        if not find_nvcc() and not EMULATED:
             print("xlstm_kernels: nvcc not found, building without CUDA", file=sys.stderr)
         # An editable install gets a fresh build_temp each time, which would compile everything.
         tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
@@ -158,6 +167,8 @@ class BuildNinja(build_ext):
 
 
 modules = ["_cpu", "_cuda"] if find_nvcc() and not SANITIZE else ["_cpu"]
+if EMULATED:
+    modules = ["_emulated"]
 setup(
     ext_modules=[Extension(f"xlstm_kernels.{module}", []) for module in modules],
     cmdclass={"build_ext": BuildNinja},

@@ -1,6 +1,7 @@
 """Settings of every test: reproducible, and loud where memory is read before it is written."""
 
 import os
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -10,7 +11,13 @@ import torch
 # NumPy. Set before the package reads the environment.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
-from xlstm_kernels.backends import UNAVAILABLE
+# CUDA kernels run on CPU tensors through the emulator, where `make emulated` has built it.
+os.environ.setdefault(
+    "XLSTM_CUDA_EMULATOR",
+    "".join(map(str, Path(__file__).parents[1].glob("build/emulated/plain/*/_emulated*.so"))),
+)
+
+from xlstm_kernels.backends import CUDA_EMULATOR, UNAVAILABLE
 
 # The same examples in every run.
 hypothesis.settings.register_profile(
@@ -21,10 +28,13 @@ hypothesis.settings.load_profile("fixed")
 
 def pytest_collection_modifyitems(items):
     """A test of a backend that this install lacks is skipped with the reason, not left out."""
+    missing = dict(UNAVAILABLE)
+    if CUDA_EMULATOR is None:
+        missing["cuda"] = "the emulator, which runs it on CPU tensors, is built by `make emulated`"
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         backend = params.get("backend") or getattr(params.get("case"), "backend", None)
-        why = UNAVAILABLE.get(backend)
+        why = missing.get(backend)
         if why is not None:
             item.add_marker(pytest.mark.skip(reason=f"backend {backend!r}: {why}"))
 

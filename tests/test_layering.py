@@ -53,9 +53,11 @@ MAY_INCLUDE = {
     r"common/.*": r"common/.*",
     r"cells/.*": r"cells/.*|common/.*|launch\.h",
     r"cpu/.*": r"cpu/.*|cells/.*|common/.*|launch\.h",
-    r"cuda/.*": r"cuda/.*|cells/.*|common/.*|launch\.h|cuda_\w+\.h|cooperative_groups\.h",
+    r"cuda/.*": r"cuda/.*|cells/.*|common/.*|launch\.h|cuda_\w+\.h|cooperative_groups\.h"
+    r"|emulator/(shared|sync|mma)\.h",
+    r"emulator/.*": r"emulator/.*|cuda_runtime\.h",
 }
-SYSTEM_HEADER = r"[a-z_0-9]+|immintrin\.h|arm_neon\.h|sys/\w+\.h"
+SYSTEM_HEADER = r"[a-z_0-9]+|immintrin\.h|ucontext\.h|arm_neon\.h|sys/\w+\.h"
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

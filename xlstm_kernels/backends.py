@@ -4,12 +4,15 @@ This is the only module that reads environment variables, once, at import:
 
 ``XLSTM_CPU_ISA``     forces the CPU kernels' instruction set: ``avx512``, ``avx2`` or ``baseline``.
 ``TRITON_INTERPRET``  Triton's own: 1 runs its kernels in an interpreter, on CPU tensors too.
+``XLSTM_CUDA_EMULATOR``  the file of an extension that runs the CUDA kernels on CPU tensors, for
+                      tests (csrc/emulator/README.md); no install holds one.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib
+import importlib.machinery
 import importlib.util
 import os
 from collections.abc import Callable, Mapping
@@ -25,6 +28,8 @@ from torch.autograd import forward_ad
 FORCED_CPU_ISA = os.environ.get("XLSTM_CPU_ISA") or None
 # In the words that Triton takes for yes. Triton reads it when a kernel's module is imported.
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on")
+
+CUDA_EMULATOR = os.environ.get("XLSTM_CUDA_EMULATOR") or None
 
 
 class Backend(str, Enum):
@@ -50,12 +55,13 @@ def _missing(extension: str, why: str) -> str | None:
     return None if found else f"xlstm_kernels.{extension} is not built: {why}"
 
 
+_WITHOUT_NVCC = "nvcc was not found when the package was installed"
 # The reason why a backend cannot run anything in this process, or None.
 UNAVAILABLE: Mapping[Backend, str | None] = {
     Backend.REFERENCE: None,
     Backend.CPU: _missing("_cpu", "reinstall with `pip install .`, it needs a C++17 compiler"),
     Backend.TRITON: None if importlib.util.find_spec("triton") else "triton is not installed",
-    Backend.CUDA: _missing("_cuda", "nvcc was not found when the package was installed"),
+    Backend.CUDA: None if CUDA_EMULATOR else _missing("_cuda", _WITHOUT_NVCC),
 }
 
 
@@ -137,7 +143,7 @@ def available_backends() -> dict[str, dict[str, str]]:
     broken = {
         Backend.CPU: _failure(load_cpu),
         Backend.TRITON: _without_triton_device(),
-        Backend.CUDA: _failure(lambda: load_cuda().devices()),
+        Backend.CUDA: _failure(lambda: load_cuda(emulated=CUDA_EMULATOR is not None).devices()),
     }
     return {
         function: {
@@ -160,6 +166,15 @@ def triton_refuses(argument: str, device: torch.device) -> str | None:
     )
 
 
+def cuda_refuses(argument: str, device: torch.device) -> str | None:
+    """Why CUDA kernels cannot run on tensors of `device`, which `argument` is on, or None."""
+    if device.type == "cuda":
+        return _missing("_cuda", _WITHOUT_NVCC) if CUDA_EMULATOR else None
+    if device.type == "cpu" and CUDA_EMULATOR:
+        return None
+    return f"it runs on CUDA tensors, {argument} is on {device}"
+
+
 def _without_triton_device() -> str | None:
     if TRITON_INTERPRETED or torch.cuda.is_available():
         return None
@@ -175,6 +190,7 @@ def _failure(load: Callable[[], object]) -> str | None:
 
 
 _cpu: ModuleType | None = None
+_emulated: ModuleType | None = None
 
 
 def load_cpu() -> ModuleType:
@@ -194,9 +210,20 @@ def load_cpu() -> ModuleType:
     return _cpu
 
 
-def load_cuda() -> ModuleType:
-    """`xlstm_kernels._cuda`. It loads without a driver; its functions then raise RuntimeError."""
-    return importlib.import_module("xlstm_kernels._cuda")
+def load_cuda(*, emulated: bool = False) -> ModuleType:
+    """`xlstm_kernels._cuda`. It loads without a driver; its functions then raise RuntimeError.
+    `emulated`: the same kernels compiled for CPU tensors, from XLSTM_CUDA_EMULATOR."""
+    if not emulated:
+        return importlib.import_module("xlstm_kernels._cuda")
+    global _emulated
+    if _emulated is None:
+        assert CUDA_EMULATOR is not None
+        loader = importlib.machinery.ExtensionFileLoader("xlstm_kernels._emulated", CUDA_EMULATOR)
+        spec = importlib.util.spec_from_loader(loader.name, loader)
+        assert spec is not None
+        _emulated = importlib.util.module_from_spec(spec)
+        loader.exec_module(_emulated)
+    return _emulated
 
 
 def _torch_symbol(name: str) -> int:

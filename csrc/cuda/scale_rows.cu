@@ -3,8 +3,8 @@
 // Source: chain rule of a loss whose forward has computed the gradient of each row.
 // Tensors: launch.h, ScaleRows.
 // Grid: (rows, column blocks); product in the compute type; nothing saved.
-#include "cuda/check.h"
 #include "cuda/element.h"
+#include "cuda/kernel_launch.h"
 #include "launch.h"
 
 namespace xlstm {
@@ -39,11 +39,9 @@ void scale_rows_cuda(const ScaleRows& args, void* stream) {
                   static_cast<unsigned>(columns < kMaxColumnBlocks ? columns : kMaxColumnBlocks));
   XLSTM_ISA::dispatch_dtype(args.dtype, [&](auto element) {
     using T = decltype(element);
-    scale_rows_kernel<T><<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        args.N, args.V, static_cast<T*>(args.x), args.x_stride,
-        static_cast<const compute_t<T>*>(args.scale));
+    launch("scale_rows", {grid, kThreads}, stream, scale_rows_kernel<T>, args.N, args.V,
+           static_cast<T*>(args.x), args.x_stride, static_cast<const compute_t<T>*>(args.scale));
   });
-  check(cudaGetLastError(), "scale_rows");
 }
 
 }  // namespace xlstm
