@@ -24,7 +24,7 @@ HELPERS = r"{op}\.(?!(api|op|reference|cpu|cuda|triton)$)\w+"
 # Module (within xlstm_kernels, by regular expression) -> modules of the package that it may import.
 # {op} is the operation's own folder. The first match counts.
 MAY_IMPORT = {
-    r"__init__": r"backends|cells|nn|compat|ops\.\w+",
+    r"__init__": r"backends|cells|nn|compat|replace|ops\.\w+",
     r"__main__": r"|backends",
     r"backends": r"_cpu|_cuda",
     r"library|memory": r"backends",
@@ -32,7 +32,9 @@ MAY_IMPORT = {
     r"testing": r"cells|backends|ops\.\w+",
     r"cells(\.\w+)?": r"cells\.\w+",
     r"nn(\.\w+)?": r"nn\.\w+|cells|arguments|backends|ops\.\w+\.(api|arguments)",
-    r"compat(\.\w+)?": r"compat\.\w+|nn|cells|ops\.\w+\.api",
+    # The libraries themselves are imported by their own file of compat alone.
+    r"replace": r"compat\.(swap|handwritten)",
+    r"compat(\.\w+)?": r"compat\.\w+|nn|cells|backends|arguments|ops\.\w+\.api",
     r"ops": r"ops\.\w+",
     r"ops\.(?P<op>\w+)": r"{op}\.api",
     # The gradient of a step is that of a sequence of one token.

@@ -12,6 +12,7 @@ from .ops.kl_div import kl_div
 from .ops.mlstm import mlstm, mlstm_combine, mlstm_context_parallel
 from .ops.mlstm_step import mlstm_step
 from .ops.recurrence import lstm, slstm
+from .replace import replace_layers, restore_layers
 
 __version__ = "0.1.0"
 
@@ -27,5 +28,7 @@ __all__ = [
     "mlstm_context_parallel",
     "mlstm_step",
     "nn",
+    "replace_layers",
+    "restore_layers",
     "slstm",
 ]

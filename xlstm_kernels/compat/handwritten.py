@@ -1,0 +1,109 @@
+"""Hand-written LSTMs, a loop over steps in Python, in one kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.recurrence.api import lstm
+from .recognise import Plan, Steps, fill, gather, recognise
+from .swap import Found, Swap, Swapped, fused_backend, no_kernel
+
+# Where one kernel is faster than the loop, measured on one core of an AVX-512 Xeon for B 1 to 256,
+# hidden sizes 64 to 512: from some steps on, as a call costs what four to six steps of the loop do;
+# in training with so many units in all, both spend their time in the same products.
+SHORTEST = 8
+MOST_TRAINED_UNITS = 64 * 512
+
+
+class FusedLoop(Swapped):
+    """The swapped layer; a call that was not recognised runs the layer's own loop."""
+
+    added = ("_plan",)
+    _plan: Plan
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        plan = self._plan
+        call = dict(zip(plan.parameters, args, strict=False)) | kwargs
+        x, state = (*(call.get(name) for name in plan.parameters), None)[:2]
+        weights = gather(self, plan)
+        known = len(call) == len(args) + len(kwargs) and set(call) <= set(plan.parameters)
+        if not (known and _fits(plan, weights, x, state)):
+            return self.replaced.forward(self, *args, **kwargs)
+        assert isinstance(x, Tensor)
+        return fill(plan.form, run_kernel(plan, weights, x, state).named(plan.time_first))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (self.replaced,), vars(self)
+
+
+def _rebuild(replaced: type[nn.Module]) -> Any:
+    cls: Any = fused_class(replaced)
+    return cls.__new__(cls)
+
+
+_CLASSES: dict[type[nn.Module], type] = {}
+
+
+def fused_class(replaced: type[nn.Module]) -> type:
+    if replaced not in _CLASSES:
+        names = {"replaced": replaced, "__module__": replaced.__module__}
+        _CLASSES[replaced] = type(f"Fused{replaced.__name__}", (FusedLoop, replaced), names)
+    return _CLASSES[replaced]
+
+
+def blocks(plan: Plan, tensor: Tensor) -> Tensor:
+    """The rows of a weight or bias, gates in the order i f z o: (4, D, ...)."""
+    gates = tensor.view(4, -1, *tensor.shape[1:])
+    if plan.order == "ifgo":
+        return gates
+    parts = gates.unbind(0)
+    return torch.stack([parts[plan.order.index(gate)] for gate in "ifgo"])
+
+
+def run_kernel(plan: Plan, weights: list[Tensor], x: Tensor, state: Any) -> Steps:
+    weight_ih, weight_hh, *biases = weights
+    D = weight_hh.shape[1]
+    x_BTE = x.transpose(0, 1) if plan.time_first else x
+    gates = F.linear(x_BTE, blocks(plan, weight_ih).flatten(0, 1))
+    y_BTHD, (h_BHD, c_BHD) = lstm(
+        gates.view(*x_BTE.shape[:2], 4, 1, D),
+        blocks(plan, weight_hh).unsqueeze(1),
+        blocks(plan, sum(biases[1:], biases[0])).unsqueeze(1) if biases else None,
+        None if state is None else (state[0].unsqueeze(1), state[1].unsqueeze(1)),
+    )
+    dtype = y_BTHD.dtype
+    return Steps(y_BTHD.squeeze(2), h_BHD.squeeze(1).to(dtype), c_BHD.squeeze(1).to(dtype))
+
+
+def _fits(plan: Plan, weights: list[Tensor], x: Any, state: Any) -> bool:
+    if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[-1] != weights[0].shape[1]:
+        return False
+    T, B = x.shape[:2] if plan.time_first else (x.shape[1], x.shape[0])
+    if T < SHORTEST or B == 0 or (state is not None) not in plan.stateful:
+        return False
+    trained = torch.is_grad_enabled() and (x.requires_grad or weights[0].requires_grad)
+    if trained and B * weights[1].shape[1] >= MOST_TRAINED_UNITS:
+        return False
+    if state is None:
+        return True
+    wanted = (B, weights[1].shape[1])
+    return isinstance(state, (tuple, list)) and [getattr(s, "shape", None) for s in state] == [
+        wanted,
+        wanted,
+    ]
+
+
+def find(layer: nn.Module) -> Found:
+    plan = recognise(layer)
+    if plan is None or isinstance(plan, str):
+        return plan
+    weight = gather(layer, plan)[0]
+    backend = fused_backend("recurrence", weight, "lstm")
+    if backend is None:
+        return no_kernel("lstm", weight)
+    which = f"{SHORTEST} steps or more, gates {plan.order}"
+    return Swap(fused_class(type(layer)), backend, which, {"_plan": plan})

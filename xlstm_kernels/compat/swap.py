@@ -1,0 +1,66 @@
+"""How a layer of another library is taken over: by its class alone.
+
+A layer that is swapped becomes an instance of a subclass of its class, whose methods call our
+operations on the parameters the layer has. So parameters, buffers, hooks, mode and the state dict
+are the layer's own, references to it stay good, and its old class undoes the swap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..backends import OPS
+
+
+class Swapped:
+    """First base of every class that a swapped layer gets; the layer's own class is the second.
+
+    `replaced` is that class, `added` names what the swap put into the instance.
+    """
+
+    replaced: ClassVar[type[nn.Module]]
+    added: ClassVar[tuple[str, ...]] = ()
+
+
+@dataclass(frozen=True)
+class Swap:
+    """A layer that can be swapped: for which class, on which backend, and which calls run on it."""
+
+    become: type
+    backend: str
+    which: str = "every call"
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+# Why a cell is left that runs one step a call.
+STEP = "measured: one step is no faster here; a module that loops over it is, or LSTMCell.unroll"
+
+# What a library's `find(layer)` says: a swap, the reason why not, or None for a layer that it does
+# not know.
+Found = Swap | str | None
+
+
+def fused_backend(op: str, *call: Any) -> str | None:
+    """The backend that `auto` takes for `call` of the operation `op`; None where that would be the
+    reference, which is no faster than what is there."""
+    backend = OPS[op].resolve("auto", *call).value
+    return None if backend == "reference" else backend
+
+
+def no_kernel(op: str, weight: Tensor) -> str:
+    return f"no kernel for {op} on {weight.device.type} tensors of {weight.dtype}"
+
+
+def swap_class(layer: nn.Module, swap: Swap) -> None:
+    vars(layer).update(swap.attributes)
+    layer.__class__ = swap.become
+
+
+def restore_class(layer: Swapped) -> None:
+    for name in layer.added:
+        del vars(layer)[name]
+    layer.__class__ = layer.replaced  # type: ignore[assignment]
