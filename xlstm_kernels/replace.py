@@ -13,7 +13,11 @@ from .compat import handwritten
 from .compat.swap import Found, Swap, Swapped, restore_class, swap_class
 
 # Package that a layer's class, or a base of it, comes from -> module of compat that knows it.
-LIBRARIES = {"torch": "torch_nn"}
+LIBRARIES = {
+    "torch": "torch_nn",
+    "transformers": "transformers",
+    "mlstm_kernels": "mlstm_kernels",
+}
 
 Which = str | type[nn.Module] | Iterable[str | type[nn.Module]]
 

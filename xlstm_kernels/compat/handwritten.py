@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..ops.recurrence.api import lstm
 from .recognise import Plan, Steps, fill, gather, recognise
-from .swap import Found, Swap, Swapped, fused_backend, no_kernel
+from .swap import Found, Swap, Swapped, fused_backend, no_kernel, swapped_class
 
 # Where one kernel is faster than the loop, measured on one core of an AVX-512 Xeon for B 1 to 256,
 # hidden sizes 64 to 512: from some steps on, as a call costs what four to six steps of the loop do;
@@ -35,24 +35,6 @@ class FusedLoop(Swapped):
             return self.replaced.forward(self, *args, **kwargs)
         assert isinstance(x, Tensor)
         return fill(plan.form, run_kernel(plan, weights, x, state).named(plan.time_first))
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (self.replaced,), vars(self)
-
-
-def _rebuild(replaced: type[nn.Module]) -> Any:
-    cls: Any = fused_class(replaced)
-    return cls.__new__(cls)
-
-
-_CLASSES: dict[type[nn.Module], type] = {}
-
-
-def fused_class(replaced: type[nn.Module]) -> type:
-    if replaced not in _CLASSES:
-        names = {"replaced": replaced, "__module__": replaced.__module__}
-        _CLASSES[replaced] = type(f"Fused{replaced.__name__}", (FusedLoop, replaced), names)
-    return _CLASSES[replaced]
 
 
 def blocks(plan: Plan, tensor: Tensor) -> Tensor:
@@ -106,4 +88,4 @@ def find(layer: nn.Module) -> Found:
     if backend is None:
         return no_kernel("lstm", weight)
     which = f"{SHORTEST} steps or more, gates {plan.order}"
-    return Swap(fused_class(type(layer)), backend, which, {"_plan": plan})
+    return Swap(swapped_class(FusedLoop, type(layer)), backend, which, {"_plan": plan})

@@ -26,6 +26,29 @@ class Swapped:
     added: ClassVar[tuple[str, ...]] = ()
 
 
+_MADE: dict[tuple[type, type], type] = {}
+
+
+def swapped_class(how: type[Swapped], replaced: type[nn.Module], name: str = "") -> type:
+    """The class of a swapped layer: `how` before `replaced`. Layers of it can be copied and
+    pickled, though no module has a name for it."""
+    key = how, replaced
+    if key not in _MADE:
+        names = {
+            "replaced": replaced,
+            "__module__": replaced.__module__,
+            "__doc__": how.__doc__,
+            "__reduce_ex__": lambda layer, protocol: (_empty, (*key, name), vars(layer)),
+        }
+        _MADE[key] = type(name or f"Fused{replaced.__name__}", key, names)
+    return _MADE[key]
+
+
+def _empty(how: type[Swapped], replaced: type[nn.Module], name: str) -> Any:
+    cls: Any = swapped_class(how, replaced, name)
+    return cls.__new__(cls)
+
+
 @dataclass(frozen=True)
 class Swap:
     """A layer that can be swapped: for which class, on which backend, and which calls run on it."""
