@@ -11,8 +11,9 @@ OPS = ("mlstm", "mlstm_step", "slstm", "lstm", "kl_div")
 
 # (B, T, H, K, V)
 MEMORIES = ((1, 1024, 4, 128, 256), (1, 8192, 4, 128, 256))
-# (B, H, K, V)
-TOKENS = ((1, 8, 256, 512), (8, 8, 256, 512))
+# (B, T, H, K, V)
+TOKENS = ((1, 1, 8, 256, 512), (8, 1, 8, 256, 512))
+DRAFTS = ((8, 8, 8, 256, 512),)
 # (B, T, H, D)
 SEQUENCES = ((8, 512, 4, 64), (16, 256, 8, 64), (32, 128, 4, 256))
 LAYERS = ((8, 512, 1, 256),)
@@ -22,7 +23,8 @@ STEPS = ((4, 64), (4, 128))
 LOGITS = ((1024, 32000), (512, 128256))
 
 QUICK_MEMORIES = ((2, 64, 2, 16, 24),)
-QUICK_TOKENS = ((2, 2, 16, 24),)
+QUICK_TOKENS = ((2, 1, 2, 16, 24),)
+QUICK_DRAFTS = ((2, 4, 2, 16, 24),)
 QUICK_SEQUENCES = ((2, 8, 2, 16),)
 QUICK_LAYERS = ((2, 8, 1, 16),)
 QUICK_STEPS = ((2, 16),)
@@ -37,7 +39,9 @@ def cases(quick: bool = False) -> list[Case]:
     for memory in QUICK_MEMORIES if quick else MEMORIES:
         for dtype in (torch.float32, torch.bfloat16):
             found += [mlstm.sequence(memory, dtype, d) for d in (FORWARD, FORWARD_BACKWARD)]
-    found += [mlstm.step(*token) for token in (QUICK_TOKENS if quick else TOKENS)]
+    tokens, drafts = (QUICK_TOKENS, QUICK_DRAFTS) if quick else (TOKENS, DRAFTS)
+    found += [mlstm.step(*token) for token in (*tokens, *drafts)]
+    found += [mlstm.step(*token, torch.bfloat16) for token in tokens[-1:]]
     for op in ("slstm", "lstm"):
         for shape in sequences:
             found += [recurrence.sequence(op, shape, d) for d in (FORWARD, FORWARD_BACKWARD)]

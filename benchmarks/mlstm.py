@@ -1,4 +1,4 @@
-"""Cases of the mLSTM: a sequence, forward and backward, and one decoding step."""
+"""Cases of the mLSTM: a sequence, forward and backward, and decoding steps."""
 
 from __future__ import annotations
 
@@ -46,16 +46,18 @@ def sequence(shape: tuple[int, int, int, int, int], dtype: torch.dtype, directio
     )
 
 
-def step(B: int, H: int, K: int, V: int) -> Case:
-    """`xk.mlstm_step`: one token of each sequence. In place, the state is put back before each call
-    of every variant, outside the clock."""
-    state, token = K * V + K + 1, 2 * K + V + 2
+def step(B: int, T: int, H: int, K: int, V: int, dtype: torch.dtype = torch.float32) -> Case:
+    """`xk.mlstm_step`: T tokens of each sequence, c in `dtype` too. In place, the state is put back
+    before each call of every variant, outside the clock."""
+    state_bytes = K * V * dtype.itemsize + (K + 1) * FLOAT_BYTES
+    token_bytes = T * (2 * K + 2 * V + 2) * dtype.itemsize
+    single = T == 1 and dtype == torch.float32  # what the peers compute
     return Case(
         op="mlstm_step",
-        shape=f"B{B} H{H} K{K} V{V}",
-        dtype=torch.float32,
+        shape=f"B{B}{f' T{T}' if T > 1 else ''} H{H} K{K} V{V}",
+        dtype=dtype,
         direction=FORWARD,
-        inputs=lambda draw: _step_inputs(draw, B, H, K, V),
+        inputs=lambda draw: _step_inputs(draw, B, T, H, K, V),
         outputs=("h", *(f"last_{name}" for name in STATE)),
         wrt=(),
         reference=lambda case, tensors: Trial(case, _step("eager", "reference"), tensors).results(),
@@ -63,11 +65,12 @@ def step(B: int, H: int, K: int, V: int) -> Case:
             _step("cpu", "cpu", ours=True),
             _step("cpu in place", "cpu", ours=True, inplace=True),
             _step("eager", "reference"),
-            *peers.native_mlstm_step(),
+            *(peers.native_mlstm_step() if single else ()),
         ),
-        flops=4 * K * V * B * H,
-        moved_bytes=FLOAT_BYTES * B * H * (2 * state + token + V),
+        flops=4 * K * V * B * T * H,
+        moved_bytes=B * H * (2 * state_bytes + token_bytes),
         restore=STATE,
+        float32=("n", "m"),
         widened=WIDENED,
     )
 
@@ -86,10 +89,10 @@ def _step(name: str, backend: str, ours: bool = False, inplace: bool = False) ->
     return Variant(name, bind, ours=ours)
 
 
-def _step_inputs(draw: torch.Generator, B: int, H: int, K: int, V: int) -> Tensors:
-    """A token as in a sequence, and a state of unit size."""
-    sequence = _inputs(draw, B, 1, H, K, V)
-    return {name: x.squeeze(1) for name, x in sequence.items()} | {
+def _step_inputs(draw: torch.Generator, B: int, T: int, H: int, K: int, V: int) -> Tensors:
+    """Tokens as in a sequence, without their axis where there is one, and a state of unit size."""
+    sequence = _inputs(draw, B, T, H, K, V)
+    return {name: x.squeeze(1) if T == 1 else x for name, x in sequence.items()} | {
         "c": torch.randn(B, H, K, V, generator=draw),
         "n": torch.randn(B, H, K, generator=draw),
         "m": torch.randn(B, H, generator=draw),

@@ -65,6 +65,7 @@ class Case:
     flops: int
     moved_bytes: int
     restore: tuple[str, ...] = ()  # inputs that a variant may overwrite
+    float32: tuple[str, ...] = ()  # inputs that stay so whatever the case's dtype
     widened: float = 1.0  # factor on the budget; as in the operation's tests, which say why
 
     @property
@@ -79,7 +80,8 @@ class Case:
         """The inputs in the case's dtype; seeded by op and shape, the same in each direction."""
         seed = zlib.crc32(f"{self.op} {self.shape}".encode())
         made = self.inputs(torch.Generator().manual_seed(seed))
-        return {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in made.items()}
+        rounded = {n: t for n, t in made.items() if t.is_floating_point() and n not in self.float32}
+        return made | {name: t.to(self.dtype) for name, t in rounded.items()}
 
 
 class Trial:

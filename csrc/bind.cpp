@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdint>
+#include <vector>
 
 #include "launch.h"
 
@@ -134,26 +135,31 @@ void mlstm_backward(std::array<int, 3> kinds, std::array<std::int64_t, 6> sizes,
   xlstm::mlstm_backward_cpu(args);
 }
 
-using Strides = std::array<std::int64_t, 2>;
-
-// `sizes` are B, H, K, V; strides those of B and H.
-void mlstm_step(std::array<int, 3> kinds, std::array<std::int64_t, 4> sizes, double scale,
-                double eps, std::array<Address, 5> inputs, std::array<Strides, 5> strides,
-                std::array<Address, 3> state, std::array<Address, 4> outputs) {
-  xlstm::MLSTMForward args;
-  MLSTMStrides all{};
-  for (int input = 0; input < 5; ++input) {
-    all[input] = {strides[input][0], 0, strides[input][1]};
-  }
-  fill(args, kinds, {sizes[0], 1, sizes[1], sizes[2], sizes[3], 1}, {scale, eps}, 0, inputs, all,
-       {});
+// `kinds` go on with the dtypes of i, f and c; `sizes` are B, T, H, K, V.
+void mlstm_step(std::array<int, 6> kinds, std::array<std::int64_t, 5> sizes,
+                std::array<double, 2> factors, std::array<Address, 5> inputs,
+                const MLSTMStrides& strides, const std::vector<std::int64_t>& from,
+                const std::vector<std::int64_t>& to, std::array<Address, 3> state,
+                std::array<std::int64_t, 3> from_stride, std::array<Address, 4> outputs,
+                std::array<std::int64_t, 3> to_stride) {
+  xlstm::MLSTMStep args;
+  fill(args, {kinds[0], kinds[1], kinds[2]}, {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], 1},
+       factors, 0, inputs, strides, {});
+  args.i_dtype = static_cast<DType>(kinds[3]), args.f_dtype = static_cast<DType>(kinds[4]);
+  args.c_dtype = static_cast<DType>(kinds[5]);
+  args.from = from.empty() ? nullptr : from.data(), args.to = to.empty() ? nullptr : to.data();
   args.c = pointer(state[0]), args.n = pointer(state[1]), args.m = pointer(state[2]);
+  for (int part = 0; part < 3; ++part) {
+    args.from_stride[part] = from_stride[part], args.to_stride[part] = to_stride[part];
+  }
   args.h = pointer(outputs[0]);
   args.c_last = pointer(outputs[1]), args.n_last = pointer(outputs[2]);
   args.m_last = pointer(outputs[3]);
   py::gil_scoped_release unlocked;
   xlstm::mlstm_step_cpu(args);
 }
+
+using Strides = std::array<std::int64_t, 2>;
 
 void kl_div(int divergence, int reduction, std::array<int, 2> dtypes, Strides rows,
             std::array<std::int64_t, 2> widths, Address student, Strides student_stride,

@@ -82,6 +82,19 @@ struct MLSTMForward : MLSTM {
   void *h, *c_last, *n_last, *m_last;  // h (B, T, H, V) contiguous
 };
 
+// A few tokens of each sequence. The state of sequence b is row from[b] of c, n and m, and goes to row
+// to[b * T + t] of c_last, n_last and m_last after token t; rows are strides (of c, n, m) apart, and
+// contiguous. from[b] < 0: h and what goes to rows is 0; to[..] < 0: that state is not kept.
+// Null: from[b] is b; only the last state is kept, in row b.
+struct MLSTMStep : MLSTM {
+  DType i_dtype, f_dtype;  // of the gates
+  DType c_dtype;           // compute or bfloat16; n and m are compute
+  const std::int64_t *from, *to;
+  const void *c, *n, *m;
+  std::int64_t from_stride[3], to_stride[3];
+  void *h, *c_last, *n_last, *m_last;  // h (B, T, H, V) contiguous
+};
+
 struct MLSTMBackward : MLSTM {
   const void* dh;             // (B, T, H, V) by dh_stride, V contiguous; null for zeros
   std::int64_t dh_stride[3];  // B, T, H
@@ -129,8 +142,8 @@ void recurrence_forward_cpu(const RecurrenceForward& args);
 void recurrence_backward_cpu(const RecurrenceBackward& args);
 void mlstm_forward_cpu(const MLSTMForward& args);
 void mlstm_backward_cpu(const MLSTMBackward& args);
-// T is 1; chunk, starts and what a gradient needs are not read. Each state may be written in place.
-void mlstm_step_cpu(const MLSTMForward& args);
+// chunk, starts and what a gradient needs are not read. A sequence may write rows that it reads.
+void mlstm_step_cpu(const MLSTMStep& args);
 // Throws std::invalid_argument for a label out of range.
 void kl_div_cpu(const KlDiv& args);
 void scale_rows_cpu(const ScaleRows& args);

@@ -37,9 +37,9 @@ MAY_IMPORT = {
     r"compat(\.\w+)?": r"compat\.\w+|nn|cells|backends|arguments|ops\.\w+\.api",
     r"ops": r"ops\.\w+",
     r"ops\.(?P<op>\w+)": r"{op}\.api",
-    # The gradient of a step is that of a sequence of one token.
-    r"ops\.(?P<op>mlstm_step)\.api": r"{op}\.(op|reference)|ops\.mlstm\.(api|arguments)"
-    r"|backends|cells|arguments",
+    # A step takes the options of a sequence, and its gradient is that of a short one.
+    r"ops\.(?P<op>mlstm_step)\.(api|arguments)": r"{op}\.(op|reference|arguments|shapes)"
+    r"|ops\.mlstm\.(api|arguments)|backends|cells|arguments",
     r"ops\.(?P<op>\w+)\.api": r"{op}\.(?!cpu$|cuda$|triton$)\w+|backends|cells(\.\w+)?|arguments",
     r"ops\.(?P<op>\w+)\.op": rf"{{op}}\.(cpu|cuda|triton)|{HELPERS}|backends|library|cells",
     r"ops\.(?P<op>\w+)\.(cpu|cuda|triton)": rf"{HELPERS}|backends|memory|arguments|cells(\.\w+)?",

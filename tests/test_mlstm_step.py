@@ -1,57 +1,19 @@
-"""Every backend's step of the mLSTM is that of float64, in place or not; its gradient is that of a
-sequence of one token."""
+"""One token: every backend's step of the mLSTM is that of float64, in place or not; its gradient is
+that of a sequence of one token. Several tokens: test_mlstm_step_tokens.py; rows of a pool:
+test_mlstm_step_pool.py."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
-from mlstm_cases import (
-    FLAGS,
-    INPUTS,
-    STATE,
-    WIDENED,
-    MLSTMCase,
-    mlstm_inputs,
-    on_every_backend,
-)
+from mlstm_cases import FLAGS, INPUTS, STATE, WIDENED, MLSTMCase, mlstm_inputs
+from mlstm_step_cases import BACKENDS, DTYPES, EVERY_BACKEND, call, check_step, every, step_inputs
 
 import xlstm_kernels as xk
-from xlstm_kernels.cells import mlstm as cell
 from xlstm_kernels.ops.mlstm_step import op
 from xlstm_kernels.testing import check
 
-BACKENDS = [backend.value for backend in op.MLSTM_STEP.table]
-EVERY_BACKEND = pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SIZES = (1, 24, 48, 130)
-
-
-def every(*variants: dict) -> list:
-    return on_every_backend(*({"T": 1, **v} for v in variants), backends=BACKENDS)
-
-
-def step_inputs(case: MLSTMCase) -> tuple[list[torch.Tensor], xk.MLSTMState]:
-    inputs = mlstm_inputs(case)
-    token = [inputs[name].squeeze(1) for name in INPUTS]
-    return token, xk.MLSTMState(*(inputs[f"{field}0"] for field in STATE))
-
-
-def call(case: MLSTMCase, token, state, **how) -> dict[str, torch.Tensor]:
-    flags = {"input_gate": case.input_gate, "normalizer": case.normalizer, "scale": case.scale}
-    h, last = xk.mlstm_step(*token, state, **flags, **{"backend": case.backend, **how})
-    return {"h": h, **last._asdict()}
-
-
-def check_step(case: MLSTMCase, **how) -> None:
-    token, state = step_inputs(case)
-    double = [x.double() for x in token], xk.MLSTMState(*(x.double() for x in state))
-    h, last = cell.step(*double[0], double[1], case.options)
-    exact = {"h": h, **last._asdict()}
-    plain = call(replace(case, backend="reference"), token, state)
-    for name, got in call(case, token, state, **how).items():
-        check(name, got, exact[name], plain[name], WIDENED[case.normalizer])
 
 
 @pytest.mark.parametrize(
@@ -241,7 +203,14 @@ GOOD = {
 }
 C, N, M = GOOD["state"]
 WRONG = [
-    ({"q": torch.zeros(2, 1, 3, 4)}, ValueError, r"q must be \(B, H, K\).*got \(2, 1, 3, 4\)"),
+    (
+        {"q": torch.zeros(2, 3)},
+        ValueError,
+        r"q must be \(B, H, K\) or \(B, T, H, K\).*got \(2, 3\)",
+    ),
+    ({"q": torch.zeros(2, 0, 3, 4)}, ValueError, "q must be .*, T from 1 to 16, .*got"),
+    ({"q": torch.zeros(2, 17, 3, 4)}, ValueError, "q must be .*, T from 1 to 16, .*got"),
+    ({"q": torch.zeros(2, 1, 3, 4)}, ValueError, r"k must be \(B, T, H, K\) = \(2, 1, 3, 4\), got"),
     ({"q": torch.zeros(2, 3, 4).long()}, TypeError, "q must be a floating point tensor"),
     ({"q": [1.0]}, TypeError, "q must be a tensor, got list"),
     ({"k": torch.zeros(2, 3, 5)}, ValueError, r"k must be \(B, H, K\) = \(2, 3, 4\), got"),
@@ -266,12 +235,12 @@ WRONG = [
     (
         {"state": (C.double(), N, M), "inplace": True},
         TypeError,
-        r"state\.c must be torch\.float32 with inplace=True, got torch\.float64",
+        r"state\.c must be torch\.float32 or torch\.bfloat16 with inplace=True, got torch\.float64",
     ),
     (
         {"state": (C.mT.contiguous().mT, N, M), "inplace": True},
         ValueError,
-        r"state\.c must be contiguous with inplace=True, got strides",
+        r"state\.c must have contiguous rows that do not overlap with inplace=True, got strides",
     ),
     (
         {"q": torch.zeros(2, 3, 4, requires_grad=True), "inplace": True},
@@ -294,8 +263,9 @@ OPTIONS = ("exp", "max", 0.5, 1e-6)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(backend, dtype):
     token, state = step_inputs(MLSTMCase(backend, T=1, dtype=dtype))
-    torch.library.opcheck(op.forward, (*token, *state, *OPTIONS, backend))
-    torch.library.opcheck(op.update, (*token, *state, *OPTIONS, backend))
+    torch.library.opcheck(op.forward, (*token, *state, None, False, *OPTIONS, backend))
+    h = torch.zeros_like(token[2])
+    torch.library.opcheck(op.update, (*token, *state, h, None, None, *OPTIONS, backend))
 
 
 @pytest.mark.parametrize("inplace", [False, True])

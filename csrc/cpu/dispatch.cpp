@@ -80,7 +80,7 @@ void recurrence_backward_cpu(const RecurrenceBackward& args) {
 }
 void mlstm_forward_cpu(const MLSTMForward& args) { g_isa->kernels.mlstm_forward(args); }
 void mlstm_backward_cpu(const MLSTMBackward& args) { g_isa->kernels.mlstm_backward(args); }
-void mlstm_step_cpu(const MLSTMForward& args) { g_isa->kernels.mlstm_step(args); }
+void mlstm_step_cpu(const MLSTMStep& args) { g_isa->kernels.mlstm_step(args); }
 void kl_div_cpu(const KlDiv& args) { g_isa->kernels.kl_div(args); }
 void scale_rows_cpu(const ScaleRows& args) { g_isa->kernels.scale_rows(args); }
 

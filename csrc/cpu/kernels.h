@@ -10,7 +10,7 @@ struct Kernels {
   void (*recurrence_backward)(const RecurrenceBackward&);
   void (*mlstm_forward)(const MLSTMForward&);
   void (*mlstm_backward)(const MLSTMBackward&);
-  void (*mlstm_step)(const MLSTMForward&);
+  void (*mlstm_step)(const MLSTMStep&);
   void (*kl_div)(const KlDiv&);
   void (*scale_rows)(const ScaleRows&);
 };
@@ -21,7 +21,7 @@ struct Kernels {
   void recurrence_backward(const RecurrenceBackward&); \
   void mlstm_forward(const MLSTMForward&);             \
   void mlstm_backward(const MLSTMBackward&);           \
-  void mlstm_step(const MLSTMForward&);                \
+  void mlstm_step(const MLSTMStep&);                   \
   void kl_div(const KlDiv&);                           \
   void scale_rows(const ScaleRows&);                   \
   }

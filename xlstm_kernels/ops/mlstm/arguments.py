@@ -50,11 +50,12 @@ def check_state(
     state: tuple[Tensor, ...],
     sizes: tuple[Shape, Shape, Shape],
     first: tuple[str, Tensor],
+    rows: str = "B",
 ) -> None:
     if not isinstance(state, (tuple, list)):
         raise TypeError(f"{function}: state must be (c, n, m), got {type(state).__name__}")
     if len(state) != 3:
         raise ValueError(f"{function}: state must be (c, n, m), got {len(state)} tensors")
-    axes = ("(B, H, K, V)", "(B, H, K)", "(B, H)")
+    axes = (f"({rows}, H, K, V)", f"({rows}, H, K)", f"({rows}, H)")
     for field, part, letters, size in zip(MLSTMState._fields, state, axes, sizes, strict=True):
         check_tensor(function, f"state.{field}", part, letters, size, first)

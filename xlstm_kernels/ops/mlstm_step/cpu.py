@@ -1,6 +1,9 @@
-"""One step of the mLSTM in C++ on CPU tensors: check, allocate, launch, return."""
+"""A few steps of the mLSTM in C++ on CPU tensors: check, allocate, launch, return."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,84 +11,116 @@ from torch import Tensor
 from ...backends import load_cpu
 from ...cells import compute_dtype
 from ...cells.mlstm import INPUT_GATES, NORMALIZERS
-from ...memory import address, dense_rows, dtype_code, fresh_cpu, plain, refused_by_cpu
+from ...memory import (
+    CPU_DTYPES,
+    address,
+    dense_rows,
+    dtype_code,
+    fresh_cpu,
+    plain,
+    refused_by_cpu,
+)
+from .arguments import kept_rows, read_rows
+from .shapes import next_shapes, state_dtypes, token_count
 
 
-def supports(q_BHK: Tensor) -> str | None:
-    return refused_by_cpu(q=q_BHK)
+def supports(q_BTHK: Tensor) -> str | None:
+    return refused_by_cpu(q=q_BTHK)
 
 
 def forward(
-    q_BHK: Tensor,
-    k_BHK: Tensor,
-    v_BHV: Tensor,
-    i_BH: Tensor,
-    f_BH: Tensor,
-    c_BHKV: Tensor,
-    n_BHK: Tensor,
-    m_BH: Tensor,
-    input_gate: str,
-    normalizer: str,
-    scale: float,
-    eps: float,
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    i_BTH: Tensor,
+    f_BTH: Tensor,
+    c_PHKV: Tensor,
+    n_PHK: Tensor,
+    m_PH: Tensor,
+    state_index: Tensor | None,
+    all_states: bool,
+    *options: Any,
 ) -> list[Tensor]:
-    dtype = compute_dtype(q_BHK.dtype)
-    state = [plain(part, dtype) for part in (c_BHKV, n_BHK, m_BH)]
-    after = [fresh_cpu(part.shape, dtype) for part in state]
-    token = (q_BHK, k_BHK, v_BHV, i_BH, f_BH)
-    return [_launch(token, state, after, input_gate, normalizer, scale, eps), *after]
+    dtypes = state_dtypes(q_BTHK, c_PHKV)
+    state = [c_PHKV, n_PHK, m_PH]
+    read: list[int] = []
+    kept: list[int] = []
+    if state_index is None:
+        state = [plain(part, dtype) for part, dtype in zip(state, dtypes, strict=True)]
+    else:
+        read = read_rows(state_index, c_PHKV.shape[0])
+    if all_states:
+        kept = list(range(q_BTHK.shape[0] * token_count(q_BTHK)))
+    shapes = next_shapes(q_BTHK, v_BTHV, all_states)
+    after = [fresh_cpu(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    h_BTHV = torch.empty(v_BTHV.shape, dtype=v_BTHV.dtype)
+    tokens = (q_BTHK, k_BTHK, v_BTHV, i_BTH, f_BTH)
+    _launch(tokens, options, state, h_BTHV, after, read, kept)
+    return [h_BTHV, *after]
 
 
 def update(
-    q_BHK: Tensor,
-    k_BHK: Tensor,
-    v_BHV: Tensor,
-    i_BH: Tensor,
-    f_BH: Tensor,
-    c_BHKV: Tensor,
-    n_BHK: Tensor,
-    m_BH: Tensor,
-    input_gate: str,
-    normalizer: str,
-    scale: float,
-    eps: float,
-) -> Tensor:
-    """The state is contiguous and of the compute dtype."""
-    state = [c_BHKV, n_BHK, m_BH]
-    token = (q_BHK, k_BHK, v_BHV, i_BH, f_BH)
-    h_BHV = _launch(token, state, state, input_gate, normalizer, scale, eps)
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    i_BTH: Tensor,
+    f_BTH: Tensor,
+    c_PHKV: Tensor,
+    n_PHK: Tensor,
+    m_PH: Tensor,
+    h_BTHV: Tensor,
+    state_index: Tensor | None,
+    save_index: Tensor | None,
+    *options: Any,
+) -> None:
+    """The state is of the dtypes of the next one, each row contiguous, and so is h."""
+    state = [c_PHKV, n_PHK, m_PH]
+    read: list[int] = []
+    kept: list[int] = []
+    if state_index is not None:
+        read, kept = kept_rows(state_index, save_index, token_count(q_BTHK), c_PHKV.shape[0])
+    tokens = (q_BTHK, k_BTHK, v_BTHV, i_BTH, f_BTH)
+    _launch(tokens, options, state, h_BTHV, state, read, kept)
     if not torch.is_inference_mode_enabled():
-        torch.autograd.graph.increment_version(state)
-    return h_BHV
+        torch.autograd.graph.increment_version([h_BTHV, *state])
 
 
 def _launch(
-    token: tuple[Tensor, ...],
+    tokens: tuple[Tensor, ...],
+    options: tuple[Any, ...],
     before: list[Tensor],
+    h_BTHV: Tensor,
     after: list[Tensor],
-    input_gate: str,
-    normalizer: str,
-    scale: float,
-    eps: float,
-) -> Tensor:
-    q_BHK, _, v_BHV, *gates = token
-    h_BHV = torch.empty(v_BHV.shape, dtype=v_BHV.dtype)
-    dtype = compute_dtype(q_BHK.dtype)
-    inputs = [dense_rows(x) for x in token[:3]]
-    inputs += [gate.to(dtype) for gate in gates]
-    kinds = (
-        dtype_code(q_BHK),
-        INPUT_GATES.index(input_gate),
-        NORMALIZERS.index(normalizer),
-    )
+    read: list[int],
+    kept: list[int],
+) -> None:
+    q, k, v, *gates = tokens
+    dtype = compute_dtype(q.dtype)
+    heads = [dense_rows(x) for x in (q, k, v)]
+    gates = [gate if gate.dtype in CPU_DTYPES else gate.to(dtype) for gate in gates]
+    input_gate, normalizer, scale, eps = options
+    kinds = (INPUT_GATES.index(input_gate), NORMALIZERS.index(normalizer))
     load_cpu().mlstm_step(
-        kinds,
-        (*q_BHK.shape, v_BHV.shape[2]),
-        scale,
-        eps,
-        [address(x) for x in inputs],
-        [x.stride()[:2] for x in inputs],
+        (dtype_code(q), *kinds, *(dtype_code(x) for x in (*gates, before[0]))),
+        (q.shape[0], token_count(q), *q.shape[-2:], v.shape[-1]),
+        (scale, eps),
+        [address(x) for x in (*heads, *gates)],
+        [_strides(x, q.dim()) for x in (*heads, *gates)],
+        read,
+        kept,
         [address(part) for part in before],
-        [address(h_BHV), *(address(part) for part in after)],
+        _row_strides(before),
+        [address(x) for x in (h_BTHV, *after)],
+        _row_strides(after),
     )
-    return h_BHV
+
+
+def _strides(x: Tensor, dims: int) -> tuple[int, ...]:
+    """Of B, T and H, in a call whose q has `dims` axes."""
+    strides = x.stride()
+    return strides[:3] if dims == 4 else (strides[0], 0, strides[1])
+
+
+def _row_strides(state: Sequence[Tensor]) -> list[int]:
+    """Of the axis before H, which counts the rows of a pool, or the tokens of all sequences."""
+    return [part.stride(axis) for part, axis in zip(state, (-4, -3, -2), strict=True)]

@@ -1,0 +1,67 @@
+"""What the tests of `xk.mlstm_step` share: inputs, a call by a case's flags, the float64 oracle."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from mlstm_cases import INPUTS, STATE, WIDENED, MLSTMCase, mlstm_inputs, on_every_backend
+
+import xlstm_kernels as xk
+from xlstm_kernels.cells import mlstm as cell
+from xlstm_kernels.ops.mlstm_step import op
+from xlstm_kernels.testing import check
+
+BACKENDS = [backend.value for backend in op.MLSTM_STEP.table]
+EVERY_BACKEND = pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+Tokens = list[torch.Tensor]
+
+
+def every(*variants: dict) -> list:
+    return on_every_backend(*({"T": 1, **v} for v in variants), backends=BACKENDS)
+
+
+def step_inputs(case: MLSTMCase, one: bool = True) -> tuple[Tokens, xk.MLSTMState]:
+    """The tokens, without their axis where there is `one`, and the state before them."""
+    inputs = mlstm_inputs(case)
+    tokens = [inputs[name].squeeze(1) if one else inputs[name] for name in INPUTS]
+    return tokens, xk.MLSTMState(*(inputs[f"{field}0"] for field in STATE))
+
+
+def halved(state: xk.MLSTMState) -> xk.MLSTMState:
+    return state._replace(c=state.c.bfloat16())
+
+
+def call(case: MLSTMCase, tokens: Tokens, state: Any, **how: Any) -> dict[str, torch.Tensor]:
+    flags = {"input_gate": case.input_gate, "normalizer": case.normalizer, "scale": case.scale}
+    h, last = xk.mlstm_step(*tokens, state, **flags, **{"backend": case.backend, **how})
+    return {"h": h, **last._asdict()}
+
+
+def exact_steps(case: MLSTMCase, tokens: Tokens, state: Any) -> list[dict[str, torch.Tensor]]:
+    """h and the state after each of the tokens (B, T, ...), in float64."""
+    last, results = xk.MLSTMState(*(x.double() for x in state)), []
+    for token in zip(*(x.double().unbind(1) for x in tokens), strict=True):
+        h, last = cell.step(*token, last, case.options)
+        results.append({"h": h, **last._asdict()})
+    return results
+
+
+def check_step(case: MLSTMCase, half: bool = False, all_states: bool = False, **how: Any) -> None:
+    """Raises AssertionError unless the call is within its budget; c in bfloat16 where `half`."""
+    tokens, state = step_inputs(case, one=False)
+    state = halved(state) if half else state
+    steps = exact_steps(case, tokens, state)
+    exact = {name: torch.stack([step[name] for step in steps], dim=1) for name in steps[0]}
+    if not all_states:
+        exact = {name: x if name == "h" else x[:, -1] for name, x in exact.items()}
+    if case.T == 1 and not all_states:
+        tokens = [x.squeeze(1) for x in tokens]
+        exact["h"] = exact["h"].squeeze(1)
+    plain = call(replace(case, backend="reference"), tokens, state, all_states=all_states)
+    for name, got in call(case, tokens, state, all_states=all_states, **how).items():
+        check(name, got, exact[name], plain[name], WIDENED[case.normalizer])

@@ -1,0 +1,32 @@
+"""Shapes and dtypes of a call of a few tokens; a call of one may leave the axis T out.
+
+q, k (B, T, H, K)    v, h (B, T, H, V)    i, f (B, T, H)
+next state           (B, H, K, V), (B, H, K), (B, H); with all states T follows B, where q has it.
+                     n and m in the compute dtype, and c too, unless it comes in bfloat16
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...cells import compute_dtype
+
+MAX_TOKENS = 16
+
+
+def token_count(q: Tensor) -> int:
+    return q.shape[1] if q.dim() == 4 else 1
+
+
+def state_dtypes(q: Tensor, c: Tensor) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+    """Of the next c, n and m."""
+    dtype = compute_dtype(q.dtype)
+    halved = c.dtype == torch.bfloat16 and dtype == torch.float32
+    return torch.bfloat16 if halved else dtype, dtype, dtype
+
+
+def next_shapes(q: Tensor, v: Tensor, all_states: bool) -> tuple[tuple[int, ...], ...]:
+    """Of the next c, n and m."""
+    rows, (H, K) = q.shape[: q.dim() - 2 if all_states else 1], q.shape[-2:]
+    return (*rows, H, K, v.shape[-1]), (*rows, H, K), (*rows, H)
