@@ -28,14 +28,17 @@ DEFAULT_CUDA_ARCHS = "80;90a;100"
 
 # One object per kernel and instruction set; cpu/dispatch.cpp picks at run time. Plainest first: of
 # inline functions of the standard library that several objects hold, the linker keeps the first.
+AVX512 = "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
 ISA_FLAGS = {
     "x86_64": {
         "baseline": "",
         "avx2": "-mavx2 -mfma -mf16c",
-        "avx512": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mf16c"
-        " -mprefer-vector-width=512",
+        "avx512": AVX512,
+        "amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
     },
 }
+# Of an instruction set that has something to add to the one before it for these kernels only.
+ISA_KERNELS = {"amx": ("mlstm_forward", "mlstm_backward")}
 MACHINE = {"AMD64": "x86_64"}.get(platform.machine(), platform.machine())
 SANITIZE = os.environ.get("XLSTM_SANITIZE", "")
 EMULATED = os.environ.get("XLSTM_EMULATED") == "1"
@@ -126,6 +129,8 @@ def edges(ext: Extension) -> str:
         objects.append(("cxx", dispatch, "_cpu/dispatch.o", ""))
         for isa, flags in ISA_FLAGS.get(MACHINE, {"baseline": ""}).items():
             for source in kernels:
+                if source.stem not in ISA_KERNELS.get(isa, (source.stem,)):
+                    continue
                 name = f"_cpu/{source.stem}.{isa}.o"
                 objects.append(("cxx", source, name, f"{flags} -DXLSTM_ISA={isa}"))
     for source in sorted(SOURCE.glob("cuda/*.cu")) if build == "_CUDA" else ():

@@ -181,7 +181,7 @@ def test_shared_code_is_not_compiled_for_one_instruction_set(objects: Path) -> N
     )
     assert link is not None
     isas = [name.split(".")[1] for name in link.group(1).split() if name.count(".") == 2]
-    order = ["baseline", "avx2", "avx512"]
+    order = ["baseline", "avx2", "avx512", "amx"]
     assert isas == sorted(isas, key=order.index)
 
 

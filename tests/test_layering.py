@@ -59,7 +59,7 @@ MAY_INCLUDE = {
     r"|emulator/(shared|sync|mma)\.h",
     r"emulator/.*": r"emulator/.*|cuda_runtime\.h",
 }
-SYSTEM_HEADER = r"[a-z_0-9]+|immintrin\.h|ucontext\.h|arm_neon\.h|sys/\w+\.h"
+SYSTEM_HEADER = r"[a-z_0-9]+|immintrin\.h|ucontext\.h|arm_neon\.h|unistd\.h|sys/\w+\.h"
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

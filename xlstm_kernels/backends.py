@@ -2,7 +2,8 @@
 
 This is the only module that reads environment variables, once, at import:
 
-``XLSTM_CPU_ISA``     forces the CPU kernels' instruction set: ``avx512``, ``avx2`` or ``baseline``.
+``XLSTM_CPU_ISA``     forces the CPU kernels' instruction set: ``amx``, ``avx512``, ``avx2`` or
+                      ``baseline``.
 ``TRITON_INTERPRET``  Triton's own: 1 runs its kernels in an interpreter, on CPU tensors too.
 ``XLSTM_CUDA_EMULATOR``  the file of an extension that runs the CUDA kernels on CPU tensors, for
                       tests (csrc/emulator/README.md); no install holds one.

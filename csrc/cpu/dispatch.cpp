@@ -5,6 +5,11 @@
 #include "common/parallel.h"
 #include "cpu/kernels.h"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace xlstm {
 
 ParallelFor g_parallel_for = nullptr;
@@ -23,15 +28,46 @@ struct Isa {
    ISA::mlstm_backward,     ISA::mlstm_step,          ISA::kl_div,        \
    ISA::scale_rows}
 
+#if defined(__x86_64__)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+}
+
+// Linux keeps tiles from a process until it asks for them: they enlarge what a context switch saves.
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h, XFEATURE_XTILEDATA
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
+
+// Tiles multiply bfloat16; everything else is as with AVX-512.
+constexpr Kernels with_tiles(Kernels kernels) {
+  kernels.mlstm_forward = [](const MLSTMForward& args) {
+    (args.dtype == DType::kBFloat16 ? amx::mlstm_forward : avx512::mlstm_forward)(args);
+  };
+  kernels.mlstm_backward = [](const MLSTMBackward& args) {
+    (args.dtype == DType::kBFloat16 ? amx::mlstm_backward : avx512::mlstm_backward)(args);
+  };
+  return kernels;
+}
+#endif
+
 // Best first.
 const Isa kIsas[] = {
 #if defined(__x86_64__)
-    {"avx512",
+    {"amx",
      [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+       return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
+              __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+              may_use_tiles();
      },
-     XLSTM_KERNELS(avx512)},
+     with_tiles(XLSTM_KERNELS(avx512))},
+    {"avx512", has_avx512, XLSTM_KERNELS(avx512)},
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
      XLSTM_KERNELS(avx2)},
 #endif

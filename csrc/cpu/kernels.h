@@ -30,6 +30,7 @@ XLSTM_DECLARE_KERNELS(baseline)
 #if defined(__x86_64__)
 XLSTM_DECLARE_KERNELS(avx2)
 XLSTM_DECLARE_KERNELS(avx512)
+XLSTM_DECLARE_KERNELS(amx)  // defined: the mLSTM of sequences, for bfloat16
 #endif
 
 }  // namespace xlstm

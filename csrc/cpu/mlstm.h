@@ -17,53 +17,13 @@
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "common/simd.h"
-#include "cpu/gemm_tile.h"
+#include "cpu/matrix.h"
 #include "launch.h"
 
 namespace xlstm::XLSTM_ISA {
 
-// Accumulators of every product: rows x vectors.
-constexpr int kTileRows = kRegisters == 32 ? 6 : 3, kTileVectors = kRegisters == 32 ? 4 : 3;
 // exp(-m) saturates here; h is below 1e-34 times its numerator then, in every backend.
 constexpr double kLargestExponent = 80.0;
-
-inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b * b; }
-
-// Calls f(height, first) for tiles of at most kTileRows of `rows`, height a constant.
-template <class F>
-XLSTM_HD void for_row_tiles(std::int64_t rows, const F& f) {
-  for (std::int64_t first = 0; first < rows; first += kTileRows) {
-    const int height = static_cast<int>(rows - first < kTileRows ? rows - first : kTileRows);
-    with_constant<kTileRows>(height, [&](auto h) { f(h, first); });
-  }
-}
-// Calls f(width, first) for blocks of at most kTileVectors of `vectors`, width a constant.
-template <class F>
-XLSTM_HD void for_column_blocks(std::int64_t vectors, const F& f) {
-  for (std::int64_t first = 0; first < vectors; first += kTileVectors) {
-    const int width =
-        static_cast<int>(vectors - first < kTileVectors ? vectors - first : kTileVectors);
-    with_constant<kTileVectors>(width, [&](auto w) { f(w, first); });
-  }
-}
-
-// A matrix in scratch: rows of whole vectors, one vector apart, since rows a power of two apart would
-// fall into the same few sets of the L1 cache. Lanes beyond the width are zero.
-template <class T>
-struct Matrix {
-  T* data = nullptr;
-  std::int64_t rows = 0, width = 0;
-
-  static constexpr int kW = kLanes<T>;
-  std::int64_t padded() const { return round_up(width, kW); }
-  std::int64_t vectors() const { return padded() / kW; }
-  std::int64_t stride() const { return padded() + kW; }
-  std::int64_t size() const { return rows * stride(); }
-  T* row(std::int64_t r) const { return data + r * stride(); }
-  void zero() const {
-    for (std::int64_t at = 0; at < size(); at += kW) store(data + at, Vec<T>{});
-  }
-};
 
 // Where a (sequence, head) finds its tokens and states.
 struct Track {
@@ -94,96 +54,6 @@ inline std::int64_t chunk_rows(const MLSTM& args, std::int64_t t, std::int64_t l
   return std::min(args.chunk, end - t);
 }
 
-// `rows` token rows into scratch, times `scale` and, where given, a factor per row; rows up to a whole
-// vector of them are zeroed, since transposes read them.
-template <class Element, class T>
-void load_rows(const void* tensor, std::int64_t first, std::int64_t row_stride, std::int64_t rows,
-               T scale, const T* row_scale, const Matrix<T>& to) {
-  constexpr int kW = kLanes<T>;
-  const Element* from = static_cast<const Element*>(tensor) + first;
-  for (std::int64_t r = 0; r < rows; ++r, from += row_stride) {
-    const Vec<T> factor = broadcast<Vec<T>>(row_scale ? scale * row_scale[r] : scale);
-    T* row = to.row(r);
-    for (std::int64_t c = 0; c < to.width; c += kW) {
-      const std::int64_t left = to.width - c;
-      store(row + c, factor * load(from + c, static_cast<int>(left < kW ? left : kW)));
-    }
-  }
-  for (std::int64_t r = rows; r < round_up(rows, kW); ++r) {
-    for (std::int64_t c = 0; c < to.padded(); c += kW) store(to.row(r) + c, Vec<T>{});
-  }
-}
-
-// to = from, row r times factor[r].
-template <class T>
-void scale_rows_into(const Matrix<T>& from, std::int64_t rows, const T* factor,
-                     const Matrix<T>& to) {
-  for (std::int64_t r = 0; r < rows; ++r) {
-    const Vec<T> f = broadcast<Vec<T>>(factor[r]);
-    for (std::int64_t c = 0; c < from.padded(); c += kLanes<T>) {
-      store(to.row(r) + c, f * load(static_cast<const T*>(from.row(r) + c)));
-    }
-  }
-}
-
-// `from` (rows, columns), null for zeros, turned.
-template <class T>
-void transposed_in(const T* from, std::int64_t rows, std::int64_t columns, const Matrix<T>& to) {
-  to.zero();
-  for (std::int64_t r = 0; r < rows; ++r) {
-    for (std::int64_t c = 0; c < columns; ++c) to.row(c)[r] = from ? from[r * columns + c] : T{};
-  }
-}
-
-// The first `count` of `padded`, null for zeros; the rest zero.
-template <class T>
-void padded_in(const T* from, std::int64_t count, std::int64_t padded, T* to) {
-  for (std::int64_t c = 0; c < padded; ++c) to[c] = from && c < count ? from[c] : T{};
-}
-
-template <class T>
-T dot(const T* a, const T* b, std::int64_t count) {  // whole vectors
-  Vec<T> sum{};
-  for (std::int64_t c = 0; c < count; c += kLanes<T>) sum += load(a + c) * load(b + c);
-  return horizontal_sum(sum);
-}
-
-// state = decay * state + sum_j left[j]^T right[j], over `rows` rows j of both.
-template <class T>
-void rank_update(const Matrix<T>& state, T decay, const Matrix<T>& left, const Matrix<T>& right,
-                 std::int64_t rows) {
-  constexpr int kW = kLanes<T>;
-  for_column_blocks(state.vectors(), [&](auto w, std::int64_t column) {
-    for_row_tiles(state.rows, [&](auto h, std::int64_t row) {
-      constexpr int kH = h(), kV = w();
-      Vec<T> sum[kH][kV]{};
-      multiply<kH, kV>(rows, left.data + row, 1, left.stride(), right.data + column * kW,
-                       right.stride(), sum);
-#pragma GCC unroll 8
-      for (int i = 0; i < kH; ++i) {
-#pragma GCC unroll 8
-        for (int j = 0; j < kV; ++j) {
-          T* to = state.row(row + i) + (column + j) * kW;
-          store(to, decay * load(static_cast<const T*>(to)) + sum[i][j]);
-        }
-      }
-    });
-  });
-}
-
-// vector = decay * vector + sum_j factor[j] * rows[j]; factor null: 1.
-template <class T>
-void add_rows(T* vector, T decay, const Matrix<T>& matrix, const T* factor, std::int64_t rows) {
-  for (std::int64_t c = 0; c < matrix.padded(); c += kLanes<T>) {
-    Vec<T> sum{};
-    for (std::int64_t r = 0; r < rows; ++r) {
-      const Vec<T> row = load(static_cast<const T*>(matrix.row(r) + c));
-      sum += factor ? factor[r] * row : row;
-    }
-    store(vector + c, decay * load(static_cast<const T*>(vector + c)) + sum);
-  }
-}
-
 template <class T>
 Vec<T> log_sigmoid(Vec<T> x) {
   return clamp_max(x, T{0}) - log1p_unit(exp(-abs(x)));
@@ -204,14 +74,12 @@ struct Gates {
   T *log_f, *log_i, *f, *i, *m, *keep, *take, *inter, *out;
   Matrix<T> D;
   T decay, m_end;
-  static constexpr int kArrays = 9;
 
-  Gates(Scratch& scratch, std::int64_t L, std::int64_t padded_L) {
+  Gates(Scratch& scratch, std::int64_t L) {  // L padded
     for (T** array : {&log_f, &log_i, &f, &i, &m, &keep, &take, &inter, &out}) {
-      *array = scratch.take<T>(padded_L);
+      *array = scratch.take<T>(L);
     }
-    D = {nullptr, L, L};
-    D.data = scratch.take<T>(D.size());
+    D = take_matrix<T>(scratch, L, L);
   }
 
   // From the pre-activations of tokens [t, t + rows) and m before them.

@@ -14,34 +14,85 @@
 // Tensors: launch.h. Scratch holds C and dC transposed, (V, K).
 // Tasks: (sequence, head). Accumulators: compute type. States within kStateInterval steps are recomputed
 //   from the saved one before them.
+// On tiles, operands of dq, dk and dv are rounded to bfloat16, as those are; what the gates' gradients
+//   and the states are made of is exact to float32.
 #include "common/simd.h"
 // The vector overloads of simd.h come before the templates that call them.
 #include "cpu/kernels.h"
 #include "cpu/mlstm.h"
 #include "cpu/task.h"
-#include "cpu/transpose.h"
+#include "cpu/tile_product.h"
 
 namespace xlstm::XLSTM_ISA {
 namespace {
 
-template <class Element>
+template <class Element, class Products>
 struct BackwardTask {
   using T = compute_t<Element>;
+  using Stored = typename Products::Stored;
+  using Room = typename Products::Room;
   using V = Vec<T>;
   static constexpr int kW = kLanes<T>;
 
   const MLSTMBackward& args;
 
   struct Buffers {
-    Matrix<T> C, dC, dc, q, k, kt, v, vt, dnum, P, dS, dq, inter_q, out_k;
-    T *n, *dn, *dden, *dm, *dh_h, *r, *u, *dlf, *dli, *column;
-    T* m;  // before each chunk of the interval
+    Matrix<T> C, dC;   // (V, K); C before each chunk of the interval
+    Matrix<T> P, dS;   // dS without den's part and D
+    Matrix<T> dq, dk;  // their parts through C and dC'
+    Matrix<T> totals;  // a vector for each row
+    Matrix<Stored> q, k, v, dh, out_k, row_P, row_dS;
+    Room kt_room, vt_room, C_room, dC_room, dc_room, k_room, q_room, dh_room, dht_room, P_room,
+        dS_room;
+    T *n, *m;  // before each chunk of the interval
+    T *dn, *row_h, *by_q, *dden, *dm, *dh_h, *r, *u, *dlf, *dli, *column;
+    Gates<T> gates;
+
+    Buffers(const MLSTM& args, Scratch& scratch)
+        : Buffers(args, scratch, round_up(args.chunk, kPad<T>), chunks(args)) {}
+
+   private:
+    // Of an interval, or of the longest sequence where that is shorter.
+    static std::int64_t chunks(const MLSTM& args) {
+      const std::int64_t longest = std::min<std::int64_t>(kStateInterval, args.T);
+      return std::max<std::int64_t>((longest + args.chunk - 1) / args.chunk, 1);
+    }
+    Buffers(const MLSTM& args, Scratch& scratch, std::int64_t L, std::int64_t chunks)
+        : C(take_matrix<T>(scratch, args.V * chunks, args.K)),
+          dC(take_matrix<T>(scratch, round_up(args.V, kPad<T>), args.K)),
+          P(take_matrix<T>(scratch, L, L)),
+          dS(take_matrix<T>(scratch, L, L)),
+          dq(take_matrix<T>(scratch, L, args.K)),
+          dk(take_matrix<T>(scratch, L, args.K)),
+          totals(take_matrix<T>(scratch, L, kW)),
+          q(take_matrix<Stored>(scratch, L, args.K)),
+          k(take_matrix<Stored>(scratch, L, args.K)),
+          v(take_matrix<Stored>(scratch, L, args.V)),
+          dh(take_matrix<Stored>(scratch, L, args.V)),
+          out_k(take_matrix<Stored>(scratch, L, args.K)),
+          row_P(take_matrix<Stored>(scratch, L, L)),
+          row_dS(take_matrix<Stored>(scratch, L, L)),
+          kt_room(Products::room(scratch, L, args.K)),
+          vt_room(Products::room(scratch, L, args.V)),
+          C_room(Products::tile_room(scratch, args.V, args.K)),
+          dC_room(Products::tile_room(scratch, args.V, args.K)),
+          dc_room(Products::room(scratch, args.V, args.K)),
+          k_room(Products::room(scratch, L, args.K)),
+          q_room(Products::room(scratch, L, args.K)),
+          dh_room(Products::tile_room(scratch, L, args.V)),
+          dht_room(Products::tile_room(scratch, L, args.V)),
+          P_room(Products::tile_room(scratch, L, L)),
+          dS_room(Products::tile_room(scratch, L, L)),
+          n(scratch.take<T>(chunks * k.padded())),
+          m(scratch.take<T>(chunks)),
+          dn(scratch.take<T>(k.padded())),
+          gates(scratch, L) {
+      for (T** row : {&row_h, &by_q, &dden, &dm, &dh_h, &r, &u, &dlf, &dli, &column}) {
+        *row = scratch.take<T>(L);
+      }
+    }
   };
-  // Of an interval, or of the longest sequence where that is shorter.
-  std::int64_t chunks() const {
-    const std::int64_t longest = std::min<std::int64_t>(kStateInterval, args.T);
-    return std::max<std::int64_t>((longest + args.chunk - 1) / args.chunk, 1);
-  }
+
   // State before chunk c of the interval.
   Matrix<T> state(const Buffers& b, std::int64_t c) const {
     Matrix<T> at = b.C;
@@ -51,9 +102,25 @@ struct BackwardTask {
   }
   T* norm(const Buffers& b, std::int64_t c) const { return b.n + c * b.k.padded(); }
 
+  void load_tokens(const Track& track, std::int64_t t, std::int64_t rows, const Buffers& b) const {
+    load_rows<Element>(args.k, track.at(args.k_stride, t), args.k_stride[1], rows, b.k);
+    load_rows<Element>(args.v, track.at(args.v_stride, t), args.v_stride[1], rows, b.v);
+  }
+
+  // to = decay from + left^T right, all (V, K).
+  template <class Left, class Right>
+  void update(const Matrix<T>& from, const Matrix<T>& to, T decay, const Left& left,
+              const Right& right, std::int64_t rows) const {
+    Products::product(
+        args.V, args.K, Span::kAll,
+        [&](std::int64_t i, std::int64_t j, V sum) {
+          store(to.row(i) + j, decay * load(from.at(i, j)) + sum);
+        },
+        Term{left, right, rows});
+  }
+
   // States before each chunk of the interval [begin, end).
-  void recompute(const Track& track, std::int64_t begin, std::int64_t end, const Buffers& b,
-                 Gates<T>& gates) const {
+  void recompute(const Track& track, std::int64_t begin, std::int64_t end, Buffers& b) const {
     const std::int64_t at = (track.checkpoint + begin / kStateInterval) * args.H + track.head;
     transposed_in(static_cast<const T*>(args.c_saved) + at * args.K * args.V, args.K, args.V,
                   state(b, 0));
@@ -63,191 +130,150 @@ struct BackwardTask {
     for (std::int64_t t = begin;; ++c) {
       const std::int64_t rows = chunk_rows(args, t, track.length);
       if (t + rows == end) return;
-      gates.compute(args, track, t, rows, b.m[c]);
-      load_rows<Element>(args.k, track.at(args.k_stride, t), args.k_stride[1], rows, T{1},
-                         static_cast<const T*>(gates.out), b.out_k);
-      load_rows<Element>(args.v, track.at(args.v_stride, t), args.v_stride[1], rows, T{1},
-                         static_cast<const T*>(nullptr), b.v);
-      const Matrix<T> from = state(b, c), to = state(b, c + 1);
-      std::copy(from.data, from.data + from.size(), to.data);
-      rank_update(to, gates.decay, b.v, b.out_k, rows);
+      b.gates.compute(args, track, t, rows, b.m[c]);
+      load_tokens(track, t, rows, b);
+      const T *out = b.gates.out, decay = b.gates.decay;
+      update(state(b, c), state(b, c + 1), decay, Products::left_turned(b.v, rows, b.vt_room),
+             Products::exact_right(b.k, rows, out, b.k_room), rows);
       std::copy(norm(b, c), norm(b, c) + b.k.padded(), norm(b, c + 1));
-      add_rows(norm(b, c + 1), gates.decay, b.out_k, static_cast<const T*>(nullptr), rows);
-      b.m[c + 1] = gates.m_end;
+      add_rows(norm(b, c + 1), decay, b.k, out, rows);
+      b.m[c + 1] = b.gates.m_end;
       t += rows;
     }
   }
 
-  // dnum, and in dden and dm what <dh, h> of a row will be multiplied by.
-  void load_dh(const Track& track, std::int64_t t, std::int64_t rows, const Buffers& b,
-               const Gates<T>& gates) const {
+  // The chunk's tokens, and in dden and dm what <dh, h> of a row will be multiplied by.
+  void load_chunk(const Track& track, std::int64_t t, std::int64_t rows, T m, Buffers& b) const {
+    b.gates.compute(args, track, t, rows, m);
+    load_tokens(track, t, rows, b);
+    load_rows<Element>(args.q, track.at(args.q_stride, t), args.q_stride[1], rows, b.q);
+    if (args.dh) {
+      load_rows<Element>(args.dh, track.at(args.dh_stride, t), args.dh_stride[1], rows, b.dh);
+    } else {
+      b.dh.zero();
+    }
     for (std::int64_t r = 0; r < rows; ++r) {
       const T den = static_cast<const T*>(args.row_den)[track.token(args, t + r)];
-      const RowScale<T> by = row_scale(args, den, gates.m[r]);
-      b.dh_h[r] = by.h, b.dden[r] = by.dden, b.dm[r] = by.dm;
+      const RowScale<T> by = row_scale(args, den, b.gates.m[r]);
+      b.row_h[r] = by.h, b.dden[r] = by.dden, b.dm[r] = by.dm;
+      b.by_q[r] = static_cast<T>(args.scale) * b.gates.inter[r];
     }
-    if (!args.dh) return b.dnum.zero();
-    load_rows<Element>(args.dh, track.at(args.dh_stride, t), args.dh_stride[1], rows, T{1},
-                       static_cast<const T*>(b.dh_h), b.dnum);
+    scale_rows_into(b.k, rows, static_cast<const T*>(b.gates.out), b.out_k);
   }
 
-  // P = S o D and, without den's part, dS / D = dnum V^T, causal; dh_h = <dnum, P V>.
-  void scores(const Buffers& b, const Gates<T>& gates, std::int64_t rows) const {
-    for_row_tiles(rows, [&](auto h, std::int64_t row) {
-      constexpr int kH = h();
-      V total[kH]{};
-      for_column_blocks((row + kH + kW - 1) / kW, [&](auto w, std::int64_t column) {
-        constexpr int kV = w();
-        V S[kH][kV]{}, dS[kH][kV]{};
-        multiply<kH, kV>(args.K, b.q.row(row), b.q.stride(), 1, b.kt.data + column * kW,
-                         b.kt.stride(), S);
-        for (int i = 0; i < kH; ++i) {
-          for (int j = 0; j < kV; ++j) {
-            const std::int64_t at = (column + j) * kW;
-            store(b.P.row(row + i) + at,
-                  S[i][j] * load(static_cast<const T*>(gates.D.row(row + i) + at)));
-          }
-        }
-        multiply<kH, kV>(args.V, b.dnum.row(row), b.dnum.stride(), 1, b.vt.data + column * kW,
-                         b.vt.stride(), dS);
-        for (int i = 0; i < kH; ++i) {
-          for (int j = 0; j < kV; ++j) {
-            const std::int64_t at = (column + j) * kW;
-            store(b.dS.row(row + i) + at, dS[i][j]);
-            total[i] += dS[i][j] * load(static_cast<const T*>(b.P.row(row + i) + at));
-          }
-        }
-      });
-      for (int i = 0; i < kH; ++i) b.dh_h[row + i] = horizontal_sum(total[i]);
-    });
+  // sums[r] = the sum of what was added to row r of totals, which is then zero.
+  void take_totals(const Buffers& b, std::int64_t rows, T* sums) const {
+    for (std::int64_t r = 0; r < rows; ++r) {
+      sums[r] = horizontal_sum(load(b.totals.at(r, 0)));
+      store(b.totals.row(r), V{});
+    }
   }
 
-  // dq's part through C, still without den's, and r; <dnum, inter scale Q C> joins dh_h.
-  void through_state(const Buffers& b, std::int64_t rows, const Matrix<T>& C) const {
-    for (std::int64_t row = 0; row < rows; ++row) b.r[row] = T{};
-    for_column_blocks(b.k.vectors(), [&](auto w, std::int64_t column) {
-      for_row_tiles(rows, [&](auto h, std::int64_t row) {
-        constexpr int kH = h(), kV = w();
-        V sum[kH][kV]{};
-        multiply<kH, kV>(args.V, b.dnum.row(row), b.dnum.stride(), 1, C.data + column * kW,
-                         C.stride(), sum);
-        for (int i = 0; i < kH; ++i) {
-          V r{};
-          for (int j = 0; j < kV; ++j) {
-            const std::int64_t at = (column + j) * kW;
-            store(b.dq.row(row + i) + at, sum[i][j]);
-            r += sum[i][j] * load(static_cast<const T*>(b.inter_q.row(row + i) + at));
-          }
-          b.r[row + i] += horizontal_sum(r);
-        }
-      });
-    });
+  static void add_to(T* p, V x) { store(p, load(p) + x); }
+
+  // P, dS and, by rows, <dnum, P V>.
+  void scores(std::int64_t rows, Buffers& b) const {
+    const T scale = static_cast<T>(args.scale);
+    Products::product(
+        rows, rows, Span::kUpTo,
+        [&](std::int64_t i, std::int64_t j, V S) {
+          const V p = S * (scale * load(b.gates.D.at(i, j)));
+          store(b.P.row(i) + j, p);
+          store(b.row_P.row(i) + j, b.row_h[i] * p);
+        },
+        Term{Products::left(b.q), Products::right_turned(b.k, rows, b.kt_room), args.K});
+    Products::product(
+        rows, rows, Span::kUpTo,
+        [&](std::int64_t i, std::int64_t j, V dS) {
+          dS *= broadcast<V>(b.row_h[i]);
+          store(b.dS.row(i) + j, dS);
+          add_to(b.totals.row(i), dS * load(b.P.at(i, j)));
+        },
+        Term{Products::left(b.dh), Products::right_turned(b.v, rows, b.vt_room), args.V});
+    take_totals(b, rows, b.dh_h);
+  }
+
+  // dq's and dk's parts through C and dC', without n's; <dnum, inter scale Q C> joins dh_h; all of dv.
+  void through_states(const Track& track, std::int64_t t, std::int64_t rows, const Matrix<T>& C,
+                      Buffers& b) const {
+    Products::product(
+        rows, args.K, Span::kAll,
+        [&](std::int64_t i, std::int64_t j, V sum) {
+          const V dq = (b.by_q[i] * b.row_h[i]) * sum;
+          store(b.dq.row(i) + j, dq);
+          add_to(b.totals.row(i), dq * load(b.q.at(i, j)));
+        },
+        Term{Products::left(b.dh), Products::exact_right(C, args.V, b.C_room), args.V});
+    take_totals(b, rows, b.r);
     for (std::int64_t row = 0; row < rows; ++row) b.dh_h[row] += b.r[row];
+    Products::product(
+        rows, args.K, Span::kAll,
+        [&](std::int64_t i, std::int64_t j, V sum) { store(b.dk.row(i) + j, sum); },
+        Term{Products::left(b.v), Products::exact_right(b.dC, args.V, b.dC_room), args.V});
+    Products::product(
+        rows, args.V, Span::kAll,
+        [&](std::int64_t i, std::int64_t j, V sum) { put(args.dv, track, t + i, args.V, j, sum); },
+        Term{Products::left_turned(b.row_P, rows, b.P_room), Products::right(b.dh, rows, b.dh_room),
+             rows, Span::kFrom},
+        Term{Products::left(b.out_k), Products::right_turned(b.dC, args.V, b.dc_room), args.K});
   }
 
   // dden and dm; dS in full, and W where D was.
-  void finish_scores(const Buffers& b, const Gates<T>& gates, std::int64_t rows, const T* n) const {
+  void finish_scores(std::int64_t rows, const T* n, Buffers& b) const {
+    const T scale = static_cast<T>(args.scale);
     for (std::int64_t row = 0; row < rows; ++row) {
       const T dden = b.dden[row] *= b.dh_h[row];
       b.dm[row] *= b.dh_h[row];
-      b.r[row] += dden * dot(static_cast<const T*>(b.inter_q.row(row)), n, b.k.padded());
+      b.r[row] += dden * b.by_q[row] * dot(b.q.at(row, 0), n, b.q.padded());
       for (std::int64_t c = 0; c <= row; c += kW) {
-        T *dS = b.dS.row(row) + c, *D = gates.D.row(row) + c;
-        const V grad = load(static_cast<const T*>(dS)) + dden;
-        store(dS, grad * load(static_cast<const T*>(D)));
-        store(D, grad * load(static_cast<const T*>(b.P.row(row) + c)));
+        T* D = b.gates.D.row(row) + c;
+        const V grad = load(b.dS.at(row, c)) + dden;
+        store(b.row_dS.row(row) + c, scale * grad * load(D));
+        store(D, grad * load(b.P.at(row, c)));
       }
       // Tiles of dk read whole tiles of rows: up to the last one's diagonal.
-      for (std::int64_t c = round_up(row + 1, kW); c < round_up(row + kTileRows, kW); c += kW) {
-        if (c < b.dS.padded()) store(b.dS.row(row) + c, V{});
+      const std::int64_t end = round_up(row + Products::kTileRows, kW);
+      for (std::int64_t c = round_up(row + 1, kW); c < end && c < b.row_dS.padded(); c += kW) {
+        store(b.row_dS.row(row) + c, V{});
       }
     }
   }
 
-  void query_grads(const Track& track, std::int64_t t, std::int64_t rows, const Buffers& b,
-                   const Gates<T>& gates, const T* n) const {
-    Element* dq = static_cast<Element*>(args.dq);
-    for_column_blocks(b.k.vectors(), [&](auto w, std::int64_t column) {
-      for_row_tiles(rows, [&](auto h, std::int64_t row) {
-        constexpr int kH = h(), kV = w();
-        V sum[kH][kV];
-        for (int i = 0; i < kH; ++i) {
-          for (int j = 0; j < kV; ++j) {
-            const std::int64_t at = (column + j) * kW;
-            const V old = load(static_cast<const T*>(b.dq.row(row + i) + at));
-            sum[i][j] = gates.inter[row + i] * (old + b.dden[row + i] * load(n + at));
-          }
-        }
-        multiply<kH, kV>(row + kH, b.dS.row(row), b.dS.stride(), 1, b.k.data + column * kW,
-                         b.k.stride(), sum);
-        store_rows(dq, track, t + row, args.K, column, static_cast<T>(args.scale), sum);
-      });
-    });
+  // dq and dk of the rows, and u.
+  void token_grads(const Track& track, std::int64_t t, std::int64_t rows, const T* n,
+                   Buffers& b) const {
+    Products::product(
+        rows, args.K, Span::kAll,
+        [&](std::int64_t i, std::int64_t j, V sum) {
+          const V old = (b.by_q[i] * b.dden[i]) * load(n + j);
+          put(args.dq, track, t + i, args.K, j, sum + load(b.dq.at(i, j)) + old);
+        },
+        Term{Products::left(b.row_dS), Products::right(b.k, rows, b.k_room), rows, Span::kUpTo});
+    Products::product(
+        rows, args.K, Span::kAll,
+        [&](std::int64_t i, std::int64_t j, V sum) {
+          const V next = b.gates.out[i] * (load(b.dk.at(i, j)) + load(b.dn + j));
+          add_to(b.totals.row(i), next * load(b.k.at(i, j)));
+          put(args.dk, track, t + i, args.K, j, sum + next);
+        },
+        Term{Products::left_turned(b.row_dS, rows, b.dS_room), Products::right(b.q, rows, b.q_room),
+             rows, Span::kFrom});
+    take_totals(b, rows, b.u);
   }
-
-  template <int kH, int kV>
-  void store_rows(Element* tensor, const Track& track, std::int64_t t, std::int64_t width,
-                  std::int64_t column, T factor, V (&sum)[kH][kV]) const {
-#pragma GCC unroll 8
-    for (int i = 0; i < kH; ++i) {
-      Element* to = tensor + track.token(args, t + i) * width + column * kW;
-#pragma GCC unroll 8
-      for (int j = 0; j < kV; ++j) {
-        const std::int64_t left = width - (column + j) * kW;
-        store(to + j * kW, factor * sum[i][j], static_cast<int>(left < kW ? left : kW));
-      }
-    }
-  }
-
-  // dk of the rows, and u.
-  void key_grads(const Track& track, std::int64_t t, std::int64_t rows, const Buffers& b,
-                 const Gates<T>& gates) const {
-    Element* dk = static_cast<Element*>(args.dk);
-    for (std::int64_t row = 0; row < rows; ++row) b.u[row] = T{};
-    for_column_blocks(b.k.vectors(), [&](auto w, std::int64_t column) {
-      for_row_tiles(rows, [&](auto h, std::int64_t row) {
-        constexpr int kH = h(), kV = w();
-        V sum[kH][kV]{};
-        multiply<kH, kV>(args.V, b.v.row(row), b.v.stride(), 1, b.dC.data + column * kW,
-                         b.dC.stride(), sum);
-        for (int i = 0; i < kH; ++i) {
-          V u{};
-          for (int j = 0; j < kV; ++j) {
-            const std::int64_t at = (column + j) * kW;
-            sum[i][j] = gates.out[row + i] * (sum[i][j] + load(static_cast<const T*>(b.dn + at)));
-            u += sum[i][j] * load(static_cast<const T*>(b.k.row(row + i) + at));
-          }
-          b.u[row + i] += horizontal_sum(u);
-        }
-        multiply<kH, kV>(rows - row, b.dS.row(row) + row, 1, b.dS.stride(),
-                         b.q.row(row) + column * kW, b.q.stride(), sum);
-        store_rows(dk, track, t + row, args.K, column, T{1}, sum);
-      });
-    });
-  }
-
-  void value_grads(const Track& track, std::int64_t t, std::int64_t rows, const Buffers& b) const {
-    Element* dv = static_cast<Element*>(args.dv);
-    for_column_blocks(b.v.vectors(), [&](auto w, std::int64_t column) {
-      for_row_tiles(rows, [&](auto h, std::int64_t row) {
-        constexpr int kH = h(), kV = w();
-        V sum[kH][kV]{};
-        multiply<kH, kV>(args.K, b.out_k.row(row), b.out_k.stride(), 1, b.dc.data + column * kW,
-                         b.dc.stride(), sum);
-        multiply<kH, kV>(rows - row, b.P.row(row) + row, 1, b.P.stride(),
-                         b.dnum.row(row) + column * kW, b.dnum.stride(), sum);
-        store_rows(dv, track, t + row, args.V, column, T{1}, sum);
-      });
-    });
+  void put(void* tensor, const Track& track, std::int64_t t, std::int64_t width,
+           std::int64_t column, V x) const {
+    const std::int64_t left = width - column;
+    store(static_cast<Element*>(tensor) + track.token(args, t) * width + column, x,
+          static_cast<int>(left < kW ? left : kW));
   }
 
   // Adds what arrives through m, dm of which is `through` after the chunk, and writes di and df.
   void gate_grads(const Track& track, std::int64_t t, std::int64_t rows, const Buffers& b,
-                  const Gates<T>& gates, T m_before, T& through) const {
+                  T m_before, T& through) const {
     const bool sigmoid_gate = args.input_gate == InputGate::kSigmoid;
     for (std::int64_t r = rows - 1; r >= 0 && !sigmoid_gate; --r) {
       through += b.dm[r];
-      if (gates.log_i[r] > (r > 0 ? gates.m[r - 1] : m_before) + gates.log_f[r]) {
+      if (b.gates.log_i[r] > (r > 0 ? b.gates.m[r - 1] : m_before) + b.gates.log_f[r]) {
         b.dli[r] += through;
         through = T{};
       } else {
@@ -255,8 +281,8 @@ struct BackwardTask {
       }
     }
     for (std::int64_t r = 0; r < rows; r += kW) {
-      const V f = load(static_cast<const T*>(gates.f + r));
-      const V i = load(static_cast<const T*>(gates.i + r));
+      const V f = load(static_cast<const T*>(b.gates.f + r));
+      const V i = load(static_cast<const T*>(b.gates.i + r));
       store(b.dlf + r, load(static_cast<const T*>(b.dlf + r)) * sigmoid(-f));
       if (sigmoid_gate) store(b.dli + r, load(static_cast<const T*>(b.dli + r)) * sigmoid(-i));
     }
@@ -269,46 +295,31 @@ struct BackwardTask {
 
   // dm: dLoss/dm after the chunk on entry, before it on exit; less, in either place, <c, dc> + <n, dn>,
   // by which c and n, being sums times exp(-m), depend on m. Returns that of the state before.
-  T chunk(const Track& track, std::int64_t t, std::int64_t rows, std::int64_t c, const Buffers& b,
-          Gates<T>& gates, T& dm) const {
-    const T* const no_factor = nullptr;
-    const std::int64_t padded = round_up(rows, kW);
+  T chunk(const Track& track, std::int64_t t, std::int64_t rows, std::int64_t c, Buffers& b,
+          T& dm) const {
     const Matrix<T> C = state(b, c);
     const T* n = norm(b, c);
-    gates.compute(args, track, t, rows, b.m[c]);
-    load_rows<Element>(args.q, track.at(args.q_stride, t), args.q_stride[1], rows,
-                       static_cast<T>(args.scale), no_factor, b.q);
-    load_rows<Element>(args.k, track.at(args.k_stride, t), args.k_stride[1], rows, T{1}, no_factor,
-                       b.k);
-    load_rows<Element>(args.v, track.at(args.v_stride, t), args.v_stride[1], rows, T{1}, no_factor,
-                       b.v);
-    load_dh(track, t, rows, b, gates);
-    transpose(static_cast<const T*>(b.k.data), b.k.stride(), padded, b.k.padded(), b.kt.data,
-              b.kt.stride());
-    transpose(static_cast<const T*>(b.v.data), b.v.stride(), padded, b.v.padded(), b.vt.data,
-              b.vt.stride());
-    transpose(static_cast<const T*>(b.dC.data), b.dC.stride(), b.dC.rows, b.dC.padded(), b.dc.data,
-              b.dc.stride());
-    scale_rows_into(b.q, rows, gates.inter, b.inter_q);
-    scale_rows_into(b.k, rows, gates.out, b.out_k);
-    scores(b, gates, rows);
-    through_state(b, rows, C);
-    finish_scores(b, gates, rows, n);
-    query_grads(track, t, rows, b, gates, n);
-    key_grads(track, t, rows, b, gates);
-    value_grads(track, t, rows, b);
-    const T carry = gates.decay * inner(b, C, n);
-    log_gate_grads(rows, carry, b.r, b.u, gates.D, b.column, b.dlf, b.dli);
+    load_chunk(track, t, rows, b.m[c], b);
+    scores(rows, b);
+    through_states(track, t, rows, C, b);
+    finish_scores(rows, n, b);
+    token_grads(track, t, rows, n, b);
+    const T carry = b.gates.decay * inner(b, C, n);
+    log_gate_grads(rows, carry, b.r, b.u, b.gates.D, b.column, b.dlf, b.dli);
     if (t + rows == track.length) {
       // The same rounded terms as in dli, from which they cancel.
       dm -= carry;
       for (std::int64_t r = 0; r < rows; ++r) dm -= b.u[r];
     }
-    gate_grads(track, t, rows, b, gates, b.m[c], dm);
-    rank_update(b.dC, gates.decay, b.dnum, b.inter_q, rows);
-    add_rows(b.dn, gates.decay, b.inter_q, static_cast<const T*>(b.dden), rows);
+    gate_grads(track, t, rows, b, b.m[c], dm);
     T before = carry;
     for (std::int64_t r = 0; r < rows; ++r) before += b.r[r];
+    for (std::int64_t r = 0; r < rows; ++r) {
+      b.row_h[r] *= b.by_q[r], b.dden[r] *= b.by_q[r];
+    }
+    update(b.dC, b.dC, b.gates.decay, Products::left_turned(b.dh, rows, b.dht_room),
+           Products::exact_right(b.q, rows, b.row_h, b.q_room), rows);
+    add_rows(b.dn, b.gates.decay, b.q, static_cast<const T*>(b.dden), rows);
     return before;
   }
 
@@ -345,38 +356,21 @@ struct BackwardTask {
 
   void operator()(std::int64_t task) const {
     const TaskScope scope;
+    const typename Products::Scope tiles;
     const Track track(args, task);
-    const std::int64_t L = round_up(args.chunk, kW), K = round_up(args.K, kW);
-    const std::int64_t V_rows = round_up(args.V, kW);
-    Buffers b;
-    b.C = {nullptr, args.V * chunks(), args.K};
-    b.dC = {nullptr, V_rows, args.K};
-    b.dc = {nullptr, K, args.V};
-    b.q = b.k = b.dq = b.inter_q = b.out_k = {nullptr, L, args.K};
-    b.v = b.dnum = {nullptr, L, args.V};
-    b.kt = {nullptr, K, L};
-    b.vt = {nullptr, V_rows, L};
-    b.P = b.dS = {nullptr, L, L};
-    Matrix<T>* const matrices[] = {&b.C,     &b.dC, &b.dc, &b.q,    &b.k,  &b.dq, &b.inter_q,
-                                   &b.out_k, &b.kt, &b.v,  &b.dnum, &b.vt, &b.P,  &b.dS};
-    T** const rows[] = {&b.dden, &b.dm, &b.dh_h, &b.r, &b.u, &b.dlf, &b.dli, &b.column};
-    std::int64_t size = (chunks() + 1) * K + chunks() + (8 + Gates<T>::kArrays) * L + b.P.size();
-    for (const Matrix<T>* matrix : matrices) size += matrix->size();
-    Scratch scratch(static_cast<std::size_t>(size) * sizeof(T), 26 + Gates<T>::kArrays);
-    for (Matrix<T>* matrix : matrices) matrix->data = scratch.take<T>(matrix->size());
-    for (T** row : rows) *row = scratch.take<T>(L);
-    b.n = scratch.take<T>(chunks() * K);
-    b.dn = scratch.take<T>(K);
-    b.m = scratch.take<T>(chunks());
-    Gates<T> gates(scratch, L, L);
+    Scratch sizes;
+    Buffers(args, sizes);
+    Scratch scratch(sizes.used_bytes(), 0);
+    Buffers b(args, scratch);
+    b.totals.zero();
     T dm, before{};
     load_last(track, b, dm);
     for (std::int64_t end = track.length; end > 0;) {
       const std::int64_t begin = (end - 1) / kStateInterval * kStateInterval;
-      recompute(track, begin, end, b, gates);
+      recompute(track, begin, end, b);
       for (std::int64_t c = (end - begin + args.chunk - 1) / args.chunk - 1; c >= 0; --c) {
         const std::int64_t t = begin + c * args.chunk;
-        before = chunk(track, t, std::min(args.chunk, end - t), c, b, gates, dm);
+        before = chunk(track, t, std::min(args.chunk, end - t), c, b, dm);
       }
       end = begin;
     }
@@ -388,8 +382,9 @@ struct BackwardTask {
 }  // namespace
 
 void mlstm_backward(const MLSTMBackward& args) {
-  dispatch_dtype(args.dtype, [&](auto element) {
-    parallel_for(args.B * args.H, BackwardTask<decltype(element)>{args});
+  dispatch_products(args.dtype, [&](auto element, auto products) {
+    using Task = BackwardTask<decltype(element), decltype(products)>;
+    parallel_for(args.B * args.H, Task{args});
   });
 }
 

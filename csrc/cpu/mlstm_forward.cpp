@@ -6,41 +6,67 @@
 // Tensors: launch.h; symbols of the gates: mlstm.h.
 // Tasks: (sequence, head), each walking its chunks with C in cache. Accumulators: compute type. Saved:
 //   m and den of each token, and the states before every kStateInterval-th.
+// On tiles, operands of h are rounded to bfloat16, as h is; den, C and n are exact to float32.
 #include "common/simd.h"
 // The vector overloads of simd.h come before the templates that call them.
 #include "cpu/kernels.h"
 #include "cpu/mlstm.h"
 #include "cpu/task.h"
-#include "cpu/transpose.h"
+#include "cpu/tile_product.h"
 
 namespace xlstm::XLSTM_ISA {
 namespace {
 
-template <class Element>
+template <class Element, class Products>
 struct ForwardTask {
   using T = compute_t<Element>;
+  using Stored = typename Products::Stored;
+  using Room = typename Products::Room;
+  using V = Vec<T>;
   static constexpr int kW = kLanes<T>;
 
   const MLSTMForward& args;
 
   struct Buffers {
-    Matrix<T> C, q, k, kt, v, P, inter_q, out_k;
-    T *n, *den, *row_h;
+    Matrix<T> C, totals;
+    Matrix<Stored> q, k, v, P, inter_q;
+    Room kt_room, v_room, C_room, out_k_room;
+    T *n, *den, *row_h, *inter_scale;
+    Gates<T> gates;
+
+    Buffers(const MLSTM& args, Scratch& scratch)
+        : Buffers(args, scratch, round_up(args.chunk, kPad<T>)) {}
+
+   private:
+    Buffers(const MLSTM& args, Scratch& scratch, std::int64_t L)
+        : C(take_matrix<T>(scratch, args.K, args.V)),
+          totals(take_matrix<T>(scratch, L, kW)),
+          q(take_matrix<Stored>(scratch, L, args.K)),
+          k(take_matrix<Stored>(scratch, L, args.K)),
+          v(take_matrix<Stored>(scratch, L, args.V)),
+          P(take_matrix<Stored>(scratch, L, L)),
+          inter_q(take_matrix<Stored>(scratch, L, args.K)),
+          kt_room(Products::room(scratch, L, args.K)),
+          v_room(Products::tile_room(scratch, L, args.V)),
+          C_room(Products::tile_room(scratch, args.K, args.V)),
+          out_k_room(Products::room(scratch, L, args.K)),
+          n(scratch.take<T>(k.padded())),
+          den(scratch.take<T>(L)),
+          row_h(scratch.take<T>(L)),
+          inter_scale(scratch.take<T>(L)),
+          gates(scratch, L) {}
   };
 
   void load_state(const Track& track, const Buffers& b, T& m) const {
     const std::int64_t at = track.sequence * args.H + track.head;
+    const T* c = args.c ? static_cast<const T*>(args.c) + at * args.K * args.V : nullptr;
+    const T* n = args.c ? static_cast<const T*>(args.n) + at * args.K : nullptr;
     b.C.zero();
-    for (std::int64_t k = 0; k < b.k.padded(); ++k) b.n[k] = T{};
-    m = args.m ? static_cast<const T*>(args.m)[at] : T{};
-    if (!args.c) return;
-    copy_in(static_cast<const T*>(args.c) + at * args.K * args.V, b);
-    const T* n = static_cast<const T*>(args.n) + at * args.K;
-    std::copy(n, n + args.K, b.n);
-  }
-  void copy_in(const T* c, const Buffers& b) const {
-    for (std::int64_t k = 0; k < args.K; ++k)
+    for (std::int64_t k = 0; c && k < args.K; ++k) {
       std::copy(c + k * args.V, c + (k + 1) * args.V, b.C.row(k));
+    }
+    padded_in(n, args.K, b.k.padded(), b.n);
+    m = args.m ? static_cast<const T*>(args.m)[at] : T{};
   }
   void store_state(std::int64_t at, void* c, void* n, void* m, const Buffers& b, T m_now) const {
     T* to = static_cast<T*>(c) + at * args.K * args.V;
@@ -50,106 +76,70 @@ struct ForwardTask {
     static_cast<T*>(m)[at] = m_now;
   }
 
-  // P and the rows' sums of it, from q, k transposed and the gates.
-  void scores(const Buffers& b, const Gates<T>& gates, std::int64_t rows) const {
-    for_row_tiles(rows, [&](auto h, std::int64_t row) {
-      constexpr int kH = h();
-      Vec<T> total[kH]{};
-      const std::int64_t vectors = ceil_vectors(row + kH);
-      for_column_blocks(vectors, [&](auto w, std::int64_t column) {
-        constexpr int kV = w();
-        Vec<T> S[kH][kV]{};
-        multiply<kH, kV>(args.K, b.q.row(row), b.q.stride(), 1, b.kt.data + column * kW,
-                         b.kt.stride(), S);
-        for (int i = 0; i < kH; ++i) {
-          for (int j = 0; j < kV; ++j) {
-            const std::int64_t at = (column + j) * kW;
-            const Vec<T> p = S[i][j] * load(static_cast<const T*>(gates.D.row(row + i) + at));
-            store(b.P.row(row + i) + at, p);
-            total[i] += p;
-          }
-        }
-      });
-      for (int i = 0; i < kH; ++i) {
-        const T old =
-            dot(static_cast<const T*>(b.q.row(row + i)), static_cast<const T*>(b.n), b.q.padded());
-        b.den[row + i] = horizontal_sum(total[i]) + gates.inter[row + i] * old;
-      }
-    });
-  }
-  static std::int64_t ceil_vectors(std::int64_t count) { return (count + kW - 1) / kW; }
-
-  void outputs(const Track& track, std::int64_t t, std::int64_t rows, const Buffers& b) const {
-    Element* h = static_cast<Element*>(args.h);
-    for_column_blocks(b.v.vectors(), [&](auto w, std::int64_t column) {
-      for_row_tiles(rows, [&](auto height, std::int64_t row) {
-        constexpr int kH = height(), kV = w();
-        Vec<T> sum[kH][kV]{};
-        multiply<kH, kV>(row + kH, b.P.row(row), b.P.stride(), 1, b.v.data + column * kW,
-                         b.v.stride(), sum);
-        multiply<kH, kV>(args.K, b.inter_q.row(row), b.inter_q.stride(), 1, b.C.data + column * kW,
-                         b.C.stride(), sum);
-#pragma GCC unroll 8
-        for (int i = 0; i < kH; ++i) {
-          Element* to = h + track.token(args, t + row + i) * args.V + column * kW;
-#pragma GCC unroll 8
-          for (int j = 0; j < kV; ++j) {
-            const std::int64_t left = args.V - (column + j) * kW;
-            store(to + j * kW, b.row_h[row + i] * sum[i][j],
-                  static_cast<int>(left < kW ? left : kW));
-          }
-        }
-      });
-    });
-  }
-
-  void chunk(const Track& track, std::int64_t t, std::int64_t rows, const Buffers& b,
-             Gates<T>& gates, T& m) const {
-    const T one{1}, scale = static_cast<T>(args.scale);
-    gates.compute(args, track, t, rows, m);
-    load_rows<Element>(args.q, track.at(args.q_stride, t), args.q_stride[1], rows, scale,
-                       static_cast<const T*>(nullptr), b.q);
-    load_rows<Element>(args.k, track.at(args.k_stride, t), args.k_stride[1], rows, one,
-                       static_cast<const T*>(nullptr), b.k);
-    load_rows<Element>(args.v, track.at(args.v_stride, t), args.v_stride[1], rows, one,
-                       static_cast<const T*>(nullptr), b.v);
-    transpose(static_cast<const T*>(b.k.data), b.k.stride(), round_up(rows, kW), b.k.padded(),
-              b.kt.data, b.kt.stride());
-    scores(b, gates, rows);
+  // P, den and what follows of each row.
+  void scores(const Track& track, std::int64_t t, std::int64_t rows, Buffers& b) const {
+    const T scale = static_cast<T>(args.scale);
+    b.totals.zero();
+    Products::product(
+        rows, rows, Span::kUpTo,
+        [&](std::int64_t i, std::int64_t j, V S) {
+          const V p = S * (scale * load(b.gates.D.at(i, j)));
+          store(b.P.row(i) + j, p);
+          T* total = b.totals.row(i);
+          store(total, load(static_cast<const T*>(total)) + p);
+        },
+        Term{Products::left(b.q), Products::right_turned(b.k, rows, b.kt_room), args.K});
     for (std::int64_t r = 0; r < rows; ++r) {
-      b.row_h[r] = row_scale(args, b.den[r], gates.m[r]).h;
+      b.inter_scale[r] = b.gates.inter[r] * scale;
+      const T old =
+          dot(static_cast<const Stored*>(b.q.row(r)), static_cast<const T*>(b.n), b.q.padded());
+      b.den[r] = horizontal_sum(load(b.totals.at(r, 0))) + b.inter_scale[r] * old;
+      b.row_h[r] = row_scale(args, b.den[r], b.gates.m[r]).h;
       if (!args.row_m) continue;
       const std::int64_t at = track.token(args, t + r);
-      static_cast<T*>(args.row_m)[at] = gates.m[r];
+      static_cast<T*>(args.row_m)[at] = b.gates.m[r];
       static_cast<T*>(args.row_den)[at] = b.den[r];
     }
-    scale_rows_into(b.q, rows, gates.inter, b.inter_q);
-    scale_rows_into(b.k, rows, gates.out, b.out_k);
-    outputs(track, t, rows, b);
-    rank_update(b.C, gates.decay, b.out_k, b.v, rows);
-    add_rows(b.n, gates.decay, b.out_k, static_cast<const T*>(nullptr), rows);
-    m = gates.m_end;
   }
+
+  void chunk(const Track& track, std::int64_t t, std::int64_t rows, Buffers& b, T& m) const {
+    b.gates.compute(args, track, t, rows, m);
+    load_rows<Element>(args.q, track.at(args.q_stride, t), args.q_stride[1], rows, b.q);
+    load_rows<Element>(args.k, track.at(args.k_stride, t), args.k_stride[1], rows, b.k);
+    load_rows<Element>(args.v, track.at(args.v_stride, t), args.v_stride[1], rows, b.v);
+    scores(track, t, rows, b);
+    scale_rows_into(b.q, rows, static_cast<const T*>(b.inter_scale), b.inter_q);
+    const auto v = Products::right(b.v, rows, b.v_room);
+    Element* h = static_cast<Element*>(args.h);
+    Products::product(
+        rows, args.V, Span::kAll,
+        [&](std::int64_t i, std::int64_t j, V sum) {
+          store(h + track.token(args, t + i) * args.V + j, b.row_h[i] * sum, lanes(args.V - j));
+        },
+        Term{Products::left(b.P), v, rows, Span::kUpTo},
+        Term{Products::left(b.inter_q), Products::right(b.C, args.K, b.C_room), args.K});
+    const T* out = b.gates.out;
+    const T decay = b.gates.decay;
+    Products::product(
+        args.K, args.V, Span::kAll,
+        [&](std::int64_t i, std::int64_t j, V sum) {
+          T* c = b.C.row(i) + j;
+          store(c, decay * load(static_cast<const T*>(c)) + sum);
+        },
+        Term{Products::exact_left_turned(b.k, rows, out, b.out_k_room), v, rows});
+    add_rows(b.n, decay, b.k, out, rows);
+    m = b.gates.m_end;
+  }
+  static int lanes(std::int64_t left) { return static_cast<int>(left < kW ? left : kW); }
 
   void operator()(std::int64_t task) const {
     const TaskScope scope;
+    const typename Products::Scope tiles;
     const Track track(args, task);
-    const std::int64_t L = args.chunk, padded_L = round_up(L, kW);
-    Buffers b;
-    b.C = {nullptr, args.K, args.V};
-    b.q = b.k = b.inter_q = b.out_k = {nullptr, padded_L, args.K};
-    b.kt = {nullptr, round_up(args.K, kW), padded_L};
-    b.v = {nullptr, padded_L, args.V};
-    b.P = {nullptr, padded_L, padded_L};
-    Matrix<T>* const matrices[] = {&b.C, &b.q, &b.k, &b.kt, &b.v, &b.P, &b.inter_q, &b.out_k};
-    std::int64_t size = b.k.padded() + (2 + Gates<T>::kArrays) * padded_L + b.P.size();
-    for (const Matrix<T>* matrix : matrices) size += matrix->size();
-    Scratch scratch(static_cast<std::size_t>(size) * sizeof(T), 12 + Gates<T>::kArrays);
-    for (Matrix<T>* matrix : matrices) matrix->data = scratch.take<T>(matrix->size());
-    b.n = scratch.take<T>(b.k.padded());
-    b.den = scratch.take<T>(padded_L);
-    b.row_h = scratch.take<T>(padded_L);
-    Gates<T> gates(scratch, L, padded_L);
+    Scratch sizes;
+    Buffers(args, sizes);
+    Scratch scratch(sizes.used_bytes(), 0);
+    Buffers b(args, scratch);
     T m;
     load_state(track, b, m);
     for (std::int64_t t = 0; t < track.length;) {
@@ -158,7 +148,7 @@ struct ForwardTask {
         store_state(at, args.c_saved, args.n_saved, args.m_saved, b, m);
       }
       const std::int64_t rows = chunk_rows(args, t, track.length);
-      chunk(track, t, rows, b, gates, m);
+      chunk(track, t, rows, b, m);
       t += rows;
     }
     store_state(track.sequence * args.H + track.head, args.c_last, args.n_last, args.m_last, b, m);
@@ -168,8 +158,9 @@ struct ForwardTask {
 }  // namespace
 
 void mlstm_forward(const MLSTMForward& args) {
-  dispatch_dtype(args.dtype, [&](auto element) {
-    parallel_for(args.B * args.H, ForwardTask<decltype(element)>{args});
+  dispatch_products(args.dtype, [&](auto element, auto products) {
+    using Task = ForwardTask<decltype(element), decltype(products)>;
+    parallel_for(args.B * args.H, Task{args});
   });
 }
 
