@@ -161,28 +161,41 @@ void mlstm_step(std::array<int, 6> kinds, std::array<std::int64_t, 5> sizes,
 
 using Strides = std::array<std::int64_t, 2>;
 
-void kl_div(int divergence, int reduction, std::array<int, 2> dtypes, Strides rows,
-            std::array<std::int64_t, 2> widths, Address student, Strides student_stride,
-            Address teacher, Strides teacher_stride, Address labels, std::int64_t ignore_index,
-            Address row_weight, double temperature, double kl_weight, double ce_weight,
-            Address row_loss, Address loss, Address grad, Strides grad_stride) {
-  xlstm::KlDiv args;
-  args.divergence = static_cast<xlstm::Divergence>(divergence);
-  args.reduction = static_cast<xlstm::Reduction>(reduction);
-  args.student_dtype = static_cast<DType>(dtypes[0]);
-  args.teacher_dtype = static_cast<DType>(dtypes[1]);
-  args.V_student = widths[0], args.V_teacher = widths[1];
+// `numbers` in the order of the fields that they fill.
+void fill(xlstm::RowLoss& args, std::array<int, 3> kinds, Strides rows, std::int64_t V,
+          Address student, Strides student_stride, Address labels, std::int64_t ignore_index,
+          Address row_weight, std::array<double, 7> numbers, std::array<Address, 3> results,
+          Strides grad_stride) {
+  args.divergence = static_cast<xlstm::Divergence>(kinds[0]);
+  args.reduction = static_cast<xlstm::Reduction>(kinds[1]);
+  args.student_dtype = static_cast<DType>(kinds[2]);
+  args.V_student = V, args.student = pointer(student);
   for (int axis = 0; axis < 2; ++axis) {
     args.rows[axis] = rows[axis];
     args.student_stride[axis] = student_stride[axis];
-    args.teacher_stride[axis] = teacher_stride[axis];
     args.grad_stride[axis] = grad_stride[axis];
   }
-  args.student = pointer(student), args.teacher = pointer(teacher);
   args.labels = pointer<const std::int64_t>(labels), args.ignore_index = ignore_index;
   args.row_weight = pointer(row_weight);
-  args.temperature = temperature, args.kl_weight = kl_weight, args.ce_weight = ce_weight;
-  args.row_loss = pointer(row_loss), args.loss = pointer(loss), args.grad = pointer(grad);
+  args.temperature = numbers[0], args.mix = numbers[1];
+  args.kl_weight = numbers[2], args.ce_weight = numbers[3];
+  args.label_smoothing = numbers[4], args.z_loss = numbers[5], args.softcap = numbers[6];
+  args.row_loss = pointer(results[0]), args.loss = pointer(results[1]);
+  args.grad = pointer(results[2]);
+}
+
+void kl_div(std::array<int, 3> kinds, Strides rows, std::int64_t V, Address student,
+            Strides student_stride, Address labels, std::int64_t ignore_index, Address row_weight,
+            std::array<double, 7> numbers, std::array<Address, 3> results, Strides grad_stride,
+            int teacher_dtype, std::int64_t V_teacher, Address teacher, Strides teacher_stride,
+            double teacher_softcap) {
+  xlstm::KlDiv args;
+  fill(args, kinds, rows, V, student, student_stride, labels, ignore_index, row_weight, numbers,
+       results, grad_stride);
+  args.teacher_dtype = static_cast<DType>(teacher_dtype);
+  args.V_teacher = V_teacher, args.teacher = pointer(teacher);
+  for (int axis = 0; axis < 2; ++axis) args.teacher_stride[axis] = teacher_stride[axis];
+  args.teacher_softcap = teacher_softcap;
   py::gil_scoped_release unlocked;
   xlstm::kl_div_cpu(args);
 }

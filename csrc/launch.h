@@ -103,30 +103,47 @@ struct MLSTMBackward : MLSTM {
   void *dc, *dn, *dm;                       // of the initial state, or null when not wanted
 };
 
-enum class Divergence : int { kForward = 0, kReverse = 1 };
+// m = mix p + (1 - mix) q, p the teacher's and q the student's distribution
+enum class Divergence : int {
+  kForward = 0,      // KL(p|q)
+  kReverse = 1,      // KL(q|p)
+  kJs = 2,           // mix KL(p|m) + (1 - mix) KL(q|m)
+  kSkew = 3,         // KL(p|m)
+  kSkewReverse = 4,  // KL(q|m)
+  kTv = 5,           // sum |p - q| / 2
+};
 // Mean is over the rows whose label is not ignored, all rows without labels; batch mean over all rows.
 enum class Reduction : int { kNone = 0, kSum = 1, kMean = 2, kBatchMean = 3 };
 
-// Rows of softmax KL divergence mixed with hard-label cross-entropy, and the gradient to the student.
-// Row n is at (n / rows[1], n % rows[1]) by two strides, so a shifted (B, T, V) view needs no copy.
-struct KlDiv {
+// Rows of student logits: a divergence from a target, mixed with hard-label cross-entropy, and the
+// gradient to the student. Row n is at (n / rows[1], n % rows[1]) by two strides, so a shifted
+// (B, T, V) view needs no copy.
+struct RowLoss {
   Divergence divergence;
   Reduction reduction;
-  DType student_dtype, teacher_dtype;
-  std::int64_t rows[2];               // N is their product
-  std::int64_t V_student, V_teacher;  // logits beyond the narrower vocabulary count as -inf
-  const void* student;                // rows of V_student, contiguous
+  DType student_dtype;
+  std::int64_t rows[2];  // N is their product
+  std::int64_t V_student;
+  const void* student;  // rows of V_student, contiguous
   std::int64_t student_stride[2];
-  const void* teacher;  // rows of V_teacher, contiguous
-  std::int64_t teacher_stride[2];
   const std::int64_t* labels;  // (N) or null; in [0, V_student) or ignore_index
   std::int64_t ignore_index;   // rows with this label give loss 0 and gradient 0
   const void* row_weight;      // (N) compute type of the student, or null for ones
-  double temperature, kl_weight, ce_weight;
+  double temperature, mix, kl_weight, ce_weight, label_smoothing, z_loss;
+  double softcap;  // z counts as softcap tanh(z / softcap); 0: as z
   void* row_loss;  // (N) compute type of the student: weighted loss of each row
   void* loss;      // their reduction, one element; null for Reduction::kNone
   void* grad;      // gradient of that, rows of V_student; may be `student`; null: loss only
   std::int64_t grad_stride[2];
+};
+
+// The target is the softmax of a teacher's logits.
+struct KlDiv : RowLoss {
+  DType teacher_dtype;
+  std::int64_t V_teacher;  // logits beyond the narrower vocabulary count as -inf
+  const void* teacher;     // rows of V_teacher, contiguous
+  std::int64_t teacher_stride[2];
+  double teacher_softcap;
 };
 
 // x[n, v] *= scale[n] in place: a loss's gradient by its rows, times the gradient that reaches the rows.

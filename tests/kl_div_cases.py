@@ -16,7 +16,6 @@ from xlstm_kernels.testing import check
 # All of them: conftest.py skips those that cannot run here, with the reason.
 BACKENDS = [backend.value for backend in KL_DIV.table]
 EVERYWHERE = ["reference", *BACKENDS]
-DIVERGENCES = ("forward", "reverse")
 # Factors on the budget, with the reason.
 WIDENED = {
     # Without fused multiply-add the exponent x log2(e) / T is rounded before it is split.
@@ -39,8 +38,13 @@ class Case:
     N: int = 15
     dtype: torch.dtype = torch.float32
     teacher_dtype: torch.dtype | None = None
+    beta: float = 0.5
     temperature: float = 1.0
     ce_weight: float = 0.0
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float | None = None
+    teacher_softcap: float | None = None
     reduction: str = "none"
     weighted: bool = False
     offset: float = 5.0
@@ -86,8 +90,13 @@ def call(case: Case, tensors: dict[str, Tensor], backend: str) -> tuple[Tensor, 
         tensors["teacher"],
         tensors.get("labels"),
         divergence=case.divergence,
+        beta=case.beta,
         temperature=case.temperature,
         ce_weight=case.ce_weight,
+        label_smoothing=case.label_smoothing,
+        z_loss=case.z_loss,
+        softcap=case.softcap,
+        teacher_softcap=case.teacher_softcap,
         kl_weight=0.7,
         row_weight=tensors.get("row_weight"),
         reduction=case.reduction,

@@ -207,7 +207,7 @@ XLSTM_HD VecF exp2_nonpositive(VecF x) {
 #endif
 }
 
-// For finite x with 1 <= |x| <= 2^126; below one ulp.
+// For 2^-126 <= |x| <= 2^126; below one ulp.
 XLSTM_HD VecF reciprocal(VecF x) {
 #if defined(__AVX512F__)
   const VecF y = (VecF)_mm512_rcp14_ps((__m512)x);

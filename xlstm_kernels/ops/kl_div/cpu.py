@@ -95,35 +95,72 @@ def _launch(
     options: Options,
     grad: Tensor | None,
 ) -> Tensor:
-    leading, dtype = student.shape[:-1], compute_dtype(student.dtype)
     logits = (student, teacher) if grad is None else (student, teacher, grad)
     found = row_strides(*logits)
-    assert found is not None  # supports() has seen to it
+    assert found is not None  # forward and overwrite have seen to it
     rows, strides = found
-    labels = plain(labels, torch.int64)
-    row_weight = plain(row_weight, dtype)
-    row_loss = torch.empty(leading, dtype=dtype)
-    reduced = options.reduction != "none"
-    loss = torch.empty((), dtype=dtype) if reduced else row_loss
+    call = StudentCall(student, strides[0], rows, labels, row_weight, options, grad, strides[-1])
     load_cpu().kl_div(
-        DIVERGENCES.index(options.divergence),
-        REDUCTIONS.index(options.reduction),
-        (dtype_code(student), dtype_code(teacher)),
-        rows,
-        (student.shape[-1], teacher.shape[-1]),
-        address(student),
-        strides[0],
+        *call.arguments(),
+        dtype_code(teacher),
+        teacher.shape[-1],
         address(teacher),
         strides[1],
-        address(labels),
-        options.ignore_index,
-        address(row_weight),
-        options.temperature,
-        options.kl_weight,
-        options.ce_weight,
-        address(row_loss),
-        address(loss) if reduced else 0,
-        address(grad),
-        strides[2] if grad is not None else (0, 0),
+        options.teacher_softcap or 0.0,
     )
-    return loss
+    return call.loss
+
+
+class StudentCall:
+    """What kernels of losses over rows of student logits take of the student, and the loss."""
+
+    def __init__(
+        self,
+        student: Tensor,
+        stride: Rows,
+        rows: Rows,
+        labels: Tensor | None,
+        row_weight: Tensor | None,
+        options: Options,
+        grad: Tensor | None,
+        grad_stride: Rows,
+    ):
+        dtype = compute_dtype(student.dtype)
+        self.student, self.stride, self.rows, self.options = student, stride, rows, options
+        self.labels, self.row_weight = plain(labels, torch.int64), plain(row_weight, dtype)
+        self.grad, self.grad_stride = grad, grad_stride
+        self.row_loss = torch.empty(student.shape[:-1], dtype=dtype)
+        self.reduced = options.reduction != "none"
+        self.loss = torch.empty((), dtype=dtype) if self.reduced else self.row_loss
+
+    def arguments(self) -> tuple[Any, ...]:
+        """In the order of csrc/bind.cpp."""
+        options, grad = self.options, self.grad
+        beta = options.beta
+        kinds = (
+            DIVERGENCES.index(options.divergence),
+            REDUCTIONS.index(options.reduction),
+            dtype_code(self.student),
+        )
+        numbers = (
+            options.temperature,
+            1 - beta if options.divergence == "skew_reverse" else beta,
+            options.kl_weight,
+            options.ce_weight,
+            options.label_smoothing,
+            options.z_loss,
+            options.softcap or 0.0,
+        )
+        return (
+            kinds,
+            self.rows,
+            self.student.shape[-1],
+            address(self.student),
+            self.stride,
+            address(self.labels),
+            options.ignore_index,
+            address(self.row_weight),
+            numbers,
+            (address(self.row_loss), address(self.loss) if self.reduced else 0, address(grad)),
+            self.grad_stride if grad is not None else (0, 0),
+        )

@@ -10,13 +10,11 @@ from ...backends import Backend, Op
 from ...cells import compute_dtype
 from ...library import define
 from . import cpu
+from .options import SCHEMA
 
 KL_DIV = Op("kl_div", {Backend.CPU: cpu})
 
-_ARGUMENTS = (
-    " Tensor teacher, Tensor? labels, Tensor? row_weight, str divergence, float temperature,"
-    " float ce_weight, float kl_weight, int ignore_index, str reduction,"
-)
+_ARGUMENTS = f" Tensor teacher, Tensor? labels, Tensor? row_weight, {SCHEMA},"
 
 
 def _fake_loss(student: Tensor, reduction: str) -> Tensor:

@@ -1,10 +1,11 @@
-"""The softmax KL divergence in plain torch, any float dtype: the oracle of every other backend.
+"""Divergences between softmaxes in plain torch, any float dtype: the oracle of every other backend.
 
-p = softmax(teacher / T), q = softmax(student / T), d = log p - log q
-forward  KL(p|q) = sum  p d + q - p        reverse  KL(q|p) = sum -q d + p - q
-row loss = weight (kl_weight T^2 KL + ce_weight CE)
-Each summand of a divergence is >= 0 (Bregman form). A masked logit, -inf, has probability 0, and a
-summand whose own probability is 0 takes no logarithm.
+p = softmax(teacher / T), q = softmax(student / T); what m is, api.py says
+forward  KL(p|q)      reverse  KL(q|p)      js            beta KL(p|m) + (1 - beta) KL(q|m)
+skew     KL(p|m)      tv  sum |p - q| / 2   skew_reverse  KL(q|m)
+row loss = weight (kl_weight T^2 D + ce_weight CE)
+KL(a|b) is summed as a (log a - log b) + b - a, where each summand is >= 0 (Bregman form). A masked
+logit, -inf, has probability 0, and a summand whose own probability is 0 takes no logarithm.
 """
 
 from __future__ import annotations
@@ -26,37 +27,34 @@ def forward(
 ) -> Tensor:
     """The loss in the compute dtype: a scalar, or the leading shape for reduction "none"."""
     with no_autocast(student.device):
-        return _loss(student, teacher, labels, row_weight, options)
+        dtype = compute_dtype(student.dtype)
+        student_V = capped(student.to(dtype), options.softcap)
+        teacher_V = capped(teacher.to(dtype), options.teacher_softcap)
+        valid, labels = valid_rows("kl_div", student, labels, options.ignore_index)
+        student_V, teacher_V = _same_width(student_V, teacher_V)
+        skip = ~valid | masked(student_V) | masked(teacher_V)
+        weight = None if row_weight is None else row_weight.to(dtype)
+        if weight is not None:
+            skip = skip | (weight == 0)
+        # Rows that contribute nothing become rows of zeros: finite whatever stood there.
+        student_V = student_V.masked_fill(skip.unsqueeze(-1), 0)
+        teacher_V = teacher_V.masked_fill(skip.unsqueeze(-1), 0)
+        loss = student_V.new_zeros(student.shape[:-1])
+        if options.kl_weight != 0:
+            T = options.temperature
+            log_q, log_p = F.log_softmax(student_V / T, -1), F.log_softmax(teacher_V / T, -1)
+            D = divergence(log_p, log_q, options.divergence, options.beta)
+            loss = loss + options.kl_weight * T**2 * D
+        if options.ce_weight != 0 and labels is not None:
+            hard = cross_entropy(student_V[..., : student.shape[-1]], labels, skip, options)
+            loss = loss + options.ce_weight * hard
+        return reduce(loss, weight, skip, valid, options.reduction)
 
 
-def _loss(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    row_weight: Tensor | None,
-    options: Options,
-) -> Tensor:
-    dtype = compute_dtype(student.dtype)
-    student_V, teacher_V = _same_width(student.to(dtype), teacher.to(dtype))
-    labels = None if labels is None else labels.to(torch.int64)
-    valid = _valid(labels, options.ignore_index, student)
-    weight = None if row_weight is None else row_weight.to(dtype)
-    # Rows that contribute nothing become rows of zeros: finite whatever stood there.
-    skip = ~valid | _masked(student_V) | _masked(teacher_V)
-    if weight is not None:
-        skip = skip | (weight == 0)
-    student_V = student_V.masked_fill(skip.unsqueeze(-1), 0)
-    teacher_V = teacher_V.masked_fill(skip.unsqueeze(-1), 0)
-    loss = student_V.new_zeros(student.shape[:-1])
-    if options.kl_weight != 0:
-        T = options.temperature
-        kl = _divergence(student_V / T, teacher_V / T, options.divergence)
-        loss = loss + options.kl_weight * T**2 * kl
-    if options.ce_weight != 0 and labels is not None:
-        loss = loss + options.ce_weight * _cross_entropy(student_V, labels, skip)
-    if weight is not None:
-        loss = loss * weight
-    return _reduce(loss.masked_fill(skip, 0), valid, options.reduction)
+def capped(logits_V: Tensor, cap: float | None) -> Tensor:
+    if cap is None:
+        return logits_V
+    return torch.where(logits_V == float("-inf"), logits_V, cap * torch.tanh(logits_V / cap))
 
 
 def _same_width(student_V: Tensor, teacher_V: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,9 +67,13 @@ def _same_width(student_V: Tensor, teacher_V: Tensor) -> tuple[Tensor, Tensor]:
     return student_V, teacher_V
 
 
-def _valid(labels: Tensor | None, ignore_index: int, student: Tensor) -> Tensor:
+def valid_rows(
+    function: str, student: Tensor, labels: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor | None]:
+    """Which rows are not ignored, and the labels as int64."""
     if labels is None:
-        return torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
+        return torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device), None
+    labels = labels.to(torch.int64)
     valid = labels != ignore_index
     V = student.shape[-1]
     outside = valid & ((labels < 0) | (labels >= V))
@@ -79,36 +81,61 @@ def _valid(labels: Tensor | None, ignore_index: int, student: Tensor) -> Tensor:
     if readable and bool(outside.any()):
         row = int(outside.flatten().nonzero()[0])
         raise ValueError(
-            f"kl_div: labels must be in [0, {V}) or ignore_index = {ignore_index},"
+            f"{function}: labels must be in [0, {V}) or ignore_index = {ignore_index},"
             f" got {int(labels.flatten()[row])} at row {row}"
         )
-    return valid
+    return valid, labels
 
 
-def _masked(logits_V: Tensor) -> Tensor:
+def masked(logits_V: Tensor) -> Tensor:
     return (logits_V == float("-inf")).all(dim=-1)
 
 
-def _divergence(student_V: Tensor, teacher_V: Tensor, divergence: str) -> Tensor:
-    log_q, log_p = F.log_softmax(student_V, dim=-1), F.log_softmax(teacher_V, dim=-1)
-    if divergence == "reverse":
-        return _kl(log_q, log_p)
-    return _kl(log_p, log_q)
+def divergence(log_p: Tensor, log_q: Tensor, name: str, beta: float) -> Tensor:
+    """Between distributions over the last axis."""
+    p, q = log_p.exp(), log_q.exp()
+    if name == "forward":
+        return _kl(log_p, log_q, q)
+    if name == "reverse":
+        return _kl(log_q, log_p, p)
+    if name == "tv":
+        d = p - q
+        sign = d.sign().where(~d.isnan(), d)  # NaN has the sign 0
+        return (d * sign.detach()).sum(dim=-1) / 2
+    m = beta * q + (1 - beta) * p if name == "skew_reverse" else beta * p + (1 - beta) * q
+    log_m = m.masked_fill(m == 0, 1).log()
+    if name == "skew":
+        return _kl(log_p, log_m, m)
+    if name == "skew_reverse":
+        return _kl(log_q, log_m, m)
+    return beta * _kl(log_p, log_m, m) + (1 - beta) * _kl(log_q, log_m, m)
 
 
-def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """sum a (log a - log b) + b - a over the last axis."""
-    a, b = log_a.exp(), log_b.exp()
-    gap = (log_a.masked_fill(a == 0, 0)) - (log_b.masked_fill(a == 0, 0))
+def _kl(log_a: Tensor, log_b: Tensor, b: Tensor) -> Tensor:
+    a = log_a.exp()
+    gap = log_a.masked_fill(a == 0, 0) - log_b.masked_fill(a == 0, 0)
     return (a * gap + (b - a)).sum(dim=-1)
 
 
-def _cross_entropy(student_V: Tensor, labels: Tensor, skip: Tensor) -> Tensor:
+def cross_entropy(logits_V: Tensor, labels: Tensor, skip: Tensor, options: Options) -> Tensor:
     index = labels.masked_fill(skip, 0).unsqueeze(-1)
-    return -F.log_softmax(student_V, dim=-1).gather(-1, index).squeeze(-1)
+    if options.label_smoothing == 0 and options.z_loss == 0:
+        return -F.log_softmax(logits_V, dim=-1).gather(-1, index).squeeze(-1)
+    lse = torch.logsumexp(logits_V, dim=-1)
+    loss = lse - (1 - options.label_smoothing) * logits_V.gather(-1, index).squeeze(-1)
+    if options.label_smoothing != 0:
+        inside = logits_V != float("-inf")
+        mean = logits_V.where(inside, 0).sum(dim=-1) / inside.sum(dim=-1)
+        loss = loss - options.label_smoothing * mean
+    return loss + options.z_loss * lse**2
 
 
-def _reduce(loss: Tensor, valid: Tensor, reduction: str) -> Tensor:
+def reduce(
+    loss: Tensor, weight: Tensor | None, skip: Tensor, valid: Tensor, reduction: str
+) -> Tensor:
+    if weight is not None:
+        loss = loss * weight
+    loss = loss.masked_fill(skip, 0)
     if reduction == "none":
         return loss
     if reduction == "sum":

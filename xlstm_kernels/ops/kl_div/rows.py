@@ -1,0 +1,63 @@
+"""What losses over rows of student logits ask of their tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...arguments import check_is_tensor
+
+
+def check_logits(function: str, name: str, logits: object) -> None:
+    check_is_tensor(function, name, logits)
+    assert isinstance(logits, Tensor)
+    if not logits.is_floating_point():
+        raise TypeError(f"{function}: {name} must be floating point, got {logits.dtype}")
+    if logits.dim() < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"{function}: {name} must be (..., V), V >= 1, got {tuple(logits.shape)}")
+
+
+def check_labels_and_weight(
+    function: str, labels: Tensor | None, row_weight: Tensor | None, ce_weight: float
+) -> None:
+    if ce_weight != 0 and labels is None:
+        raise ValueError(f"{function}: labels are needed for ce_weight = {ce_weight}, got None")
+    if labels is not None:
+        check_is_tensor(function, "labels", labels)
+        check_is_integers(function, "labels", labels)
+    if row_weight is not None:
+        check_is_tensor(function, "row_weight", row_weight)
+        if not row_weight.is_floating_point():
+            raise TypeError(
+                f"{function}: row_weight must be floating point, got {row_weight.dtype}"
+            )
+
+
+def check_is_integers(function: str, name: str, tensor: Tensor) -> None:
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"{function}: {name} must be integers, got {tensor.dtype}")
+
+
+def check_beside(
+    function: str, name: str, tensor: Tensor | None, student: Tensor, per_row: bool = True
+) -> None:
+    """A tensor of one element a row, or of one vector a row, beside the rows of `student`."""
+    if tensor is None:
+        return
+    leading = student.shape[:-1]
+    shape = tensor.shape if per_row else tensor.shape[:-1]
+    if shape != leading:
+        raise ValueError(
+            f"{function}: {name} must have student_logits' leading shape {tuple(leading)},"
+            f" got {tuple(shape)}"
+        )
+    if tensor.device != student.device:
+        raise ValueError(
+            f"{function}: {name} must be on student_logits' device {student.device},"
+            f" got {tensor.device}"
+        )
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{function}: {name} must not require a gradient, which goes to student_logits alone;"
+            f" pass {name}.detach()"
+        )
