@@ -16,6 +16,7 @@ PARALLEL = OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadgroup
 # Best first; a plain run takes the first.
 ISAS = $(shell $(PYTHON) -c "from xlstm_kernels.backends import load_cpu; print(*load_cpu().supported_isas())")
 SANITIZED = build/sanitized
+COMPAT = build/compat
 
 # setup.py's build of the CUDA kernels for the host, into the folder $(1), for sanitizer $(2) or none.
 EMULATED = build/emulated
@@ -40,7 +41,7 @@ demo:  ## distil a language model on this machine, in a few minutes
 
 ci: lint test-isas test-fast  ## what CI runs: everything but the slow tests and the sanitizers
 
-check: lint test sanitize  ## everything that must hold before a change goes in
+check: lint test test-compat sanitize  ## everything that must hold before a change goes in
 
 test: emulated test-isas  ## every test, the operations under each instruction set of this CPU
 	$(PARALLEL)
@@ -70,6 +71,14 @@ sanitize:  ## the operations' tests on a build with AddressSanitizer and UBSan
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  $(SCRIPTS)/pytest -q -n 2 -m "not slow" -k "not triton" tests/test_sanitizers.py $(OP_TESTS); \
 	done
+
+# Beside the environment: where xlstm is installed, transformers builds its layers from that.
+$(COMPAT):
+	$(PYTHON) -m pip install --quiet --no-deps --target $@ xlstm==2.0.6 mlstm_kernels==2.0.6 \
+	  flashrnn==1.0.8 tirex-ts==1.4.2 einops scikit-learn scipy joblib threadpoolctl narwhals cloudpickle
+
+test-compat: $(COMPAT)  ## what we stand in for and replace, against the packages themselves
+	PYTHONPATH=$(COMPAT) $(PARALLEL) tests/test_compat.py tests/test_replace*.py
 
 lint:  ## formatting, lint and types
 	$(PYTHON) -m ruff check .

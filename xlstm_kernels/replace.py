@@ -17,6 +17,8 @@ LIBRARIES = {
     "torch": "torch_nn",
     "transformers": "transformers",
     "mlstm_kernels": "mlstm_kernels",
+    "xlstm": "xlstm",
+    "tirex": "tirex",
 }
 
 Which = str | type[nn.Module] | Iterable[str | type[nn.Module]]

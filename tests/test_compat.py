@@ -1,0 +1,215 @@
+"""The stand-ins for mlstm_kernels and flashrnn: names, layouts and returns; against the packages
+themselves where they are installed."""
+
+import inspect
+
+import pytest
+import torch
+
+import xlstm_kernels as xk
+from xlstm_kernels.compat import flashrnn as ours_flashrnn
+from xlstm_kernels.compat import mlstm_kernels as ours
+from xlstm_kernels.testing import relative_error
+
+
+def head_first_inputs(S=33, state=False):
+    draw = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=draw, requires_grad=True)
+
+    q, k, v = normal(2, 3, S, 8), normal(2, 3, S, 8), normal(2, 3, S, 12)
+    inputs = {"q": q, "k": k, "v": v, "i": normal(2, 3, S), "f": normal(2, 3, S)}
+    if state:
+        inputs["c_initial"], inputs["n_initial"] = normal(2, 3, 8, 12), normal(2, 3, 8)
+        inputs["m_initial"] = normal(2, 3, 1)
+    return inputs
+
+
+@pytest.mark.parametrize("name", ours.KERNELS)
+def test_sequence_kernels_return_what_the_package_does(name):
+    kernel = ours.get_mlstm_kernel(name)
+    assert kernel is getattr(ours, kernel.__name__)
+    h = kernel(**head_first_inputs(), chunk_size=64, autocast_kernel_dtype=torch.float32)
+    assert h.shape == (2, 3, 33, 12)
+    again, last = kernel(**head_first_inputs(state=True), return_last_states=True)
+    shapes = [part.shape for part in last]
+    assert shapes == [(2, 3, 8, 12), (2, 3, 8), (2, 3, 1)][: 2 if "siging" in name else 3]
+    (again.sum() + last[0].sum()).backward()
+
+
+@pytest.mark.parametrize("name", ours.STEP_KERNELS)
+def test_steps_go_on_from_a_sequence(name):
+    inputs = {key: x.detach() for key, x in head_first_inputs().items()}
+    sequence = ours.get_mlstm_sequence_kernel("native_sequence__native")
+    want, last = sequence(**inputs, return_last_states=True)
+    first = {key: x[:, :, :-1] for key, x in inputs.items()}
+    _, (c, n, m) = sequence(**first, return_last_states=True)
+    q, k, v = (inputs[key][:, :, -1] for key in "qkv")
+    i, f = (inputs[key][:, :, -1:] for key in "if")
+    h, after = ours.get_mlstm_step_kernel(name)(q=q, k=k, v=v, i=i, f=f, c=c, n=n, m=m)
+    assert relative_error(h, want[:, :, -1]) <= 1e-5
+    for got, part in zip(after, last, strict=True):
+        assert got.shape == part.shape and relative_error(got, part) <= 1e-5
+
+
+def test_backend_module():
+    backend = ours.mLSTMBackend(ours.mLSTMBackendConfig(mode="inference", return_last_states=False))
+    inputs = head_first_inputs(state=True)
+    h, last = backend(**inputs)
+    again = backend(**inputs, mode="train", return_last_states=False)
+    assert torch.equal(h, again) and len(last) == 3
+    padded = ours.mLSTMBackendConfig(mode="train_with_padding", return_last_states=False)
+    assert ours.mLSTMBackend(padded)(**inputs).shape == h.shape
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ours.get_mlstm_kernel("chunkwise--fast"), "get_mlstm_kernel: name must be one of"),
+        (lambda: ours.get_mlstm_step_kernel("fast"), "got 'fast'"),
+        (lambda: ours.mLSTMBackendConfig(mode="train_with_padding"), "return_last_states must be"),
+        (
+            lambda: ours.mLSTMBackend(ours.mLSTMBackendConfig())(**head_first_inputs(), mode="x"),
+            "mLSTMBackend: mode must be",
+        ),
+    ],
+)
+def test_mlstm_kernels_refuses(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def parameters_of(function):
+    return [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+
+
+def test_against_mlstm_kernels():
+    reason = "mlstm_kernels is not installed: make test-compat"
+    theirs = pytest.importorskip("mlstm_kernels.torch", reason=reason)
+    assert set(theirs.get_available_mlstm_kernels()) <= set(ours.KERNELS)
+    assert set(theirs.get_available_mlstm_sequence_kernels()) <= set(ours.SEQUENCE_KERNELS)
+    assert set(theirs.get_available_mlstm_step_kernels()) <= set(ours.STEP_KERNELS)
+    for name in theirs.get_available_mlstm_kernels():
+        if "triton" in name:
+            continue
+        kernel, stand_in = theirs.get_mlstm_kernel(name), ours.get_mlstm_kernel(name)
+        assert kernel.__name__ == stand_in.__name__
+        assert parameters_of(kernel)[:10] == parameters_of(stand_in)[:10]
+        # Theirs are exact through h where autograd differentiates them; `custbw` are not.
+        exact = "autograd" in name
+        got, want = head_first_inputs(S=64), head_first_inputs(S=64)
+        h, h_theirs = stand_in(**got), kernel(**want)
+        assert relative_error(h, h_theirs) <= 1e-5, name
+        h.sin().sum().backward()
+        h_theirs.sin().sum().backward()
+        for argument in got if exact else ():
+            assert relative_error(got[argument].grad, want[argument].grad) <= 1e-4, (name, argument)
+    backend = pytest.importorskip("mlstm_kernels.torch.backend_module")
+    fields = list(backend.mLSTMBackendConfig.__dataclass_fields__)
+    assert fields == list(ours.mLSTMBackendConfig.__dataclass_fields__)
+    assert vars(backend.mLSTMBackendConfig()) == vars(ours.mLSTMBackendConfig())
+
+
+def test_replacing_a_backend_of_mlstm_kernels():
+    backend = pytest.importorskip(
+        "mlstm_kernels.torch.backend_module", reason="mlstm_kernels is not installed"
+    )
+    inputs = {key: x.detach() for key, x in head_first_inputs(S=37, state=True).items()}
+    layer = backend.mLSTMBackend(backend.mLSTMBackendConfig(mode="inference", chunk_size=16))
+    h, last = layer(**inputs)
+    assert [row.became for row in xk.replace_layers(layer).replaced] == ["FusedmLSTMBackend"]
+    got, got_last = layer(**inputs)
+    assert relative_error(got, h) <= 1e-5
+    for part, want in zip(got_last, last, strict=True):
+        assert part.shape == want.shape and relative_error(part, want) <= 1e-5
+
+
+def flashrnn_inputs(function, state):
+    draw = torch.Generator().manual_seed(0)
+    S = 2 if function == "lstm" else 4
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=draw)
+
+    inputs = {"Wx": normal(2, 9, 4, 3, 8), "R": normal(4, 3, 8, 8) / 3, "b": normal(4, 3, 8)}
+    if state:
+        inputs["states"] = normal(S, 2, 1, 3, 8)
+        inputs["states"][2:3] = 1 + inputs["states"][2:3].abs()
+    return {name: x.requires_grad_() for name, x in inputs.items()}
+
+
+@pytest.mark.parametrize("function", ours_flashrnn.FUNCTIONS)
+@pytest.mark.parametrize("state", [True, False])
+def test_flashrnn_layouts(function, state):
+    S = 2 if function == "lstm" else 4
+    inputs = flashrnn_inputs(function, state)
+    h, last = ours_flashrnn.flashrnn(**inputs, function=function, backend="vanilla")
+    assert h.shape == (1, 2, 9, 3, 8) and last.shape == (S, 2, 1, 3, 8)
+    assert torch.equal(h[0, :, -1], last[0, :, 0])
+    config = ours_flashrnn.FlashRNNConfig(
+        function=function, input_shape="TBGHD", output_shape="STBHD"
+    )
+    inputs["Wx"] = inputs["Wx"].transpose(0, 1)
+    if state:
+        inputs["states"] = inputs["states"].transpose(1, 2)
+    turned, turned_last = ours_flashrnn.flashrnn(**inputs, config=config)
+    assert torch.equal(turned, h.transpose(1, 2)) and torch.equal(turned_last, last.transpose(1, 2))
+
+
+@pytest.mark.parametrize("function", ours_flashrnn.FUNCTIONS)
+@pytest.mark.parametrize("state", [True, False])
+def test_against_flashrnn(function, state):
+    theirs = pytest.importorskip("flashrnn", reason="flashrnn is not installed: make test-compat")
+    results = []
+    for run in (ours_flashrnn.flashrnn, theirs.flashrnn):
+        inputs = flashrnn_inputs(function, state)
+        h, last = run(**inputs, function=function, backend="vanilla", dtype="float32")
+        (h[0].sin().sum() + last[0].cos().sum()).backward()
+        results.append([h[0], last, *(x.grad for x in inputs.values())])
+    for got, want in zip(*results, strict=True):
+        assert got.shape == want.shape and relative_error(got, want) <= 1e-5
+    names = parameters_of(theirs.flashrnn)
+    assert parameters_of(ours_flashrnn.flashrnn) == names
+
+
+def test_flashrnn_initial_values_and_clipping():
+    inputs = flashrnn_inputs("slstm", False)
+    flash, Config = ours_flashrnn.flashrnn, ours_flashrnn.FlashRNNConfig
+    filled = flash(**inputs, config=Config(function="slstm", initial_val=(0.5, 0, 1.0, 0)))[1]
+    given = torch.tensor([0.5, 0, 1.0, 0]).view(4, 1, 1, 1, 1).expand(4, 2, 1, 3, 8)
+    assert torch.equal(flash(**inputs, states=given, function="slstm")[1], filled)
+    clipped = Config(function="slstm", gradient_recurrent_clipval=0.01)
+    h, _ = flash(**inputs, config=clipped)
+    assert torch.equal(h, flash(**inputs, function="slstm")[0])
+    h.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"function": "gru"}, NotImplementedError, "no kernel for function='gru'"),
+        ({"function": "rnn"}, ValueError, "function must be one of"),
+        ({"backend": "fast"}, ValueError, "backend must be one of"),
+        ({"gradient_recurrent_cut": True}, NotImplementedError, "gradient_recurrent_cut"),
+        ({"forward_clipval": 1.0}, NotImplementedError, "forward_clipval must be None"),
+        ({"input_shape": "BTHGD"}, ValueError, "input_shape must be"),
+        ({"output_shape": "BTHD"}, ValueError, "output_shape must be"),
+    ],
+)
+def test_flashrnn_refuses(options, error, message):
+    with pytest.raises(error, match=message):
+        ours_flashrnn.FlashRNNConfig(**options)
+
+
+def test_flashrnn_refuses_states_of_another_cell():
+    inputs = flashrnn_inputs("slstm", True)
+    with pytest.raises(ValueError, match=r"states must have S = 2 and T = 1 .* \(4, 2, 1, 3, 8\)"):
+        ours_flashrnn.flashrnn(**inputs, function="lstm")
+    with pytest.raises(NotImplementedError, match="gradient_recurrent_clipval must be None"):
+        config = ours_flashrnn.FlashRNNConfig(gradient_recurrent_clipval=1.0)
+        ours_flashrnn.flashrnn(**flashrnn_inputs("lstm", False), config=config)

@@ -1,0 +1,146 @@
+"""The public names of the package `flashrnn`, on `xk.lstm` and `xk.slstm`.
+
+    from xlstm_kernels.compat.flashrnn import flashrnn  # was: from flashrnn import flashrnn
+
+Arguments and layouts are that package's: Wx (B, T, 4, N, D), R (4, N, D, D) [gate, head, out, in],
+b (4, N, D), states (S, B, 1, N, D), gates in the order i f z o. What differs:
+
+- Of all steps h alone is returned, as (1, B, T, N, D): `states[0]` is what it is there, `states[1]`
+  an IndexError. The last states are all there, in float32 (float64 for float64 inputs).
+- function="gru" and "elman" have no kernel here.
+- Any B, T, N, D; `backend` and `dtype` are taken and do nothing: inputs are not cast.
+- Gradients are exact for c, n and m too. `gradient_recurrent_clipval` bounds the gradient alone;
+  there it bounds h as well.
+- sLSTM looks for n = 0 element by element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cells import CELLS
+from ..ops.recurrence.api import lstm, slstm
+
+FUNCTIONS = ("lstm", "slstm")
+BACKENDS = ("vanilla", "vanilla_fwbw", "cuda", "cuda_fused", "triton_fused")
+
+
+@dataclass
+class FlashRNNConfig:
+    """The package's fields that have a meaning here; any other is a TypeError."""
+
+    backend: str = "cuda_fused"
+    function: str = "lstm"
+    gradient_recurrent_cut: bool = False
+    gradient_recurrent_clipval: float | None = None
+    forward_clipval: float | None = None
+    hidden_dim: int = -1
+    num_heads: int = -1
+    head_dim: int = -1
+    num_states: int = 4
+    batch_size: int = 8
+    input_shape: str = "BTGHD"
+    output_shape: str = "SBTHD"
+    dtype: str = "bfloat16"
+    dtype_b: str | None = None
+    dtype_r: str | None = None
+    dtype_w: str | None = None
+    dtype_g: str | None = None
+    dtype_s: str | None = None
+    dtype_a: str | None = None
+    enable_automatic_mixed_precision: bool = True
+    initial_val: float | Sequence[float] = 0.0
+
+    def __post_init__(self) -> None:
+        _check_names(self.function, self.backend)
+        if self.gradient_recurrent_cut:
+            raise NotImplementedError("flashrnn: gradient_recurrent_cut must be False, got True")
+        if self.forward_clipval is not None:
+            raise NotImplementedError(
+                f"flashrnn: forward_clipval must be None, got {self.forward_clipval}"
+            )
+        if self.input_shape not in ("BTGHD", "TBGHD"):
+            raise ValueError(
+                f"flashrnn: input_shape must be 'BTGHD' or 'TBGHD', got {self.input_shape!r}"
+            )
+        if sorted(self.output_shape) != sorted("SBTHD"):
+            raise ValueError(
+                "flashrnn: output_shape must be the letters SBTHD in some order, got"
+                f" {self.output_shape!r}"
+            )
+
+
+def flashrnn(
+    Wx: Tensor,
+    R: Tensor,
+    b: Tensor,
+    states: Tensor | None = None,
+    function: str = "lstm",
+    config: FlashRNNConfig | None = None,
+    backend: str = "cuda_fused",
+    dtype: str = "bfloat16",
+) -> tuple[Tensor, Tensor]:
+    """LSTM or sLSTM over a sequence: h of all steps (1, B, T, N, D), last states (S, B, 1, N, D).
+
+    Example:
+        >>> import torch
+        >>> from xlstm_kernels.compat.flashrnn import flashrnn
+        >>> Wx, R, b = torch.randn(2, 7, 4, 3, 8), torch.randn(4, 3, 8, 8), torch.zeros(4, 3, 8)
+        >>> h, last = flashrnn(Wx, R, b, function="slstm")
+        >>> h[0].shape, last.shape
+        (torch.Size([2, 7, 3, 8]), torch.Size([4, 2, 1, 3, 8]))
+    """
+    if config is None:
+        config = FlashRNNConfig(function=function, backend=backend)
+    x_BTGHD = Wx if config.input_shape == "BTGHD" else Wx.transpose(0, 1)
+    given = _initial(config, x_BTGHD, states)
+    last: Any
+    if config.function == "lstm":
+        if config.gradient_recurrent_clipval is not None:
+            raise NotImplementedError(
+                "flashrnn: gradient_recurrent_clipval must be None with function='lstm', got"
+                f" {config.gradient_recurrent_clipval}"
+            )
+        h, last = lstm(x_BTGHD, R, b, given)
+    else:
+        clip_grad = config.gradient_recurrent_clipval
+        h, last = slstm(x_BTGHD, R, b, given, n_floor=1.0, clip_grad=clip_grad)
+    outputs = h.unsqueeze(0), torch.stack(tuple(last)).unsqueeze(2)
+    order = ["SBTHD".index(letter) for letter in config.output_shape]
+    return outputs[0].permute(order), outputs[1].permute(order)
+
+
+def _initial(config: FlashRNNConfig, x_BTGHD: Tensor, states: Tensor | None) -> Any:
+    """The initial states, each (B, N, D), or None for zeros."""
+    count = CELLS[config.function].states
+    if states is not None:
+        axes = [config.output_shape.index(letter) for letter in "SBTHD"]
+        states_SBTHD = states.permute(axes)
+        if states_SBTHD.shape[0] != count or states_SBTHD.shape[2] != 1:
+            raise ValueError(
+                f"flashrnn: states must have S = {count} and T = 1 with function="
+                f"{config.function!r}, got {tuple(states.shape)} as {config.output_shape}"
+            )
+        return states_SBTHD.squeeze(2).unbind(0)
+    value = config.initial_val
+    values = [value] * count if isinstance(value, (int, float)) else list(value)
+    if not any(values):
+        return None
+    shape = (x_BTGHD.shape[0], *x_BTGHD.shape[3:])
+    return tuple(x_BTGHD.new_full(shape, float(value)) for value in values[:count])
+
+
+def _check_names(function: str, backend: str) -> None:
+    if function in ("gru", "elman"):
+        raise NotImplementedError(f"flashrnn: no kernel for function={function!r}")
+    for argument, value, known in (
+        ("function", function, FUNCTIONS),
+        ("backend", backend, BACKENDS),
+    ):
+        if value not in known:
+            raise ValueError(f"flashrnn: {argument} must be one of {known}, got {value!r}")
