@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from . import kl_div, mlstm, recurrence
+from . import kl_div, linear_kl_div, mlstm, recurrence
 from .problem import FORWARD, FORWARD_BACKWARD, Case
 
-OPS = ("mlstm", "mlstm_step", "slstm", "lstm", "kl_div")
+OPS = (
+    "mlstm", "mlstm_step", "slstm", "lstm", "kl_div", "linear_kl_div", "linear_cross_entropy"
+)  # fmt: skip
 
 # (B, T, H, K, V)
 MEMORIES = ((1, 1024, 4, 128, 256), (1, 8192, 4, 128, 256))
@@ -21,6 +23,8 @@ LAYERS = ((8, 512, 1, 256),)
 STEPS = ((4, 64), (4, 128))
 # (N, V)
 LOGITS = ((1024, 32000), (512, 128256))
+# (N, E, V)
+HEADS = ((1024, 1024, 32000),)
 
 QUICK_MEMORIES = ((2, 64, 2, 16, 24),)
 QUICK_TOKENS = ((2, 1, 2, 16, 24),)
@@ -29,6 +33,7 @@ QUICK_SEQUENCES = ((2, 8, 2, 16),)
 QUICK_LAYERS = ((2, 8, 1, 16),)
 QUICK_STEPS = ((2, 16),)
 QUICK_LOGITS = ((16, 500),)
+QUICK_HEADS = ((16, 24, 500),)
 
 
 def cases(quick: bool = False) -> list[Case]:
@@ -51,6 +56,10 @@ def cases(quick: bool = False) -> list[Case]:
         found += [recurrence.step(op, H, D) for H, D in (QUICK_STEPS if quick else STEPS)]
     for N, V in QUICK_LOGITS if quick else LOGITS:
         found += [kl_div.loss_and_gradient(N, V, d) for d in (torch.float32, torch.bfloat16)]
+    for op in ("linear_kl_div", "linear_cross_entropy"):
+        for head in QUICK_HEADS if quick else HEADS:
+            for dtype in (torch.float32, torch.bfloat16):
+                found.append(linear_kl_div.loss_and_gradients(op, *head, dtype))
     return found
 
 

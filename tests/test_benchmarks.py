@@ -356,7 +356,7 @@ class TestCommandLine:
     def test_unknown_op_names_the_known_ones(self, capsys):
         assert main(["run", "--op", "gru"]) == 2
         assert capsys.readouterr().err == (
-            "benchmarks: unknown --op 'gru'; known: mlstm, mlstm_step, slstm, lstm, kl_div\n"
+            f"benchmarks: unknown --op 'gru'; known: {', '.join(OPS)}\n"
         )
 
     def test_no_such_case(self, capsys):
@@ -381,7 +381,7 @@ def test_cases_run_under_pytest_benchmark():
     # pytest-benchmark does not time in a process that says it is a worker of pytest-xdist.
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
-        [*command, "-k", "kl_div"], cwd=ROOT, env=env, capture_output=True, text=True
+        [*command, "-k", "kl_div and not linear"], cwd=ROOT, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "kl_div-fwd+bwd-N16-V500-bf16-cpu in place" in done.stdout

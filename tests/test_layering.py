@@ -27,7 +27,7 @@ MAY_IMPORT = {
     r"__init__": r"backends|cells|nn|compat|replace|ops\.\w+",
     r"__main__": r"|backends",
     r"backends": r"_cpu|_cuda",
-    r"library|memory": r"backends",
+    r"library|memory|gemm": r"backends",
     r"arguments": r"(?!)",
     r"testing": r"cells|backends|ops\.\w+",
     r"cells(\.\w+)?": r"cells\.\w+",
@@ -40,6 +40,10 @@ MAY_IMPORT = {
     # A step takes the options of a sequence, and its gradient is that of a short one.
     r"ops\.(?P<op>mlstm_step)\.(api|arguments)": r"{op}\.(op|reference|arguments|shapes)"
     r"|ops\.mlstm\.(api|arguments)|backends|cells|arguments",
+    # Products, and then the rows of logits are those of kl_div.
+    r"ops\.(?P<op>linear_kl_div)\.cpu": rf"{HELPERS}|ops\.kl_div\.(cpu|options)|gemm|memory",
+    r"ops\.(?P<op>linear_kl_div)\.\w+": r"{op}\.\w+|ops\.kl_div\.(?!api$|cpu$|cuda$|triton$)\w+"
+    r"|backends|library|cells|arguments",
     r"ops\.(?P<op>\w+)\.api": r"{op}\.(?!cpu$|cuda$|triton$)\w+|backends|cells(\.\w+)?|arguments",
     r"ops\.(?P<op>\w+)\.op": rf"{{op}}\.(cpu|cuda|triton)|{HELPERS}|backends|library|cells",
     r"ops\.(?P<op>\w+)\.(cpu|cuda|triton)": rf"{HELPERS}|backends|memory|arguments|cells(\.\w+)?",
@@ -59,6 +63,8 @@ MAY_INCLUDE = {
     r"|emulator/(shared|sync|mma)\.h",
     r"emulator/.*": r"emulator/.*|cuda_runtime\.h",
 }
+# Operations that run another's compiled kernels, and have none of their own.
+KERNELS_OF = {"linear_kl_div": "kl_div"}
 SYSTEM_HEADER = r"[a-z_0-9]+|immintrin\.h|ucontext\.h|arm_neon\.h|unistd\.h|sys/\w+\.h"
 
 MAX_FILE_LINES = 400
@@ -220,7 +226,8 @@ def test_operations_are_named_alike_in_every_room() -> None:
         for backend, module in op.table.items():
             files.append(f"xlstm_kernels/ops/{op.name}/{backend.value}.py")
             if backend in suffix:
-                files.append(f"csrc/{backend.value}/{op.name}*.{suffix[backend]}")
+                kernel = KERNELS_OF.get(op.name, op.name)
+                files.append(f"csrc/{backend.value}/{kernel}*.{suffix[backend]}")
             missing += [
                 f"{module.__name__}.{function}"
                 for function in ("supports", "forward")

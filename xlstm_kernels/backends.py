@@ -200,7 +200,7 @@ def load_cpu() -> ModuleType:
     if _cpu is None:
         extension = importlib.import_module("xlstm_kernels._cpu")
         extension.set_thread_pool(
-            _torch_symbol("torch_parallel_for"), _torch_symbol("torch_get_num_threads")
+            torch_symbol("torch_parallel_for"), torch_symbol("torch_get_num_threads")
         )
         if FORCED_CPU_ISA is not None:
             try:
@@ -227,7 +227,7 @@ def load_cuda(*, emulated: bool = False) -> ModuleType:
     return _emulated
 
 
-def _torch_symbol(name: str) -> int:
+def torch_symbol(name: str) -> int:
     """Address of a C function of libtorch_cpu (exported since torch 2.10), 0 if there is none."""
     for library in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")):
         function = getattr(ctypes.CDLL(str(library)), name, None)

@@ -39,7 +39,12 @@ def check_is_integers(function: str, name: str, tensor: Tensor) -> None:
 
 
 def check_beside(
-    function: str, name: str, tensor: Tensor | None, student: Tensor, per_row: bool = True
+    function: str,
+    name: str,
+    tensor: Tensor | None,
+    student: Tensor,
+    per_row: bool = True,
+    whose: str = "student_logits'",
 ) -> None:
     """A tensor of one element a row, or of one vector a row, beside the rows of `student`."""
     if tensor is None:
@@ -48,16 +53,15 @@ def check_beside(
     shape = tensor.shape if per_row else tensor.shape[:-1]
     if shape != leading:
         raise ValueError(
-            f"{function}: {name} must have student_logits' leading shape {tuple(leading)},"
+            f"{function}: {name} must have {whose} leading shape {tuple(leading)},"
             f" got {tuple(shape)}"
         )
     if tensor.device != student.device:
         raise ValueError(
-            f"{function}: {name} must be on student_logits' device {student.device},"
-            f" got {tensor.device}"
+            f"{function}: {name} must be on {whose} device {student.device}, got {tensor.device}"
         )
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            f"{function}: {name} must not require a gradient, which goes to student_logits alone;"
+            f"{function}: {name} must not require a gradient, which goes to the student alone;"
             f" pass {name}.detach()"
         )

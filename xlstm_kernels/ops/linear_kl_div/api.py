@@ -1,0 +1,172 @@
+"""`xk.linear_kl_div` and `xk.linear_cross_entropy`: checks, and the choice of backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..kl_div.options import Options, check_options, plain
+from . import op, reference
+from .arguments import check_inputs
+from .autograd import linear_loss
+from .inputs import Inputs
+
+
+def linear_kl_div(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    divergence: str = "forward",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    ce_weight: float = 0.0,
+    kl_weight: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    ignore_index: int = -100,
+    row_weight: Tensor | None = None,
+    reduction: str = "mean",
+    chunk_rows: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`xk.kl_div` of the logits ``hidden weight^T + bias`` of two heads, which are never all there.
+
+    Logits live for a chunk of rows at a time, in float32 whatever the heads' dtype: rounded to 16
+    bits they would cost the gradient its digits as student and teacher come close. Products are
+    computed in the dtype of the hidden states, to which a weight of another dtype is rounded (under
+    autocast the hidden states are cast as for a linear layer), and summed in float32, float64 for
+    float64. Only what is needed runs: no product for a gradient that nobody wants, none for a row
+    that is ignored or of weight 0.
+
+    Args:
+        student_hidden: (..., E), student_weight: (V, E), student_bias: (V,). float64, float32,
+            bfloat16 or float16, each. The gradient goes to those that require one.
+        teacher_hidden: (..., E'), the same leading shape, teacher_weight: (V', E'), teacher_bias:
+            (V',), with widths of their own. They must not require a gradient.
+        labels, divergence, beta, temperature, ce_weight, kl_weight, label_smoothing, z_loss,
+            softcap, teacher_softcap, ignore_index, row_weight, reduction: as in `xk.kl_div`.
+        chunk_rows: rows of a chunk, which decide memory and speed; results differ by rounding
+            alone. None: as ops/linear_kl_div/plan.py says, 128 to 512.
+        backend: "auto", or one of "reference", "cpu"; a named backend runs or raises.
+
+    Returns:
+        The loss, (...) for reduction "none": float32, float64 for float64 hidden states. The
+        corner cases are those of `xk.kl_div`. Gradients of a reduced loss are computed along with
+        it, so that backward has only to scale them; a second backward computes them again. For
+        reduction "none" the gradients of weight and bias need a second pass in every backward.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        NotImplementedError: the named backend cannot run this call; the message says why.
+
+    Example:
+        >>> import torch, xlstm_kernels as xk
+        >>> hidden = torch.randn(2, 7, 16, requires_grad=True)
+        >>> head = torch.nn.Linear(16, 100)
+        >>> teacher = torch.randn(2, 7, 32), torch.randn(100, 32)
+        >>> xk.linear_kl_div(hidden, head.weight, *teacher, student_bias=head.bias).backward()
+        >>> hidden.grad.shape, head.weight.grad.shape
+        (torch.Size([2, 7, 16]), torch.Size([100, 16]))
+    """
+    student = student_hidden, student_weight, student_bias
+    teacher = teacher_hidden, teacher_weight, teacher_bias
+    options = Options(
+        divergence=plain(divergence, beta),
+        beta=beta,
+        temperature=temperature,
+        ce_weight=ce_weight,
+        kl_weight=kl_weight,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        teacher_softcap=teacher_softcap,
+        ignore_index=ignore_index,
+        reduction=reduction,
+    )
+    inputs = Inputs(*student, *teacher, labels, row_weight)
+    return _linear_loss("linear_kl_div", inputs, options, chunk_rows, backend)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    row_weight: Tensor | None = None,
+    reduction: str = "mean",
+    chunk_rows: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Cross-entropy of the logits ``hidden weight^T + bias``, which are never all there.
+
+    It is `xk.linear_kl_div` without its teacher: the hard-label part alone.
+
+    Args:
+        hidden: (..., E), weight: (V, E), bias: (V,). The gradient goes to those that require one.
+        labels: (...) integers in [0, V) or ignore_index.
+        label_smoothing, z_loss, softcap, ignore_index, row_weight, reduction: as in `xk.kl_div`.
+        chunk_rows, backend: as in `xk.linear_kl_div`.
+
+    Returns:
+        The loss, (...) for reduction "none", as `xk.linear_kl_div` does. No row left gives 0.
+
+    Example:
+        >>> import torch, xlstm_kernels as xk
+        >>> hidden, weight = torch.randn(2, 7, 16, requires_grad=True), torch.randn(100, 16)
+        >>> xk.linear_cross_entropy(hidden, weight, torch.randint(100, (2, 7))).backward()
+        >>> hidden.grad.shape
+        torch.Size([2, 7, 16])
+    """
+    options = Options(
+        ce_weight=1.0,
+        kl_weight=0.0,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        reduction=reduction,
+    )
+    inputs = Inputs(hidden, weight, bias, None, None, None, labels, row_weight)
+    return _linear_loss("linear_cross_entropy", inputs, options, chunk_rows, backend)
+
+
+def _linear_loss(
+    function: str, inputs: Inputs, options: Options, chunk_rows: int | None, backend: str
+) -> Tensor:
+    check_options(function, options)
+    check_inputs(function, inputs, options.ce_weight, chunk_rows)
+    inputs = _cast(inputs)
+    chosen = op.LINEAR_KL_DIV.resolve(backend, inputs, function=function)
+    if chosen == "reference":
+        return reference.forward(inputs, options)
+    return linear_loss(inputs, options, chunk_rows or 0, chosen.value)
+
+
+def _cast(inputs: Inputs) -> Inputs:
+    """Hidden states as autocast has them for a linear layer."""
+    kind = inputs.hidden.device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return inputs
+    return inputs._replace(
+        hidden=_autocast(inputs.hidden, kind),
+        teacher_hidden=None
+        if inputs.teacher_hidden is None
+        else _autocast(inputs.teacher_hidden, kind),
+    )
+
+
+def _autocast(hidden: Tensor, device: str) -> Tensor:
+    double = hidden.dtype == torch.float64
+    return hidden if double else hidden.to(torch.get_autocast_dtype(device))

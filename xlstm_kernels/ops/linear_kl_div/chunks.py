@@ -1,0 +1,215 @@
+"""A linear loss over chunks of rows, on any machine with products and a row kernel.
+
+Of each chunk, C rows:  z_s = x_s W_s^T + b_s,  z_t = x_t W_t^T + b_t,  then the row kernel, which
+writes dz = dloss/dz_s over z_s, and  dx = dz W_s,  dW_s += dz^T x_s,  db_s += sum dz.  Only what is
+wanted is computed, and rows that are ignored or of weight 0 are left out before the products.
+Logits and sums are float32 (float64 for float64 hidden states); dz is rounded to bfloat16 where the
+products are bfloat16. Rounded logits would cost digits of q - p as student and teacher come close;
+a rounded q - p does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...cells import compute_dtype, no_autocast
+from ..kl_div.options import Options
+from .inputs import Inputs, valid_rows
+from .plan import blocks, plan_rows
+
+Rows = slice | Tensor
+
+
+class Machine(NamedTuple):
+    """`product_dtype` and `multiply` of xlstm_kernels.gemm; `fresh(shape, dtype)`; `loss` and
+    `overwrite`, the forward and overwrite of a backend of kl_div."""
+
+    product_dtype: Callable[[torch.dtype], torch.dtype]
+    multiply: Callable[[Tensor, Tensor, Tensor, bool], None]
+    fresh: Callable[[Any, torch.dtype], Tensor]
+    loss: Callable[..., list[Tensor]]
+    overwrite: Callable[..., Tensor]
+
+
+def run(
+    inputs: Inputs, options: Options, chunk_rows: int, wanted: list[bool], machine: Machine
+) -> list[Tensor]:
+    """The loss and the wanted gradients by hidden, weight and bias."""
+    with no_autocast(inputs.hidden.device), torch.no_grad():
+        return _run(inputs, options, chunk_rows, wanted, machine)
+
+
+def _run(
+    inputs: Inputs, options: Options, chunk_rows: int, wanted: list[bool], machine: Machine
+) -> list[Tensor]:
+    leading, dtype = inputs.hidden.shape[:-1], compute_dtype(inputs.hidden.dtype)
+    valid = valid_rows(inputs, options.ignore_index)
+    N = leading.numel()
+    scale = _reduction_scale(options.reduction, N, valid)
+    weight_N = None if inputs.row_weight is None else inputs.row_weight.to(dtype).reshape(N)
+    if scale != 1:
+        weight_N = torch.full((N,), scale, dtype=dtype) if weight_N is None else weight_N * scale
+    labels_N = None if inputs.labels is None else inputs.labels.reshape(N)
+    student = Head(inputs.hidden, inputs.weight, inputs.bias, N, machine)
+    teacher = None
+    asked = options.kl_weight != 0
+    if asked and inputs.teacher_hidden is not None and inputs.teacher_weight is not None:
+        head = inputs.teacher_hidden, inputs.teacher_weight, inputs.teacher_bias
+        teacher = Head(*head, N, machine)
+    gradients = Gradients(student, inputs, wanted)
+    row_options = options._replace(reduction="none")
+    chunks = list(_chunks(_kept(valid, weight_N, N), N, chunk_rows or plan_rows(inputs, wanted[1])))
+    size = max((count for _, count in chunks), default=0)
+    z_s, z_t = _buffers(student, teacher, size, dtype, any(wanted), machine)
+    loss_N = torch.zeros(N, dtype=dtype)
+    for rows, count in chunks:
+        x = student.take(rows)
+        student.logits(x, z_s[:count])
+        if teacher is not None:
+            teacher.logits(teacher.take(rows), z_t[:count, : teacher.V])
+        call = (
+            z_s[:count],
+            z_s[:count] if teacher is None else z_t[:count, : teacher.V],
+            None if labels_N is None else labels_N[rows],
+            None if weight_N is None else weight_N[rows],
+            *row_options,
+        )
+        if not any(wanted):
+            loss_N[rows] = machine.loss(*call, False)[0]
+            continue
+        loss_N[rows] = machine.overwrite(*call)
+        gradients.add(rows, x, z_s[:count], z_t[:count])
+    reduced = options.reduction != "none"
+    loss = loss_N.sum(dtype=torch.float64).to(dtype) if reduced else loss_N.reshape(leading)
+    return [loss, *gradients.finish()]
+
+
+class Head:
+    """Hidden states and the matrix that turns them into logits."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, N: int, machine: Machine
+    ):
+        self.hidden_NE = hidden.reshape(N, hidden.shape[-1])
+        # As autocast does: one copy for a call, where the dtypes differ.
+        self.weight_VE = weight.to(hidden.dtype)
+        self.bias, self.machine = bias, machine
+        self.V, self.E = weight.shape
+        self.dtype = machine.product_dtype(hidden.dtype)
+
+    def take(self, rows: Rows) -> Tensor:
+        return self.hidden_NE[rows].to(self.dtype)
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """The weight as the products want it, in parts where it must be converted first."""
+        if self.weight_VE.dtype == self.dtype:
+            yield slice(0, self.V), self.weight_VE
+            return
+        for block in blocks(self.V, self.E):
+            yield block, self.weight_VE[block].to(self.dtype)
+
+    def logits(self, x_CE: Tensor, out_CV: Tensor) -> None:
+        if self.bias is not None:
+            out_CV.copy_(self.bias.expand(out_CV.shape))
+        for block, weight in self.blocks():
+            self.machine.multiply(out_CV[:, block], x_CE, weight.mT, self.bias is not None)
+
+
+class Gradients:
+    """What chunks add up to."""
+
+    def __init__(self, head: Head, inputs: Inputs, wanted: list[bool]):
+        self.head, self.inputs = head, inputs
+        want_hidden, want_weight, want_bias = wanted
+        dtype = compute_dtype(inputs.hidden.dtype)
+        self.dhidden = self.dbias = self.dweight = None
+        self.begun = False
+        if want_hidden:
+            self.dhidden = torch.zeros_like(head.hidden_NE)
+        if want_bias:
+            self.dbias = torch.zeros(head.V, dtype=dtype)
+        if want_weight:
+            # Sums are the result itself where it has their dtype; else blocks of their own, freed
+            # one after the other, so that both are never there as a whole.
+            self.dweight = head.machine.fresh(inputs.weight.shape, inputs.weight.dtype)
+            self.sums = [
+                (
+                    block,
+                    self.dweight[block]
+                    if self.dweight.dtype == dtype
+                    else head.machine.fresh((block.stop - block.start, head.E), dtype),
+                )
+                for block in blocks(head.V, head.E)
+            ]
+
+    def add(self, rows: Rows, x_CE: Tensor, dz_CV: Tensor, spare: Tensor) -> None:
+        if self.dbias is not None:
+            self.dbias += dz_CV.sum(0)
+        if dz_CV.dtype != self.head.dtype:
+            rounded = spare.view(self.head.dtype)[:, : dz_CV.shape[1]]
+            dz_CV = rounded.copy_(dz_CV)
+        multiply = self.head.machine.multiply
+        if self.dhidden is not None:
+            dx_CE = torch.empty(x_CE.shape, dtype=compute_dtype(self.dhidden.dtype))
+            for i, (block, weight) in enumerate(self.head.blocks()):
+                multiply(dx_CE, dz_CV[:, block], weight, i > 0)
+            self.dhidden[rows] = dx_CE.to(self.dhidden.dtype)
+        if self.dweight is not None:
+            for block, total in self.sums:
+                multiply(total, dz_CV[:, block].mT, x_CE, self.begun)
+        self.begun = True
+
+    def finish(self) -> list[Tensor]:
+        found = []
+        if self.dhidden is not None:
+            found.append(self.dhidden.reshape(self.inputs.hidden.shape))
+        if self.dweight is not None:
+            while self.sums:
+                block, total = self.sums.pop()
+                if not self.begun:
+                    self.dweight[block] = 0
+                elif total.dtype != self.dweight.dtype:
+                    self.dweight[block] = total
+            found.append(self.dweight)
+        if self.dbias is not None and self.inputs.bias is not None:
+            found.append(self.dbias.to(self.inputs.bias.dtype))
+        return found
+
+
+def _reduction_scale(reduction: str, N: int, valid: Tensor | None) -> float:
+    if reduction == "mean":
+        return 1 / max(1, N if valid is None else int(valid.sum()))
+    return 1 / max(1, N) if reduction == "batchmean" else 1.0
+
+
+def _kept(valid: Tensor | None, weight_N: Tensor | None, N: int) -> Tensor | None:
+    """Indices of the rows that count, None for all."""
+    if valid is None and weight_N is None:
+        return None
+    kept = torch.ones(N, dtype=torch.bool) if valid is None else valid.reshape(N)
+    if weight_N is not None:
+        kept = kept & (weight_N != 0)
+    return None if bool(kept.all()) else kept.nonzero().squeeze(1)
+
+
+def _chunks(kept: Tensor | None, N: int, size: int) -> Iterator[tuple[Rows, int]]:
+    """The rows of each chunk, and how many they are."""
+    total = N if kept is None else len(kept)
+    for begin in range(0, total, size):
+        chunk = slice(begin, min(begin + size, total))
+        yield chunk if kept is None else kept[chunk], chunk.stop - begin
+
+
+def _buffers(
+    student: Head, teacher: Head | None, size: int, dtype: torch.dtype, grad: bool, machine: Machine
+) -> tuple[Tensor, Tensor]:
+    """For the logits of a chunk. The teacher's, no longer needed then, take the rounded gradient
+    by the student's."""
+    rounded = (student.V * student.dtype.itemsize + dtype.itemsize - 1) // dtype.itemsize
+    spare = rounded if grad and student.dtype != dtype else 0
+    width = max(spare, 0 if teacher is None else teacher.V)
+    return machine.fresh((size, student.V), dtype), machine.fresh((size, width), dtype)

@@ -1,0 +1,47 @@
+"""How many rows a chunk has, from a byte model.
+
+A chunk of C rows holds C (V + V') logits in float32, and nothing else of the loss grows with C. For
+each chunk the products read the weights, and the sum of the weight's gradient moves through memory
+twice, beside 8 C operations an element: from some hundred rows on the products hide it. So C is
+what fits, beside that sum, into EAGER_SHARE of the memory that eager torch takes, or into
+LEAST_BYTES where that is more, within MIN_ROWS and MAX_ROWS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ...cells import compute_dtype
+from .inputs import Inputs
+
+# Of 16-bit products with V = 128256 and E = 1024, on one core with matrix units: 385 GFLOP/s for 64
+# rows, 530 for 128, 700 for 256; float32 ones 133, 163, 185.
+MIN_ROWS, MAX_ROWS = 128, 512
+ROWS_STEP = 32
+# Tensors of N V elements that F.kl_div of log_softmax and softmax holds at its peak.
+EAGER_TENSORS = 7
+EAGER_SHARE = 0.09  # a tenth, and a margin
+LEAST_BYTES = 64 << 20  # logits of no consequence
+# Of a weight that is converted, and of its gradient's sum: large enough for a product at full
+# speed, and for the allocator to give it back to the system at once.
+BLOCK_BYTES = 40 << 20
+
+
+def plan_rows(inputs: Inputs, want_weight: bool) -> int:
+    """Rows of a chunk."""
+    N, itemsize = inputs.hidden.shape[:-1].numel(), inputs.hidden.dtype.itemsize
+    sum_itemsize = compute_dtype(inputs.hidden.dtype).itemsize
+    (V, E), weight_dtype = inputs.weight.shape, inputs.weight.dtype
+    teacher_V = 0 if inputs.teacher_weight is None else inputs.teacher_weight.shape[0]
+    budget = EAGER_SHARE * EAGER_TENSORS * N * V * itemsize
+    if want_weight and weight_dtype.itemsize != sum_itemsize:
+        budget -= sum_itemsize * V * E + BLOCK_BYTES
+    rows = int(max(budget, LEAST_BYTES) / (sum_itemsize * (V + teacher_V)))
+    return min(max(rows // ROWS_STEP * ROWS_STEP, MIN_ROWS), MAX_ROWS)
+
+
+def blocks(V: int, E: int) -> Iterator[slice]:
+    """The vocabulary in parts of some BLOCK_BYTES of float32."""
+    rows = max(1, BLOCK_BYTES // (4 * E))
+    for begin in range(0, V, rows):
+        yield slice(begin, min(begin + rows, V))
