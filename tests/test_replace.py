@@ -223,3 +223,10 @@ def test_a_class_changed_since_is_not_restored(model):
     model.encoder.__class__ = type("Other", (type(model.encoder),), {})
     with pytest.raises(ValueError, match="restore_layers: encoder must have the class"):
         xk.restore_layers(model)
+
+
+def test_layers_moved_off_the_cpu_run_their_own_code(model, x):
+    """The meta device stands for any other."""
+    xk.replace_layers(model)
+    assert model.to("meta")(x.to("meta")).shape == (3, 9, 3)
+    assert "no measured kernel" in xk.replace_layers(nn.LSTM(4, 4, device="meta")).left[0].note

@@ -62,7 +62,12 @@ def run_kernel(plan: Plan, weights: list[Tensor], x: Tensor, state: Any) -> Step
 
 
 def _fits(plan: Plan, weights: list[Tensor], x: Any, state: Any) -> bool:
-    if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[-1] != weights[0].shape[1]:
+    if (
+        not isinstance(x, Tensor)
+        or not x.is_cpu
+        or x.dim() != 3
+        or x.shape[-1] != weights[0].shape[1]
+    ):
         return False
     T, B = x.shape[:2] if plan.time_first else (x.shape[1], x.shape[0])
     if T < SHORTEST or B == 0 or (state is not None) not in plan.stateful:

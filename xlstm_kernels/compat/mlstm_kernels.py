@@ -280,15 +280,17 @@ class mLSTMBackend(nn.Module):
 class FusedBackend(Swapped):
     """A swapped backend module of the package itself."""
 
-    config: Any
-    forward = mLSTMBackend.forward
+    def forward(self, q: Tensor, *args: Any, **kwargs: Any) -> Any:
+        forward: Any = mLSTMBackend.forward if q.is_cpu else self.replaced.forward
+        return forward(self, q, *args, **kwargs)
 
 
 def find(layer: nn.Module) -> Found:
     if type(layer).__name__ != "mLSTMBackend":
         return None
-    # A backend has no parameters that would tell: the kernels run on CPU tensors.
+    # It has no parameters that would tell the device.
     backend = fused_backend("mlstm", torch.empty(0))
     if backend is None:
         return no_kernel("mlstm", torch.empty(0))
-    return Swap(swapped_class(FusedBackend, type(layer)), backend)
+    become = swapped_class(FusedBackend, type(layer))
+    return Swap(become, backend, "every call on CPU tensors")

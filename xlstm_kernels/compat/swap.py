@@ -19,10 +19,12 @@ from ..backends import OPS
 class Swapped:
     """First base of every class that a swapped layer gets; the layer's own class is the second.
 
+    Calls on tensors off the CPU, where a layer may have been moved since, run its own code.
+
     `replaced` is that class, `added` names what the swap put into the instance.
     """
 
-    replaced: ClassVar[type[nn.Module]]
+    replaced: ClassVar[Any]
     added: ClassVar[tuple[str, ...]] = ()
 
 
@@ -67,15 +69,16 @@ STEP = "measured: one step is no faster here; a module that loops over it is, or
 Found = Swap | str | None
 
 
-def fused_backend(op: str, *call: Any) -> str | None:
-    """The backend that `auto` takes for `call` of the operation `op`; None where that would be the
-    reference, which is no faster than what is there."""
-    backend = OPS[op].resolve("auto", *call).value
-    return None if backend == "reference" else backend
+def fused_backend(op: str, tensor: Tensor, *call: Any) -> str | None:
+    """The backend that `auto` takes for a call of the operation `op` on tensors like `tensor`; None
+    where that would be the reference, no faster than what is there, and off the CPU, where nothing
+    is measured yet."""
+    backend = OPS[op].resolve("auto", tensor, *call).value
+    return None if backend == "reference" or not tensor.is_cpu else backend
 
 
-def no_kernel(op: str, weight: Tensor) -> str:
-    return f"no kernel for {op} on {weight.device.type} tensors of {weight.dtype}"
+def no_kernel(op: str, tensor: Tensor) -> str:
+    return f"no measured kernel for {op} on {tensor.device.type} tensors of {tensor.dtype}"
 
 
 def swap_class(layer: nn.Module, swap: Swap) -> None:
@@ -86,4 +89,4 @@ def swap_class(layer: nn.Module, swap: Swap) -> None:
 def restore_class(layer: Swapped) -> None:
     for name in layer.added:
         del vars(layer)[name]
-    layer.__class__ = layer.replaced  # type: ignore[assignment]
+    layer.__class__ = layer.replaced

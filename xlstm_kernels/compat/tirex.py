@@ -22,6 +22,8 @@ class FusedSLSTMCell(Swapped):
     _bias_: Tensor
 
     def forward(self, input: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        if not input.is_cpu:
+            return self.replaced.forward(self, input, state)
         H, D = self.config.num_heads, self.config.head_dim
         weights = by_gate(self._recurrent_kernel_, self._bias_, H, D, cuda=True)
         h_BTHD, last = run_cell("slstm", input.unflatten(-1, (4, H, D)), weights, state)

@@ -54,7 +54,7 @@ class FusedLSTM(Swapped, nn.LSTM):
         """By shapes and dtypes alone. What nn.LSTM refuses is left to it."""
         packed = isinstance(input, PackedSequence)
         x = input.data if packed else input
-        if x.dim() not in ((2,) if packed else (2, 3)) or x.numel() == 0:
+        if x.dim() not in ((2,) if packed else (2, 3)) or x.numel() == 0 or not x.is_cpu:
             return False
         weight: Any = self.weight_ih_l0
         trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)

@@ -42,6 +42,8 @@ class FusedXLSTMBackend(Swapped):
     ) -> Any:
         state = c_initial, n_initial, m_initial
         tensors: Any = (query, key, value, igate, fgate, *state)
+        if not query.is_cpu:
+            return self.replaced.forward(self, *tensors, return_last_states, mode)
         return run_backend(self.config, tensors, return_last_states, mode)
 
 
@@ -91,4 +93,5 @@ def find(layer: nn.Module) -> Found:
         # save_pretrained writes the name of the class.
         become = swapped_class(FusedXLSTMModel, type(layer), name)
         return Swap(become, backend, "its cache keeps float32 states")
-    return Swap(swapped_class(FusedXLSTMBackend, type(layer)), backend)
+    become = swapped_class(FusedXLSTMBackend, type(layer))
+    return Swap(become, backend, "every call on CPU tensors")

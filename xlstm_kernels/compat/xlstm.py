@@ -63,6 +63,8 @@ class FusedSLSTMCell(Swapped):
     def forward(
         self, input: Tensor, state: Tensor | None = None, lengths: Any = None
     ) -> tuple[Tensor, Tensor]:
+        if not input.is_cpu:
+            return self.replaced.forward(self, input, state, lengths)
         self._check_input(input)
         config = self.config
         H, D = config.num_heads, config.head_dim
@@ -76,14 +78,20 @@ class FusedSLSTMCell(Swapped):
         return self._permute_output(h_BTHD.flatten(2).transpose(0, 1)), last
 
     def step(self, input: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        if not input.is_cpu:
+            return self.replaced.step(self, input, state)
         return self.forward(input, state)
 
 
 class FusedMLSTMCell(Swapped):
     """`mLSTMCell`: its two functions are ours, by properties, which stand before its attributes."""
 
-    backend_fn = property(lambda cell: parallel)
-    backend_fn_step = property(lambda cell: step)
+    igate: nn.Linear
+    backend_fn = property(lambda cell: cell._choose("backend_fn", parallel))
+    backend_fn_step = property(lambda cell: cell._choose("backend_fn_step", step))
+
+    def _choose(self, name: str, ours: Any) -> Any:
+        return ours if self.igate.weight.is_cpu else vars(self)[name]
 
 
 def parallel(
