@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from . import kl_div, linear_kl_div, mlstm, recurrence
+from . import kl_div, linear_kl_div, mlstm, models, recurrence
 from .problem import FORWARD, FORWARD_BACKWARD, Case
 
 OPS = (
-    "mlstm", "mlstm_step", "slstm", "lstm", "kl_div", "linear_kl_div", "linear_cross_entropy"
+    "mlstm", "mlstm_step", "slstm", "lstm", "kl_div", "linear_kl_div", "linear_cross_entropy",
+    "replace",
 )  # fmt: skip
 
 # (B, T, H, K, V)
@@ -26,6 +27,12 @@ LOGITS = ((1024, 32000), (512, 128256))
 # (N, E, V)
 HEADS = ((1024, 1024, 32000),)
 
+# (B, T, D)
+LOOPS = ((8, 512, 128),)
+# (T, layers, hidden size, heads)
+PROMPTS = ((1, 4, 512, 4), (513, 4, 512, 4))
+TRAINED = ((512, 4, 512, 4),)
+
 QUICK_MEMORIES = ((2, 64, 2, 16, 24),)
 QUICK_TOKENS = ((2, 1, 2, 16, 24),)
 QUICK_DRAFTS = ((2, 4, 2, 16, 24),)
@@ -34,6 +41,9 @@ QUICK_LAYERS = ((2, 8, 1, 16),)
 QUICK_STEPS = ((2, 16),)
 QUICK_LOGITS = ((16, 500),)
 QUICK_HEADS = ((16, 24, 500),)
+QUICK_LOOPS = ((2, 9, 16),)
+QUICK_PROMPTS = ((1, 1, 128, 2),)
+QUICK_TRAINED = ((64, 1, 128, 2),)
 
 
 def cases(quick: bool = False) -> list[Case]:
@@ -60,6 +70,12 @@ def cases(quick: bool = False) -> list[Case]:
         for head in QUICK_HEADS if quick else HEADS:
             for dtype in (torch.float32, torch.bfloat16):
                 found.append(linear_kl_div.loss_and_gradients(op, *head, dtype))
+    for loop in QUICK_LOOPS if quick else LOOPS:
+        found += [models.python_loop(loop, d) for d in (FORWARD, FORWARD_BACKWARD)]
+    if models.HAS_TRANSFORMERS:
+        prompts, trained = (QUICK_PROMPTS, QUICK_TRAINED) if quick else (PROMPTS, TRAINED)
+        found += [models.hugging_face(prompt, FORWARD) for prompt in prompts]
+        found += [models.hugging_face(step, FORWARD_BACKWARD) for step in trained]
     return found
 
 

@@ -18,12 +18,14 @@ GROUPS = {
     "speed-recurrence": ("slstm", "lstm"),
     "speed-kl_div": ("kl_div",),
     "speed-linear_kl_div": ("linear_kl_div", "linear_cross_entropy"),
+    "speed-replace": ("replace",),
 }
 TITLES = {
     "speed-mlstm": "mLSTM",
     "speed-recurrence": "Recurrent cells",
     "speed-kl_div": "KL divergence with its gradient, temperature 2",
     "speed-linear_kl_div": "Losses from hidden states, with all gradients",
+    "speed-replace": "Models before and after replace_layers",
 }
 NOT_MEASURED = "Not measured yet.\n"
 HOW_SCALING = "Each point in a process of its own; memory is the peak beyond the inputs."
