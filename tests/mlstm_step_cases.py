@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from mlstm_cases import INPUTS, STATE, WIDENED, MLSTMCase, mlstm_inputs, on_every_backend
+from mlstm_cases import (
+    FLOAT64,
+    INPUTS,
+    SLOW,
+    STATE,
+    WIDENED,
+    MLSTMCase,
+    mlstm_inputs,
+    on_every_backend,
+)
 
 import xlstm_kernels as xk
 from xlstm_kernels.cells import mlstm as cell
@@ -15,8 +24,30 @@ from xlstm_kernels.ops.mlstm_step import op
 from xlstm_kernels.testing import check
 
 BACKENDS = [backend.value for backend in op.MLSTM_STEP.table]
-EVERY_BACKEND = pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+# In Triton's interpreter a call takes long; what tests/test_mlstm_step_triton.py has is fast.
+EACH_BACKEND = [pytest.param(b, marks=[pytest.mark.slow] * (b in SLOW)) for b in BACKENDS]
+EVERY_BACKEND = pytest.mark.parametrize("backend", ["reference", *EACH_BACKEND])
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+SMALL = (3, 2, 24, 130)  # B, H, K, V
+# Columns of a head in several tasks; a state that is streamed.
+LARGE = ((1, 1, 130, 1003), (4, 4, 512, 520))
+
+
+def with_dtypes(
+    *backends: Any, shapes: Any = (SMALL,), dtypes: Any = DTYPES
+) -> pytest.MarkDecorator:
+    """Each backend with each dtype that it has, and each shape it is fast enough for."""
+    calls = [
+        pytest.param(backend, dtype, shape, marks=[pytest.mark.slow] * (backend in SLOW))
+        for backend in backends
+        for dtype in dtypes
+        for shape in (shapes[:1] if backend in SLOW else shapes)
+        if dtype != torch.float64 or backend in (*FLOAT64, "reference")
+    ]
+    return pytest.mark.parametrize(("backend", "dtype", "shape"), calls)
+
 
 Tokens = list[torch.Tensor]
 

@@ -40,6 +40,7 @@ MAY_IMPORT = {
     # A step takes the options of a sequence, and its gradient is that of a short one.
     r"ops\.(?P<op>mlstm_step)\.(api|arguments)": r"{op}\.(op|reference|arguments|shapes)"
     r"|ops\.mlstm\.(api|arguments)|backends|cells|arguments",
+    r"ops\.mlstm_step\.triton_kernel": r"ops\.mlstm\.triton_tiles",
     # Products, and then the rows of logits are those of kl_div.
     r"ops\.(?P<op>linear_kl_div)\.cpu": rf"{HELPERS}|ops\.kl_div\.(cpu|options)|gemm|memory",
     r"ops\.(?P<op>linear_kl_div)\.\w+": r"{op}\.\w+|ops\.kl_div\.(?!api$|cpu$|cuda$|triton$)\w+"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from mlstm_cases import FLAGS, MLSTMCase
-from mlstm_step_cases import BACKENDS, DTYPES, EVERY_BACKEND, Tokens, halved, step_inputs
+from mlstm_step_cases import EACH_BACKEND, EVERY_BACKEND, Tokens, halved, step_inputs, with_dtypes
 
 import xlstm_kernels as xk
 from xlstm_kernels.ops.mlstm_step import op
@@ -140,10 +140,10 @@ def test_large_heads_and_no_sequences(backend, B):
 
 @HALF
 @pytest.mark.parametrize("T", [1, 4])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing_is_allocated_in_place_with_out(backend, dtype, T, half):
-    case = MLSTMCase(backend, B=3, T=T, dtype=dtype)
+@with_dtypes("cpu")
+def test_nothing_is_allocated_in_place_with_out(backend, dtype, shape, T, half):
+    B, H, K, V = shape
+    case = MLSTMCase(backend, B=B, T=T, H=H, K=K, V=V, dtype=dtype)
     tokens, state, pool = pooled(case, ROWS, half and dtype != torch.float64)
     expected_h, _ = xk.mlstm_step(*tokens, state, backend=backend)
     tokens[3:] = [gate.to(dtype) for gate in tokens[3:]]  # as a layer's own projection gives them
@@ -270,7 +270,7 @@ def test_no_gradient_through_pools_and_given_storage(backend, name):
 
 
 @HALF
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EACH_BACKEND)
 def test_opcheck(backend, half):
     tokens, _, pool = pooled(MLSTMCase(backend, B=3, T=2), PADDED, half)
     index, save = torch.tensor(PADDED), torch.tensor([[0, 1], [2, 3], [-1, 4]])

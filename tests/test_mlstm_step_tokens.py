@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mlstm_cases import FLAGS, INPUTS, STATE, MLSTMCase, mlstm_inputs
+from mlstm_cases import FLAGS, INPUTS, SLOW, STATE, MLSTMCase, mlstm_inputs, on_every_backend
 from mlstm_step_cases import (
     BACKENDS,
     DTYPES,
+    EACH_BACKEND,
     EVERY_BACKEND,
+    LARGE,
+    SMALL,
     call,
     check_step,
     every,
     halved,
     step_inputs,
+    with_dtypes,
 )
 
 import xlstm_kernels as xk
@@ -43,14 +47,15 @@ def test_tokens_and_states_are_those_of_float64(case, half, all_states):
 
 @pytest.mark.parametrize(
     "case",
-    every(
+    on_every_backend(
         *(
             {"B": 1, "H": 1, "K": 130, "V": V, "T": 4, "dtype": dtype}
             for V in (320, 1003)
             for dtype in (torch.float32, torch.bfloat16)
         ),
-        {"B": 2, "H": 2, "K": 64, "V": 66, "T": 16},
-    ),
+        backends=["cpu"],
+    )
+    + every({"B": 2, "H": 1, "K": 20, "V": 66, "T": 16}),
 )
 def test_one_call_gives_the_bits_of_single_steps_on_any_number_of_threads(case, threads):
     tokens, state = step_inputs(case, one=False)
@@ -123,9 +128,7 @@ def test_a_closed_token_leaves_the_state_as_it_was(backend, input_gate):
     assert all(torch.equal(x, y) for x, y in zip(last, expected, strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:])
-@pytest.mark.parametrize("shape", [(3, 2, 24, 130), (1, 1, 130, 1003), (4, 4, 512, 520)])
-@pytest.mark.parametrize("backend", BACKENDS)
+@with_dtypes(*BACKENDS, shapes=(SMALL, *LARGE), dtypes=DTYPES[1:])
 def test_a_rounded_state_is_that_of_float32_rounded_once(backend, shape, dtype):
     B, H, K, V = shape
     case = MLSTMCase(backend, B=B, T=1, H=H, K=K, V=V, dtype=dtype)
@@ -133,7 +136,10 @@ def test_a_rounded_state_is_that_of_float32_rounded_once(backend, shape, dtype):
     state = halved(state)
     got = call(case, token, state)
     expected = call(case, token, state._replace(c=state.c.float()))
-    assert torch.equal(got["c"], expected["c"].bfloat16())
+    if backend in SLOW:  # the interpreter cuts bfloat16 off, and does not round it
+        assert relative_error(got["c"], expected["c"]) < torch.finfo(torch.bfloat16).eps
+    else:
+        assert torch.equal(got["c"], expected["c"].bfloat16())
     assert all(torch.equal(got[name], expected[name]) for name in ("h", "n", "m"))
     assert got["n"].dtype == got["m"].dtype == torch.float32
     inplace = call(case, token, state, inplace=True)
@@ -200,7 +206,7 @@ def test_gradients_reach_a_rounded_state(backend):
 
 @BOTH
 @pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EACH_BACKEND)
 def test_opcheck(backend, half, all_states):
     tokens, state = step_inputs(MLSTMCase(backend, T=3), one=False)
     state = halved(state) if half else state

@@ -47,6 +47,7 @@ def mlstm_step(
             A token with i = -inf and f = inf leaves the state as it was.
         state: (c (B, H, K, V), n (B, H, K), m (B, H)); P rows instead of B with `state_index`. A
             bfloat16 c stays bfloat16: it is rounded once per call, sums are float32 all the same.
+            What that costs in error stands in the README beside this file.
         input_gate, normalizer, scale, eps: as in `xk.mlstm`.
         inplace: the next state takes the storage of `state`, whose tensors are returned.
         state_index: (B,) int32 or int64: the row of `state`, a pool, where each sequence's state
@@ -59,7 +60,7 @@ def mlstm_step(
         all_states: the state after each token is returned, (B, T, H, K, V) and so on; not in place.
         out: takes h: contiguous, of its shape and dtype. In place and with the last axis of q, k
             and v contiguous, the call then allocates no tensor.
-        backend: "auto", or one of "reference", "cpu"; a named backend runs or raises.
+        backend: "auto", or one of "reference", "cpu", "triton"; a named backend runs or raises.
 
     `state_index` and `inplace` ask for state tensors in the dtypes of the next state, each row
     contiguous; rows may lie apart. Neither they nor `out` go with a gradient.

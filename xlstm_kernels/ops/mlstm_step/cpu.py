@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from ...memory import (
     refused_by_cpu,
 )
 from .arguments import kept_rows, read_rows
-from .shapes import next_shapes, state_dtypes, token_count
+from .shapes import next_shapes, row_strides, state_dtypes, token_count, token_strides
 
 
 def supports(q_BTHK: Tensor) -> str | None:
@@ -105,22 +104,11 @@ def _launch(
         (q.shape[0], token_count(q), *q.shape[-2:], v.shape[-1]),
         (scale, eps),
         [address(x) for x in (*heads, *gates)],
-        [_strides(x, q.dim()) for x in (*heads, *gates)],
+        [token_strides(x, q.dim()) for x in (*heads, *gates)],
         read,
         kept,
         [address(part) for part in before],
-        _row_strides(before),
+        row_strides(before),
         [address(x) for x in (h_BTHV, *after)],
-        _row_strides(after),
+        row_strides(after),
     )
-
-
-def _strides(x: Tensor, dims: int) -> tuple[int, ...]:
-    """Of B, T and H, in a call whose q has `dims` axes."""
-    strides = x.stride()
-    return strides[:3] if dims == 4 else (strides[0], 0, strides[1])
-
-
-def _row_strides(state: Sequence[Tensor]) -> list[int]:
-    """Of the axis before H, which counts the rows of a pool, or the tokens of all sequences."""
-    return [part.stride(axis) for part, axis in zip(state, (-4, -3, -2), strict=True)]

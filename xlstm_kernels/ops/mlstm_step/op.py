@@ -8,10 +8,10 @@ from torch import Tensor
 
 from ...backends import Backend, Op
 from ...library import define
-from . import cpu
+from . import cpu, triton
 from .shapes import next_shapes, state_dtypes
 
-MLSTM_STEP = Op("mlstm_step", {Backend.CPU: cpu})
+MLSTM_STEP = Op("mlstm_step", {Backend.CPU: cpu, Backend.TRITON: triton})
 
 _TOKENS = "Tensor q, Tensor k, Tensor v, Tensor i, Tensor f"
 _OPTIONS = "str input_gate, str normalizer, float scale, float eps, str backend"

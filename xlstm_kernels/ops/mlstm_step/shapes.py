@@ -7,6 +7,8 @@ next state           (B, H, K, V), (B, H, K), (B, H); with all states T follows 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,3 +32,14 @@ def next_shapes(q: Tensor, v: Tensor, all_states: bool) -> tuple[tuple[int, ...]
     """Of the next c, n and m."""
     rows, (H, K) = q.shape[: q.dim() - 2 if all_states else 1], q.shape[-2:]
     return (*rows, H, K, v.shape[-1]), (*rows, H, K), (*rows, H)
+
+
+def token_strides(x: Tensor, dims: int) -> tuple[int, ...]:
+    """Of B, T and H, in a call whose q has `dims` axes."""
+    strides = x.stride()
+    return strides[:3] if dims == 4 else (strides[0], 0, strides[1])
+
+
+def row_strides(state: Sequence[Tensor]) -> list[int]:
+    """Of the axis before H, which counts the rows of a pool, or the tokens of all sequences."""
+    return [part.stride(axis) for part, axis in zip(state, (-4, -3, -2), strict=True)]
