@@ -110,6 +110,23 @@ def test_sequences_and_heads_do_not_see_one_another(case, threads):
         assert torch.equal(some[name], result[order]), name
 
 
+@pytest.mark.parametrize(
+    "case",
+    on_every_backend(
+        *({"B": 1, "H": 1, "V": 300, "dtype": dtype} for dtype in (torch.float32, torch.bfloat16))
+    ),
+)
+def test_results_do_not_depend_on_threads(case, threads):
+    """However the work on a head is shared out among them."""
+    inputs = mlstm_inputs(case)
+    threads(1)
+    alone = run_mlstm(case, inputs, case.backend)
+    for count in (2, 3, 8):
+        threads(count)
+        for name, result in run_mlstm(case, inputs, case.backend).items():
+            assert torch.equal(result, alone[name]), (name, count)
+
+
 GUARD, CANARY = 64, 7.0
 
 

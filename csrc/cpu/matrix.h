@@ -11,7 +11,8 @@
 
 namespace xlstm::XLSTM_ISA {
 
-inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b * b; }
+inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
 
 // Rows and columns of scratch come in multiples of this: whole vectors, or whole tiles.
 #if defined(__AMX_TILE__)
@@ -21,6 +22,24 @@ constexpr bool kHasTiles = false;
 #endif
 template <class T>
 constexpr int kPad = kHasTiles ? 32 : kLanes<compute_t<T>>;
+
+// store() in the one instruction that some CPUs have for it.
+template <class T>
+XLSTM_HD void put(T* p, Vec<compute_t<T>> x) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, bf16>) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)x));
+    return;
+  }
+#endif
+  store(p, x);
+}
+// The first `count` lanes, which may be none or more than there are.
+template <class T>
+XLSTM_HD void put(T* p, Vec<compute_t<T>> x, std::int64_t count) {
+  if (count >= kLanes<compute_t<T>>) return put(p, x);
+  store(p, x, static_cast<int>(count));
+}
 
 // A matrix in scratch: rows of whole vectors, one cache line apart, since rows a power of two apart
 // would fall into the same few sets of the L1 cache. Lanes beyond the width are zero.
@@ -77,7 +96,7 @@ void scale_rows_into(const Matrix<From>& from, std::int64_t rows, const compute_
   for (std::int64_t r = 0; r < rows; ++r) {
     const auto f = broadcast<Vec<compute_t<To>>>(factor[r]);
     for (std::int64_t c = 0; c < from.padded(); c += Matrix<To>::kW) {
-      store(to.row(r) + c, f * load(from.at(r, c)));
+      put(to.row(r) + c, f * load(from.at(r, c)));
     }
   }
 }

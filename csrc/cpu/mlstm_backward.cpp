@@ -33,6 +33,7 @@ struct BackwardTask {
   using Room = typename Products::Room;
   using V = Vec<T>;
   static constexpr int kW = kLanes<T>;
+  static constexpr int kSums = 8;  // side by side: one would wait for itself
 
   const MLSTMBackward& args;
 
@@ -107,18 +108,6 @@ struct BackwardTask {
     load_rows<Element>(args.v, track.at(args.v_stride, t), args.v_stride[1], rows, b.v);
   }
 
-  // to = decay from + left^T right, all (V, K).
-  template <class Left, class Right>
-  void update(const Matrix<T>& from, const Matrix<T>& to, T decay, const Left& left,
-              const Right& right, std::int64_t rows) const {
-    Products::product(
-        args.V, args.K, Span::kAll,
-        [&](std::int64_t i, std::int64_t j, V sum) {
-          store(to.row(i) + j, decay * load(from.at(i, j)) + sum);
-        },
-        Term{left, right, rows});
-  }
-
   // States before each chunk of the interval [begin, end).
   void recompute(const Track& track, std::int64_t begin, std::int64_t end, Buffers& b) const {
     const std::int64_t at = (track.checkpoint + begin / kStateInterval) * args.H + track.head;
@@ -133,8 +122,14 @@ struct BackwardTask {
       b.gates.compute(args, track, t, rows, b.m[c]);
       load_tokens(track, t, rows, b);
       const T *out = b.gates.out, decay = b.gates.decay;
-      update(state(b, c), state(b, c + 1), decay, Products::left_turned(b.v, rows, b.vt_room),
-             Products::exact_right(b.k, rows, out, b.k_room), rows);
+      const Matrix<T> from = state(b, c), to = state(b, c + 1);
+      Products::product(
+          args.V, args.K, Span::kAll,
+          [&](std::int64_t i, std::int64_t j, V sum) {
+            store(to.row(i) + j, decay * load(from.at(i, j)) + sum);
+          },
+          Term{Products::left_turned(b.v, rows, b.vt_room),
+               Products::exact_right(b.k, rows, out, b.k_room), rows});
       std::copy(norm(b, c), norm(b, c) + b.k.padded(), norm(b, c + 1));
       add_rows(norm(b, c + 1), decay, b.k, out, rows);
       b.m[c + 1] = b.gates.m_end;
@@ -179,7 +174,7 @@ struct BackwardTask {
         [&](std::int64_t i, std::int64_t j, V S) {
           const V p = S * (scale * load(b.gates.D.at(i, j)));
           store(b.P.row(i) + j, p);
-          store(b.row_P.row(i) + j, b.row_h[i] * p);
+          put(b.row_P.row(i) + j, b.row_h[i] * p);
         },
         Term{Products::left(b.q), Products::right_turned(b.k, rows, b.kt_room), args.K});
     Products::product(
@@ -212,7 +207,9 @@ struct BackwardTask {
         Term{Products::left(b.v), Products::exact_right(b.dC, args.V, b.dC_room), args.V});
     Products::product(
         rows, args.V, Span::kAll,
-        [&](std::int64_t i, std::int64_t j, V sum) { put(args.dv, track, t + i, args.V, j, sum); },
+        [&](std::int64_t i, std::int64_t j, V sum) {
+          put_token(args.dv, track, t + i, args.V, j, sum);
+        },
         Term{Products::left_turned(b.row_P, rows, b.P_room), Products::right(b.dh, rows, b.dh_room),
              rows, Span::kFrom},
         Term{Products::left(b.out_k), Products::right_turned(b.dC, args.V, b.dc_room), args.K});
@@ -228,7 +225,7 @@ struct BackwardTask {
       for (std::int64_t c = 0; c <= row; c += kW) {
         T* D = b.gates.D.row(row) + c;
         const V grad = load(b.dS.at(row, c)) + dden;
-        store(b.row_dS.row(row) + c, scale * grad * load(D));
+        put(b.row_dS.row(row) + c, scale * grad * load(D));
         store(D, grad * load(b.P.at(row, c)));
       }
       // Tiles of dk read whole tiles of rows: up to the last one's diagonal.
@@ -246,7 +243,7 @@ struct BackwardTask {
         rows, args.K, Span::kAll,
         [&](std::int64_t i, std::int64_t j, V sum) {
           const V old = (b.by_q[i] * b.dden[i]) * load(n + j);
-          put(args.dq, track, t + i, args.K, j, sum + load(b.dq.at(i, j)) + old);
+          put_token(args.dq, track, t + i, args.K, j, sum + load(b.dq.at(i, j)) + old);
         },
         Term{Products::left(b.row_dS), Products::right(b.k, rows, b.k_room), rows, Span::kUpTo});
     Products::product(
@@ -254,17 +251,16 @@ struct BackwardTask {
         [&](std::int64_t i, std::int64_t j, V sum) {
           const V next = b.gates.out[i] * (load(b.dk.at(i, j)) + load(b.dn + j));
           add_to(b.totals.row(i), next * load(b.k.at(i, j)));
-          put(args.dk, track, t + i, args.K, j, sum + next);
+          put_token(args.dk, track, t + i, args.K, j, sum + next);
         },
         Term{Products::left_turned(b.row_dS, rows, b.dS_room), Products::right(b.q, rows, b.q_room),
              rows, Span::kFrom});
     take_totals(b, rows, b.u);
   }
-  void put(void* tensor, const Track& track, std::int64_t t, std::int64_t width,
-           std::int64_t column, V x) const {
-    const std::int64_t left = width - column;
-    store(static_cast<Element*>(tensor) + track.token(args, t) * width + column, x,
-          static_cast<int>(left < kW ? left : kW));
+  // Of a token's row of `width` elements, those from `column` on.
+  void put_token(void* tensor, const Track& track, std::int64_t t, std::int64_t width,
+                 std::int64_t column, V x) const {
+    put(static_cast<Element*>(tensor) + track.token(args, t) * width + column, x, width - column);
   }
 
   // Adds what arrives through m, dm of which is `through` after the chunk, and writes di and df.
@@ -304,7 +300,7 @@ struct BackwardTask {
     through_states(track, t, rows, C, b);
     finish_scores(rows, n, b);
     token_grads(track, t, rows, n, b);
-    const T carry = b.gates.decay * inner(b, C, n);
+    const T carry = b.gates.decay * (dot(n, b.dn, b.k.padded()) + previous_states(rows, C, b));
     log_gate_grads(rows, carry, b.r, b.u, b.gates.D, b.column, b.dlf, b.dli);
     if (t + rows == track.length) {
       // The same rounded terms as in dli, from which they cancel.
@@ -314,23 +310,26 @@ struct BackwardTask {
     gate_grads(track, t, rows, b, b.m[c], dm);
     T before = carry;
     for (std::int64_t r = 0; r < rows; ++r) before += b.r[r];
-    for (std::int64_t r = 0; r < rows; ++r) {
-      b.row_h[r] *= b.by_q[r], b.dden[r] *= b.by_q[r];
-    }
-    update(b.dC, b.dC, b.gates.decay, Products::left_turned(b.dh, rows, b.dht_room),
-           Products::exact_right(b.q, rows, b.row_h, b.q_room), rows);
-    add_rows(b.dn, b.gates.decay, b.q, static_cast<const T*>(b.dden), rows);
     return before;
   }
 
-  // <C, dC> + <n, dn>
-  T inner(const Buffers& b, const Matrix<T>& C, const T* n) const {
-    T sum = dot(n, static_cast<const T*>(b.dn), b.k.padded());
-    for (std::int64_t row = 0; row < args.V; ++row) {
-      sum += dot(static_cast<const T*>(C.row(row)), static_cast<const T*>(b.dC.row(row)),
-                 b.k.padded());
-    }
-    return sum;
+  // dC and dn before the chunk. Returns <C, dC'>, while dC' is at hand.
+  T previous_states(std::int64_t rows, const Matrix<T>& C, Buffers& b) const {
+    for (std::int64_t r = 0; r < rows; ++r) b.row_h[r] *= b.by_q[r], b.dden[r] *= b.by_q[r];
+    const T decay = b.gates.decay;
+    V inner[kSums]{};
+    Products::product(
+        args.V, args.K, Span::kAll,
+        [&](std::int64_t i, std::int64_t j, V sum) {
+          const V dC = load(b.dC.at(i, j));
+          inner[i % kSums] += dC * load(C.at(i, j));
+          store(b.dC.row(i) + j, decay * dC + sum);
+        },
+        Term{Products::left_turned(b.dh, rows, b.dht_room),
+             Products::exact_right(b.q, rows, b.row_h, b.q_room), rows});
+    add_rows(b.dn, decay, b.q, static_cast<const T*>(b.dden), rows);
+    for (int at = 1; at < kSums; ++at) inner[0] += inner[at];
+    return horizontal_sum(inner[0]);
   }
 
   void load_last(const Track& track, const Buffers& b, T& dm) const {

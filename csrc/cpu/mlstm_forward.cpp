@@ -4,7 +4,7 @@
 //   C' = decay C + (out K)^T V            n' = decay n + (out K)^T 1
 // Source: xLSTM, arXiv 2405.04517, section 2.3; chunkwise form: arXiv 2503.14376, section 3.
 // Tensors: launch.h; symbols of the gates: mlstm.h.
-// Tasks: (sequence, head), each walking its chunks with C in cache. Accumulators: compute type. Saved:
+// Tasks: (sequence, head), and columns of V where heads are few; each walks its chunks with C in cache. Accumulators: compute type. Saved:
 //   m and den of each token, and the states before every kStateInterval-th.
 // On tiles, operands of h are rounded to bfloat16, as h is; den, C and n are exact to float32.
 #include "common/simd.h"
@@ -26,6 +26,9 @@ struct ForwardTask {
   static constexpr int kW = kLanes<T>;
 
   const MLSTMForward& args;
+  std::int64_t columns;  // of V that a task takes
+
+  std::int64_t parts() const { return std::max<std::int64_t>(ceil_div(args.V, columns), 1); }
 
   struct Buffers {
     Matrix<T> C, totals;
@@ -34,21 +37,22 @@ struct ForwardTask {
     T *n, *den, *row_h, *inter_scale;
     Gates<T> gates;
 
-    Buffers(const MLSTM& args, Scratch& scratch)
-        : Buffers(args, scratch, round_up(args.chunk, kPad<T>)) {}
+    // V: the columns of a task.
+    Buffers(const MLSTM& args, std::int64_t V, Scratch& scratch)
+        : Buffers(args, V, scratch, round_up(args.chunk, kPad<T>)) {}
 
    private:
-    Buffers(const MLSTM& args, Scratch& scratch, std::int64_t L)
-        : C(take_matrix<T>(scratch, args.K, args.V)),
+    Buffers(const MLSTM& args, std::int64_t V, Scratch& scratch, std::int64_t L)
+        : C(take_matrix<T>(scratch, args.K, V)),
           totals(take_matrix<T>(scratch, L, kW)),
           q(take_matrix<Stored>(scratch, L, args.K)),
           k(take_matrix<Stored>(scratch, L, args.K)),
-          v(take_matrix<Stored>(scratch, L, args.V)),
+          v(take_matrix<Stored>(scratch, L, V)),
           P(take_matrix<Stored>(scratch, L, L)),
           inter_q(take_matrix<Stored>(scratch, L, args.K)),
           kt_room(Products::room(scratch, L, args.K)),
-          v_room(Products::tile_room(scratch, L, args.V)),
-          C_room(Products::tile_room(scratch, args.K, args.V)),
+          v_room(Products::tile_room(scratch, L, V)),
+          C_room(Products::tile_room(scratch, args.K, V)),
           out_k_room(Products::room(scratch, L, args.K)),
           n(scratch.take<T>(k.padded())),
           den(scratch.take<T>(L)),
@@ -57,34 +61,43 @@ struct ForwardTask {
           gates(scratch, L) {}
   };
 
-  void load_state(const Track& track, const Buffers& b, T& m) const {
+  // A task's columns of one state, and all of n; those of others are theirs to store.
+  struct Part {
+    std::int64_t first;  // column
+    bool stores_rows() const { return first == 0; }
+  };
+  void load_state(const Track& track, Part part, const Buffers& b, T& m) const {
     const std::int64_t at = track.sequence * args.H + track.head;
-    const T* c = args.c ? static_cast<const T*>(args.c) + at * args.K * args.V : nullptr;
-    const T* n = args.c ? static_cast<const T*>(args.n) + at * args.K : nullptr;
     b.C.zero();
-    for (std::int64_t k = 0; c && k < args.K; ++k) {
-      std::copy(c + k * args.V, c + (k + 1) * args.V, b.C.row(k));
-    }
-    padded_in(n, args.K, b.k.padded(), b.n);
+    padded_in(args.n ? static_cast<const T*>(args.n) + at * args.K : nullptr, args.K, b.k.padded(),
+              b.n);
     m = args.m ? static_cast<const T*>(args.m)[at] : T{};
+    if (!args.c) return;
+    const T* c = static_cast<const T*>(args.c) + at * args.K * args.V + part.first;
+    for (std::int64_t k = 0; k < args.K; ++k, c += args.V) {
+      std::copy(c, c + b.C.width, b.C.row(k));
+    }
   }
-  void store_state(std::int64_t at, void* c, void* n, void* m, const Buffers& b, T m_now) const {
-    T* to = static_cast<T*>(c) + at * args.K * args.V;
-    for (std::int64_t k = 0; k < args.K; ++k)
-      std::copy(b.C.row(k), b.C.row(k) + args.V, to + k * args.V);
+  void store_state(std::int64_t at, void* c, void* n, void* m, Part part, const Buffers& b,
+                   T m_now) const {
+    T* to = static_cast<T*>(c) + at * args.K * args.V + part.first;
+    for (std::int64_t k = 0; k < args.K; ++k, to += args.V) {
+      std::copy(b.C.row(k), b.C.row(k) + b.C.width, to);
+    }
+    if (!part.stores_rows()) return;
     std::copy(b.n, b.n + args.K, static_cast<T*>(n) + at * args.K);
     static_cast<T*>(m)[at] = m_now;
   }
 
   // P, den and what follows of each row.
-  void scores(const Track& track, std::int64_t t, std::int64_t rows, Buffers& b) const {
+  void scores(const Track& track, Part part, std::int64_t t, std::int64_t rows, Buffers& b) const {
     const T scale = static_cast<T>(args.scale);
     b.totals.zero();
     Products::product(
         rows, rows, Span::kUpTo,
         [&](std::int64_t i, std::int64_t j, V S) {
           const V p = S * (scale * load(b.gates.D.at(i, j)));
-          store(b.P.row(i) + j, p);
+          put(b.P.row(i) + j, p);
           T* total = b.totals.row(i);
           store(total, load(static_cast<const T*>(total)) + p);
         },
@@ -95,33 +108,35 @@ struct ForwardTask {
           dot(static_cast<const Stored*>(b.q.row(r)), static_cast<const T*>(b.n), b.q.padded());
       b.den[r] = horizontal_sum(load(b.totals.at(r, 0))) + b.inter_scale[r] * old;
       b.row_h[r] = row_scale(args, b.den[r], b.gates.m[r]).h;
-      if (!args.row_m) continue;
+      if (!args.row_m || !part.stores_rows()) continue;
       const std::int64_t at = track.token(args, t + r);
       static_cast<T*>(args.row_m)[at] = b.gates.m[r];
       static_cast<T*>(args.row_den)[at] = b.den[r];
     }
   }
 
-  void chunk(const Track& track, std::int64_t t, std::int64_t rows, Buffers& b, T& m) const {
+  void chunk(const Track& track, Part part, std::int64_t t, std::int64_t rows, Buffers& b,
+             T& m) const {
     b.gates.compute(args, track, t, rows, m);
     load_rows<Element>(args.q, track.at(args.q_stride, t), args.q_stride[1], rows, b.q);
     load_rows<Element>(args.k, track.at(args.k_stride, t), args.k_stride[1], rows, b.k);
-    load_rows<Element>(args.v, track.at(args.v_stride, t), args.v_stride[1], rows, b.v);
-    scores(track, t, rows, b);
+    load_rows<Element>(args.v, track.at(args.v_stride, t) + part.first, args.v_stride[1], rows,
+                       b.v);
+    scores(track, part, t, rows, b);
     scale_rows_into(b.q, rows, static_cast<const T*>(b.inter_scale), b.inter_q);
     const auto v = Products::right(b.v, rows, b.v_room);
-    Element* h = static_cast<Element*>(args.h);
+    Element* h = static_cast<Element*>(args.h) + part.first;
     Products::product(
-        rows, args.V, Span::kAll,
+        rows, b.v.width, Span::kAll,
         [&](std::int64_t i, std::int64_t j, V sum) {
-          store(h + track.token(args, t + i) * args.V + j, b.row_h[i] * sum, lanes(args.V - j));
+          put(h + track.token(args, t + i) * args.V + j, b.row_h[i] * sum, b.v.width - j);
         },
         Term{Products::left(b.P), v, rows, Span::kUpTo},
         Term{Products::left(b.inter_q), Products::right(b.C, args.K, b.C_room), args.K});
     const T* out = b.gates.out;
     const T decay = b.gates.decay;
     Products::product(
-        args.K, args.V, Span::kAll,
+        args.K, b.v.width, Span::kAll,
         [&](std::int64_t i, std::int64_t j, V sum) {
           T* c = b.C.row(i) + j;
           store(c, decay * load(static_cast<const T*>(c)) + sum);
@@ -130,37 +145,56 @@ struct ForwardTask {
     add_rows(b.n, decay, b.k, out, rows);
     m = b.gates.m_end;
   }
-  static int lanes(std::int64_t left) { return static_cast<int>(left < kW ? left : kW); }
-
   void operator()(std::int64_t task) const {
     const TaskScope scope;
     const typename Products::Scope tiles;
-    const Track track(args, task);
+    const Track track(args, task / parts());
+    const Part part{task % parts() * columns};
+    const std::int64_t V = std::min(columns, args.V - part.first);
     Scratch sizes;
-    Buffers(args, sizes);
+    Buffers(args, V, sizes);
     Scratch scratch(sizes.used_bytes(), 0);
-    Buffers b(args, scratch);
+    Buffers b(args, V, scratch);
     T m;
-    load_state(track, b, m);
+    load_state(track, part, b, m);
     for (std::int64_t t = 0; t < track.length;) {
       if (args.c_saved && t % kStateInterval == 0) {
         const std::int64_t at = (track.checkpoint + t / kStateInterval) * args.H + track.head;
-        store_state(at, args.c_saved, args.n_saved, args.m_saved, b, m);
+        store_state(at, args.c_saved, args.n_saved, args.m_saved, part, b, m);
       }
       const std::int64_t rows = chunk_rows(args, t, track.length);
-      chunk(track, t, rows, b, m);
+      chunk(track, part, t, rows, b, m);
       t += rows;
     }
-    store_state(track.sequence * args.H + track.head, args.c_last, args.n_last, args.m_last, b, m);
+    store_state(track.sequence * args.H + track.head, args.c_last, args.n_last, args.m_last, part,
+                b, m);
   }
 };
+
+// Columns of a task, so that the slowest thread is done soonest: every task of a head works out the
+// scores, which take about kShared of what all columns take. No result depends on it.
+std::int64_t task_columns(std::int64_t heads, std::int64_t V) {
+  constexpr double kShared = 0.2;
+  constexpr std::int64_t kColumns = 64;  // whole tiles of any product
+  std::int64_t best = kColumns;
+  double least = static_cast<double>(INT64_MAX);
+  for (std::int64_t columns = round_up(V, kColumns); columns > 0; columns -= kColumns) {
+    const std::int64_t rounds = ceil_div(heads * ceil_div(V, columns), num_threads());
+    const double cost = static_cast<double>(rounds) *
+                        (kShared + static_cast<double>(columns) / static_cast<double>(V));
+    if (cost < least) least = cost, best = columns;
+  }
+  return best;
+}
 
 }  // namespace
 
 void mlstm_forward(const MLSTMForward& args) {
   dispatch_products(args.dtype, [&](auto element, auto products) {
     using Task = ForwardTask<decltype(element), decltype(products)>;
-    parallel_for(args.B * args.H, Task{args});
+    const std::int64_t heads = args.B * args.H;
+    const Task task{args, task_columns(heads, args.V)};
+    parallel_for(heads * task.parts(), task);
   });
 }
 
