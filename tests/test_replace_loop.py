@@ -215,3 +215,28 @@ def test_compile_and_functional_call():
     assert relative_error(torch.func.functional_call(layer, changed, (x,))[0], want) <= 1e-5
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     assert relative_error(compiled(x)[0], layer(x)[0]) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Loop(Cell(6, 8, "ogif"), 8), lambda: nn.LSTM(6, 8, batch_first=True)]
+)
+def test_export(make):
+    layer, x = make().eval(), torch.randn(2, 9, 6)
+    want = layer(x)[0]
+    xk.replace_layers(layer)
+    exported = torch.export.export(layer, (x,))
+    assert any("recurrence_forward" in str(node.target) for node in exported.graph.nodes)
+    assert relative_error(exported.module()(x)[0], want) <= 1e-5
+
+
+def test_inside_of_a_compiled_model():
+    compiled = torch.compile(Loop(Cell(6, 8), 8), backend="eager")
+    x = torch.randn(2, 9, 6)
+    want = compiled(x)[0]
+    assert [row.path for row in xk.replace_layers(compiled).replaced] == ["_orig_mod"]
+    assert relative_error(compiled(x)[0], want) <= 1e-5
+
+
+def test_torch_script_is_left():
+    linears = nn.Sequential(nn.Linear(2, 8), nn.Linear(2, 8))
+    assert xk.replace_layers(torch.jit.script(linears)).rows == []

@@ -158,7 +158,8 @@ def _look_at(layer: nn.Module) -> Found:
         if found is None and package in LIBRARIES:
             compat = importlib.import_module(f"xlstm_kernels.compat.{LIBRARIES[package]}")
             found = compat.find(layer)
-    if found is None:
+    # torch's own containers and wrappers are no one's hand-written layers.
+    if found is None and type(layer).__module__.partition(".")[0] != "torch":
         found = handwritten.find(layer)
     if isinstance(found, Swap):
         devices = {t.device.type for t in (*layer.parameters(), *layer.buffers())}

@@ -123,19 +123,24 @@ def _weights(layer: nn.Module) -> Iterator[Plan]:
             holders.append((path and path + ".", module))
             if len(holders) > 2:
                 return
-    names = tuple(inspect.signature(type(layer).forward).parameters)[1:3]
     if len(holders) == 1 and type(holders[0][1]) is nn.LSTMCell and holders[0][0]:
         path, cell = holders[0]
         biases = ("bias_ih", "bias_hh") if cell.bias else ()
         found = [path + name for name in ("weight_ih", "weight_hh", *biases)]
-        yield Plan(tuple(found), parameters=names)
+        yield Plan(tuple(found), parameters=_parameters(layer))
     elif len(holders) == 2 and all(type(module) is nn.Linear for _, module in holders):
         for (path, input_linear), (hidden_path, linear) in itertools.permutations(holders):
             rows = 4 * linear.in_features
             if linear.out_features == input_linear.out_features == rows:
                 given = (path, input_linear), (hidden_path, linear)
                 biases = tuple(p + "bias" for p, module in given if module.bias is not None)
-                yield Plan((path + "weight", hidden_path + "weight", *biases), parameters=names)
+                found = [path + "weight", hidden_path + "weight"]
+                yield Plan((*found, *biases), parameters=_parameters(layer))
+
+
+def _parameters(layer: nn.Module) -> tuple[str, ...]:
+    """Names of the first two of forward, after self."""
+    return tuple(inspect.signature(type(layer).forward).parameters)[1:3]
 
 
 def _outside_of_the_weights(layer: nn.Module) -> str | None:
