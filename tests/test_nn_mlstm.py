@@ -71,6 +71,22 @@ def test_prefill_and_steps_are_one_pass(options):
         assert_near(got, want, 1e-4)
 
 
+def test_steps_in_place_give_the_same_in_the_same_storage():
+    block = seeded(xk.nn.XLSTMBlock, 8, 2)
+    x = torch.randn(2, 4, 8)
+    with torch.no_grad():
+        _, start = block(x[:, :1])
+        expected, state = start, xk.MLSTMState(*(part.clone() for part in start))
+        for t in range(1, 4):
+            y, expected = block.step(x[:, t], expected)
+            got, after = block.step(x[:, t], state, inplace=True)
+            assert torch.equal(got, y)
+            assert all(a is s for a, s in zip(after, state, strict=True))
+            assert all(torch.equal(a, e) for a, e in zip(after, expected, strict=True))
+    with pytest.raises(ValueError, match="inplace must be False where a gradient is asked for"):
+        block.step(x[:, 0], state, inplace=True)
+
+
 def test_sequence_layouts():
     layer, time_first = make(), make(batch_first=False)
     x = torch.randn(3, 5, 6)

@@ -29,8 +29,8 @@ class XLSTMBlock(nn.Module):
             deviation 2 / (num_blocks sqrt(embedding_dim)); None: small as the others.
         options: of `MLSTM`, `device` and `dtype` among them.
 
-    forward(x, state=None, cu_seqlens=None) -> (y, state) and step(x, state=None) -> (y, state) take
-    and return what `MLSTM` does, with embedding_dim features.
+    forward(x, state=None, cu_seqlens=None) -> (y, state) and step(x, state=None, inplace=False) ->
+    (y, state) take and return what `MLSTM` does, with embedding_dim features.
 
     State dict: `mlstm.*` as `MLSTM` has it; `norm_mlstm.weight` and `norm_ffn.weight` (E);
     `gate_up.weight` (2 F, E), gate rows first; `down.weight` (E, F).
@@ -87,10 +87,13 @@ class XLSTMBlock(nn.Module):
         return self._ffn(x + y), last
 
     def step(
-        self, x: Tensor, state: MLSTMState | tuple[Tensor, Tensor, Tensor] | None = None
+        self,
+        x: Tensor,
+        state: MLSTMState | tuple[Tensor, Tensor, Tensor] | None = None,
+        inplace: bool = False,
     ) -> tuple[Tensor, MLSTMState]:
         """One token: x (B, embedding_dim) -> y (B, embedding_dim), and the next state."""
-        y, last = self.mlstm.step(self.norm_mlstm(x), state)
+        y, last = self.mlstm.step(self.norm_mlstm(x), state, inplace)
         return self._ffn(x + y), last
 
     def _ffn(self, x: Tensor) -> Tensor:

@@ -54,7 +54,8 @@ class MLSTM(nn.Module):
             or (T, input_size), and states have S rows.
         y: (B, T, hidden_size) or (T, hidden_size).
 
-    step(x, state=None) -> (y, state): one token, x (B, input_size), y (B, hidden_size).
+    step(x, state=None, inplace=False) -> (y, state): one token, x (B, input_size), y (B,
+        hidden_size). In place, as `xk.mlstm_step`: the next state takes the storage of `state`.
 
     State dict, rows of every projection head-major:
         qkvo.weight  (2 H K + 2 H V, input_size)  queries, keys, values, output gate
@@ -153,13 +154,16 @@ class MLSTM(nn.Module):
         return y, last
 
     def step(
-        self, x: Tensor, state: MLSTMState | tuple[Tensor, Tensor, Tensor] | None = None
+        self,
+        x: Tensor,
+        state: MLSTMState | tuple[Tensor, Tensor, Tensor] | None = None,
+        inplace: bool = False,
     ) -> tuple[Tensor, MLSTMState]:
         """One token: x (B, input_size) -> y (B, hidden_size), and the next state."""
         self._check_input(x, (2,), "(B, input_size)")
         inputs, o = self._project(x)
         given: Any = self._zeros(x) if state is None else state
-        h, last = mlstm_step(**inputs, state=given, **self._options())
+        h, last = mlstm_step(**inputs, state=given, inplace=inplace, **self._options())
         return self._read_out(h, o), last
 
     def _project(self, x: Tensor) -> tuple[dict[str, Any], Tensor]:

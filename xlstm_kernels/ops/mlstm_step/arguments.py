@@ -11,6 +11,11 @@ from ..mlstm.arguments import check_state
 from .shapes import MAX_TOKENS, token_count
 
 Tokens = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+# Of k, v and the gates, by the number of q's axes: a step is short enough for formatting to count.
+LETTERS = {
+    3: ("(B, H, K)", "(B, H, V)", "(B, H)"),
+    4: ("(B, T, H, K)", "(B, T, H, V)", "(B, T, H)"),
+}
 
 
 def check_call(
@@ -60,19 +65,19 @@ def _check_tokens(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor) -> None
             f"mlstm_step: q must be (B, H, K) or (B, T, H, K), T from 1 to {MAX_TOKENS}, none of H"
             f" and K 0, got {tuple(q.shape)}"
         )
-    axes = "B, H" if q.dim() == 3 else "B, T, H"
-    rows, V = tuple(q.shape[:-1]), v.shape[-1] if v.dim() else 0
+    keys, values, gates = LETTERS[q.dim()]
+    shape, V = tuple(q.shape), v.shape[-1] if v.dim() else 0
     if V == 0:
-        raise ValueError(f"mlstm_step: v must be ({axes}, V), V not 0, got {tuple(v.shape)}")
-    first = "q", q
-    for name, x, letters, shape in (
-        ("q", q, "", tuple(q.shape)),
-        ("k", k, f"({axes}, K)", tuple(q.shape)),
-        ("v", v, f"({axes}, V)", (*rows, V)),
-        ("i", i, f"({axes})", rows),
-        ("f", f, f"({axes})", rows),
+        raise ValueError(f"mlstm_step: v must be {values}, V not 0, got {tuple(v.shape)}")
+    first, rows = ("q", q), shape[:-1]
+    for name, x, letters, wanted in (
+        ("q", q, "", shape),
+        ("k", k, keys, shape),
+        ("v", v, values, (*rows, V)),
+        ("i", i, gates, rows),
+        ("f", f, gates, rows),
     ):
-        check_tensor("mlstm_step", name, x, letters, shape, first)
+        check_tensor("mlstm_step", name, x, letters, wanted, first)
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
             raise TypeError(f"mlstm_step: {name} must have q's dtype {q.dtype}, got {x.dtype}")
@@ -113,8 +118,7 @@ def _has_dense_rows(part: Tensor) -> bool:
 
 
 def _check_out(out: Tensor, q: Tensor, v: Tensor) -> None:
-    letters = "(B, H, V)" if q.dim() == 3 else "(B, T, H, V)"
-    check_tensor("mlstm_step", "out", out, letters, tuple(v.shape), ("q", q))
+    check_tensor("mlstm_step", "out", out, LETTERS[q.dim()][1], tuple(v.shape), ("q", q))
     if out.dtype != q.dtype:
         raise TypeError(f"mlstm_step: out must have q's dtype {q.dtype}, got {out.dtype}")
     if not out.is_contiguous():

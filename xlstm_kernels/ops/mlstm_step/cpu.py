@@ -98,6 +98,7 @@ def _launch(
     heads = [dense_rows(x) for x in (q, k, v)]
     gates = [gate if gate.dtype in CPU_DTYPES else gate.to(dtype) for gate in gates]
     input_gate, normalizer, scale, eps = options
+    strides = row_strides(before)
     kinds = (INPUT_GATES.index(input_gate), NORMALIZERS.index(normalizer))
     load_cpu().mlstm_step(
         (dtype_code(q), *kinds, *(dtype_code(x) for x in (*gates, before[0]))),
@@ -108,7 +109,7 @@ def _launch(
         read,
         kept,
         [address(part) for part in before],
-        row_strides(before),
+        strides,
         [address(x) for x in (h_BTHV, *after)],
-        row_strides(after),
+        strides if after is before else row_strides(after),
     )
