@@ -8,8 +8,8 @@ from . import kl_div, linear_kl_div, mlstm, models, recurrence
 from .problem import FORWARD, FORWARD_BACKWARD, Case
 
 OPS = (
-    "mlstm", "mlstm_step", "slstm", "lstm", "kl_div", "linear_kl_div", "linear_cross_entropy",
-    "replace",
+    "mlstm", "mlstm_step", "slstm", "lstm", "kl_div", "topk_kl_div", "linear_kl_div",
+    "linear_cross_entropy", "replace",
 )  # fmt: skip
 
 # (B, T, H, K, V)
@@ -24,6 +24,8 @@ LAYERS = ((8, 512, 1, 256),)
 STEPS = ((4, 64), (4, 128))
 # (N, V)
 LOGITS = ((1024, 32000), (512, 128256))
+# (N, V, K)
+WORDS = ((1024, 32000, 256),)
 # (N, E, V)
 HEADS = ((1024, 1024, 32000),)
 
@@ -40,6 +42,7 @@ QUICK_SEQUENCES = ((2, 8, 2, 16),)
 QUICK_LAYERS = ((2, 8, 1, 16),)
 QUICK_STEPS = ((2, 16),)
 QUICK_LOGITS = ((16, 500),)
+QUICK_WORDS = ((16, 500, 20),)
 QUICK_HEADS = ((16, 24, 500),)
 QUICK_LOOPS = ((2, 9, 16),)
 QUICK_PROMPTS = ((1, 1, 128, 2),)
@@ -66,6 +69,11 @@ def cases(quick: bool = False) -> list[Case]:
         found += [recurrence.step(op, H, D) for H, D in (QUICK_STEPS if quick else STEPS)]
     for N, V in QUICK_LOGITS if quick else LOGITS:
         found += [kl_div.loss_and_gradient(N, V, d) for d in (torch.float32, torch.bfloat16)]
+    N, V = (QUICK_LOGITS if quick else LOGITS)[0]
+    for dtype in (torch.float32, torch.bfloat16):
+        found += [kl_div.loss_and_gradient(N, V, dtype, name) for name in ("js", "tv")]
+        for words in QUICK_WORDS if quick else WORDS:
+            found.append(kl_div.topk_loss_and_gradient(*words, dtype))
     for op in ("linear_kl_div", "linear_cross_entropy"):
         for head in QUICK_HEADS if quick else HEADS:
             for dtype in (torch.float32, torch.bfloat16):

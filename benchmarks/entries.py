@@ -19,7 +19,7 @@ class Entry:
     def label(self) -> str:
         name = f"{self.ours.op} {self.ours.direction}"
         place = self.ours.backend.removeprefix("cpu").strip()
-        plain = self.ours.dtype == "f32" and self.ours.op != "kl_div"
+        plain = self.ours.dtype == "f32" and self.ours.op not in ("kl_div", "topk_kl_div")
         dtype = "" if plain else f" {self.ours.dtype}"
         return f"{name}{dtype}{', ' if place else ''}{place}\n{self.ours.shape}"
 

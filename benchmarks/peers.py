@@ -3,7 +3,9 @@ results."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -80,34 +82,56 @@ def _bind_nn_lstm(case: Case, tensors: Tensors) -> Bound:
     return Bound(call, {"input": input_BTE, **parameters})
 
 
-def eager_kl_div(temperature: float) -> Variant:
-    """`F.kl_div` of log_softmax and softmax, times temperature squared as ours is."""
-    return Variant("eager", lambda _, tensors: _bind_kl_div(_kl_div(temperature), tensors))
+def kl_div(divergence: str, temperature: float) -> tuple[Variant, ...]:
+    """`F.kl_div` of log_softmax and softmax, or the sums of another divergence, times temperature
+    squared as ours is; eager and under `torch.compile`."""
+    return _eager_and_compiled(_kl_div(divergence, temperature), ("student", "teacher"))
 
 
-def compiled_kl_div(temperature: float) -> Variant:
-    """`torch.compile` of the same function."""
-    return Variant(
-        "torch.compile",
-        lambda _, tensors: _bind_kl_div(
-            torch.compile(_kl_div(temperature), dynamic=False), tensors
-        ),
-        compiles=True,
+def topk_kl_div() -> tuple[Variant, ...]:
+    """log_softmax, gathered words, and a tail of what they leave of 1."""
+    return _eager_and_compiled(_topk_kl_div, ("student", "logprobs", "ids"))
+
+
+def _eager_and_compiled(loss: Callable[..., Tensor], names: Sequence[str]) -> tuple[Variant, ...]:
+    def bind(compiles: bool, case: Case, tensors: Tensors) -> Bound:
+        function = torch.compile(loss, dynamic=False) if compiles else loss
+        arguments = [tensors[name] for name in names]
+        return Bound(lambda: (function(*arguments),), {"student": tensors["student"]})
+
+    return (
+        Variant("eager", partial(bind, False)),
+        Variant("torch.compile", partial(bind, True), compiles=True),
     )
 
 
-def _kl_div(temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
+def _kl_div(divergence: str, temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
     def kl_div(student: Tensor, teacher: Tensor) -> Tensor:
         log_q = F.log_softmax(student / temperature, -1)
-        p = F.softmax(teacher / temperature, -1)
-        return F.kl_div(log_q, p, reduction="batchmean") * temperature**2
+        if divergence == "forward":
+            p = F.softmax(teacher / temperature, -1)
+            loss = F.kl_div(log_q, p, reduction="batchmean")
+        elif divergence == "tv":
+            p = F.softmax(teacher / temperature, -1)
+            loss = (p - log_q.exp()).abs().sum() / (2 * len(student))
+        elif divergence == "js":
+            log_p = F.log_softmax(teacher / temperature, -1)
+            log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+            of_p = F.kl_div(log_m, log_p, reduction="batchmean", log_target=True)
+            loss = (of_p + F.kl_div(log_m, log_q, reduction="batchmean", log_target=True)) / 2
+        else:
+            raise ValueError(f"no peer for divergence {divergence!r}")
+        return loss * temperature**2
 
     return kl_div
 
 
-def _bind_kl_div(loss: Callable[[Tensor, Tensor], Tensor], tensors: Tensors) -> Bound:
-    student, teacher = tensors["student"], tensors["teacher"]
-    return Bound(lambda: (loss(student, teacher),), {"student": student})
+def _topk_kl_div(student: Tensor, logprobs: Tensor, ids: Tensor) -> Tensor:
+    log_q = F.log_softmax(student, -1).gather(-1, ids)
+    tail_p = (1 - logprobs.exp().sum(-1)).clamp_min(1e-8)
+    tail_q = (1 - log_q.exp().sum(-1)).clamp_min(1e-8)
+    inside = (logprobs.exp() * (logprobs - log_q)).sum(-1)
+    return (inside + tail_p * (tail_p.log() - tail_q.log())).mean()
 
 
 Find = Callable[[], Callable[..., Any]]

@@ -16,14 +16,14 @@ from .table import duration, ratio, size
 GROUPS = {
     "speed-mlstm": ("mlstm", "mlstm_step"),
     "speed-recurrence": ("slstm", "lstm"),
-    "speed-kl_div": ("kl_div",),
+    "speed-kl_div": ("kl_div", "topk_kl_div"),
     "speed-linear_kl_div": ("linear_kl_div", "linear_cross_entropy"),
     "speed-replace": ("replace",),
 }
 TITLES = {
     "speed-mlstm": "mLSTM",
     "speed-recurrence": "Recurrent cells",
-    "speed-kl_div": "KL divergence with its gradient, temperature 2",
+    "speed-kl_div": "Losses over logits, with the gradient",
     "speed-linear_kl_div": "Losses from hidden states, with all gradients",
     "speed-replace": "Models before and after replace_layers",
 }

@@ -200,6 +200,20 @@ void kl_div(std::array<int, 3> kinds, Strides rows, std::int64_t V, Address stud
   xlstm::kl_div_cpu(args);
 }
 
+void topk_kl_div(std::array<int, 3> kinds, Strides rows, std::int64_t V, Address student,
+                 Strides student_stride, Address labels, std::int64_t ignore_index,
+                 Address row_weight, std::array<double, 7> numbers, std::array<Address, 3> results,
+                 Strides grad_stride, int support, std::int64_t K, std::array<Address, 3> target) {
+  xlstm::TopkKlDiv args;
+  fill(args, kinds, rows, V, student, student_stride, labels, ignore_index, row_weight, numbers,
+       results, grad_stride);
+  args.support = static_cast<xlstm::Support>(support), args.K = K;
+  args.logprobs = pointer(target[0]), args.ids = pointer<const std::int64_t>(target[1]);
+  args.tail_logmass = pointer(target[2]);
+  py::gil_scoped_release unlocked;
+  xlstm::topk_kl_div_cpu(args);
+}
+
 // Asks the kernel for huge pages before the first touch of a fresh buffer: one fault per 2 MiB, not
 // per 4 KiB. Advice only, so a refusal changes nothing.
 void advise_huge_pages(Address address, std::int64_t size_bytes) {
@@ -278,6 +292,7 @@ PYBIND11_MODULE(XLSTM_MODULE, m) {
   m.def("mlstm_backward", &mlstm_backward);
   m.def("mlstm_step", &mlstm_step);
   m.def("kl_div", &kl_div);
+  m.def("topk_kl_div", &topk_kl_div);
   m.attr("checkpoint_interval") = xlstm::kCheckpointInterval;
   m.attr("state_interval") = xlstm::kStateInterval;
 #endif

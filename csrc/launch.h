@@ -146,6 +146,25 @@ struct KlDiv : RowLoss {
   double teacher_softcap;
 };
 
+// What a teacher of K words says of the words outside.
+enum class Support : int {
+  kTail = 0,          // they are one outcome, of the rest of the mass
+  kRenormalized = 1,  // nothing; the mass inside is scaled to 1
+  kBoth = 2,          // nothing, nor does the student
+  kTruncated = 3,     // nothing, and sum p (ln p - ln q) is over the words inside as they are
+  kSampled = 4,       // as kRenormalized, of weights that the temperature leaves alone
+};
+
+// The target is what a teacher says of K words.
+struct TopkKlDiv : RowLoss {
+  Support support;
+  std::int64_t K;
+  const void* logprobs;  // (N, K) compute type of the student, contiguous, at temperature 1
+  const std::int64_t*
+      ids;  // (N, K) contiguous; in [0, V_student), or -1 for none; repeated ones add
+  const void* tail_logmass;  // (N) compute, or null: what the words inside leave of 1
+};
+
 // x[n, v] *= scale[n] in place: a loss's gradient by its rows, times the gradient that reaches the rows.
 struct ScaleRows {
   DType dtype;        // of x
@@ -163,6 +182,8 @@ void mlstm_backward_cpu(const MLSTMBackward& args);
 void mlstm_step_cpu(const MLSTMStep& args);
 // Throws std::invalid_argument for a label out of range.
 void kl_div_cpu(const KlDiv& args);
+// Throws std::invalid_argument for a label or an id out of range.
+void topk_kl_div_cpu(const TopkKlDiv& args);
 void scale_rows_cpu(const ScaleRows& args);
 
 // `stream` is a cudaStream_t of the current device.

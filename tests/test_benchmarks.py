@@ -381,7 +381,11 @@ def test_cases_run_under_pytest_benchmark():
     # pytest-benchmark does not time in a process that says it is a worker of pytest-xdist.
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
-        [*command, "-k", "kl_div and not linear"], cwd=ROOT, env=env, capture_output=True, text=True
+        [*command, "-k", "kl_div and not (linear or topk or js or tv)"],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "kl_div-fwd+bwd-N16-V500-bf16-cpu in place" in done.stdout

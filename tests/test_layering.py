@@ -41,6 +41,12 @@ MAY_IMPORT = {
     r"ops\.(?P<op>mlstm_step)\.(api|arguments)": r"{op}\.(op|reference|arguments|shapes)"
     r"|ops\.mlstm\.(api|arguments)|backends|cells|arguments",
     r"ops\.mlstm_step\.triton_kernel": r"ops\.mlstm\.triton_tiles",
+    # Another target of the same rows of student logits.
+    r"ops\.(?P<op>topk_kl_div)\.cpu": rf"{HELPERS}|ops\.kl_div\.(cpu|options)|cells"
+    r"|backends|memory",
+    r"ops\.(?P<op>topk_kl_div)\.op": rf"{{op}}\.cpu|{HELPERS}|ops\.kl_div\.options|cells"
+    r"|backends|library",
+    r"ops\.(?P<op>topk_kl_div)\.\w+": r"{op}\.(?!cpu$)\w+|ops\.kl_div\.(?!api$|cpu$)\w+|cells",
     # Products, and then the rows of logits are those of kl_div.
     r"ops\.(?P<op>linear_kl_div)\.cpu": rf"{HELPERS}|ops\.kl_div\.(cpu|options)|gemm|memory",
     r"ops\.(?P<op>linear_kl_div)\.\w+": r"{op}\.\w+|ops\.kl_div\.(?!api$|cpu$|cuda$|triton$)\w+"

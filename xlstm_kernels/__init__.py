@@ -13,11 +13,13 @@ from .ops.linear_kl_div import linear_cross_entropy, linear_kl_div
 from .ops.mlstm import mlstm, mlstm_combine, mlstm_context_parallel
 from .ops.mlstm_step import mlstm_step
 from .ops.recurrence import lstm, slstm
+from .ops.topk_kl_div import XLSTM_RECIPE, topk_kl_div
 from .replace import replace_layers, restore_layers
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "XLSTM_RECIPE",
     "LSTMState",
     "MLSTMState",
     "SLSTMState",
@@ -34,4 +36,5 @@ __all__ = [
     "replace_layers",
     "restore_layers",
     "slstm",
+    "topk_kl_div",
 ]

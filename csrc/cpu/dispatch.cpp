@@ -26,7 +26,7 @@ struct Isa {
 #define XLSTM_KERNELS(ISA)                                                \
   {ISA::recurrence_forward, ISA::recurrence_backward, ISA::mlstm_forward, \
    ISA::mlstm_backward,     ISA::mlstm_step,          ISA::kl_div,        \
-   ISA::scale_rows}
+   ISA::topk_kl_div,        ISA::scale_rows}
 
 #if defined(__x86_64__)
 bool has_avx512() {
@@ -118,6 +118,7 @@ void mlstm_forward_cpu(const MLSTMForward& args) { g_isa->kernels.mlstm_forward(
 void mlstm_backward_cpu(const MLSTMBackward& args) { g_isa->kernels.mlstm_backward(args); }
 void mlstm_step_cpu(const MLSTMStep& args) { g_isa->kernels.mlstm_step(args); }
 void kl_div_cpu(const KlDiv& args) { g_isa->kernels.kl_div(args); }
+void topk_kl_div_cpu(const TopkKlDiv& args) { g_isa->kernels.topk_kl_div(args); }
 void scale_rows_cpu(const ScaleRows& args) { g_isa->kernels.scale_rows(args); }
 
 }  // namespace xlstm

@@ -12,6 +12,7 @@ struct Kernels {
   void (*mlstm_backward)(const MLSTMBackward&);
   void (*mlstm_step)(const MLSTMStep&);
   void (*kl_div)(const KlDiv&);
+  void (*topk_kl_div)(const TopkKlDiv&);
   void (*scale_rows)(const ScaleRows&);
 };
 
@@ -23,6 +24,7 @@ struct Kernels {
   void mlstm_backward(const MLSTMBackward&);           \
   void mlstm_step(const MLSTMStep&);                   \
   void kl_div(const KlDiv&);                           \
+  void topk_kl_div(const TopkKlDiv&);                  \
   void scale_rows(const ScaleRows&);                   \
   }
 

@@ -8,13 +8,16 @@ from torch import Tensor
 from ...arguments import check_is_tensor
 
 
-def check_logits(function: str, name: str, logits: object) -> None:
+def check_logits(function: str, name: str, logits: object, width: str = "V") -> None:
+    """(..., `width`), or of any shape for ""."""
     check_is_tensor(function, name, logits)
     assert isinstance(logits, Tensor)
     if not logits.is_floating_point():
         raise TypeError(f"{function}: {name} must be floating point, got {logits.dtype}")
-    if logits.dim() < 1 or logits.shape[-1] < 1:
-        raise ValueError(f"{function}: {name} must be (..., V), V >= 1, got {tuple(logits.shape)}")
+    if width and (logits.dim() < 1 or logits.shape[-1] < 1):
+        raise ValueError(
+            f"{function}: {name} must be (..., {width}), {width} >= 1, got {tuple(logits.shape)}"
+        )
 
 
 def check_labels_and_weight(
@@ -23,7 +26,6 @@ def check_labels_and_weight(
     if ce_weight != 0 and labels is None:
         raise ValueError(f"{function}: labels are needed for ce_weight = {ce_weight}, got None")
     if labels is not None:
-        check_is_tensor(function, "labels", labels)
         check_is_integers(function, "labels", labels)
     if row_weight is not None:
         check_is_tensor(function, "row_weight", row_weight)
@@ -34,6 +36,7 @@ def check_labels_and_weight(
 
 
 def check_is_integers(function: str, name: str, tensor: Tensor) -> None:
+    check_is_tensor(function, name, tensor)
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise TypeError(f"{function}: {name} must be integers, got {tensor.dtype}")
 

@@ -1,0 +1,369 @@
+// Divergence of a student's softmax from a teacher that is known by K of its words, mixed with
+// hard-label cross-entropy: the loss of every row and its gradient by the student's logits, on CPU cores.
+//   inside: the words that came, their masses added up    outside: all the others, with the mass r
+//   a = mass^(1/T), A = n (r / n)^(1/T) for n words outside, total = sum a + A
+//   p = a / total inside, A / total for the outside as one outcome; q likewise from the student
+//   D(p, q) over these outcomes, its slopes q h: cpu/kl_div_mixture.h
+//   dD/dz = (slope - q sum slopes) / T inside; outside the same of that outcome, times a word's part of it
+//   supports without a tail leave A, or the student outside, out of it; launch.h
+// Source: arXiv 2603.15590, Eq. 13; arXiv 2503.16870.
+// Tensors: launch.h. One task draws rows. A row is read once, in blocks; in a copy of a block in L1 the
+//   words inside are masked, so that what is outside is summed by itself and never as a difference. The
+//   outcomes inside are few, and in float64.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/kl_div_rows.h"
+#include "cpu/kl_div_student.h"
+
+namespace xlstm::XLSTM_ISA {
+namespace {
+
+constexpr int kAhead = 2048;
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+// A word inside, or all outside as one: probabilities, their logarithms, and q h.
+struct Outcome {
+  std::int64_t id;
+  double z, log_p, log_q, p, q, slope;
+};
+
+double product(double x, double log) { return x == 0 ? 0 : x * log; }
+
+// The outcome's part of the loss; sets its slope.
+double add_terms(Outcome& o, Divergence divergence, double mix) {
+  const double p = o.p, q = o.q, rest = 1 - mix, m = mix * p + rest * q;
+  switch (divergence) {
+    case Divergence::kForward:
+      o.slope = q - p;
+      return product(p, o.log_p - o.log_q) + (q - p);
+    case Divergence::kReverse:
+      o.slope = product(q, o.log_q - o.log_p);
+      return o.slope + (p - q);
+    case Divergence::kTv:
+      o.slope = p == q ? 0 : q > p ? q / 2 : q < p ? -q / 2 : kNaN;
+      return std::fabs(p - q) / 2;
+    default:
+      break;
+  }
+  if (m == 0) return o.slope = 0;
+  const double of_p = product(p, std::log(p / m)), of_q = product(q, std::log(q / m));
+  if (divergence == Divergence::kSkew) {
+    o.slope = -rest * p * (q / m);
+    return of_p + (m - p);
+  }
+  if (divergence == Divergence::kSkewReverse) {
+    o.slope = of_q + mix * p * (q / m);
+    return of_q + (m - q);
+  }
+  o.slope = rest * of_q;
+  return mix * of_p + rest * of_q;
+}
+
+// A block of what is outside.
+template <class C>
+struct Outside {
+  Shift<C> shift;
+  bool masked;
+  double sum;
+};
+
+template <class C, bool kFloor>
+double sum_block(const C* z, int count, const Shift<C>& shift, C* keep, const char* ahead,
+                 int ahead_step) {
+  Vec<C> sum[2] = {};
+  for (int j = 0; j < count; j += 2 * kLanes<C>) {
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const int k = j + i * kLanes<C>;
+      prefetch(ahead += ahead_step);
+      const Vec<C> e = shift.template exp<kFloor>(shift.template x<kFloor>(load(z + k)));
+      sum[i] += e;
+      store(keep + k, e);
+    }
+  }
+  return sum_in_double(sum[0], sum[1]);
+}
+
+template <class C>
+class Row {
+ public:
+  Row(const TopkKlDiv& args, std::int64_t blocks)
+      : args_(args),
+        scale_(static_cast<C>(kLog2E / args.temperature)),
+        student_(args, blocks),
+        scratch_(blocks * (sizeof(Outside<C>) + kBlock * sizeof(C)) + 2 * kBlock * sizeof(C), 4),
+        blocks_(scratch_.take<Outside<C>>(blocks)),
+        keep_(scratch_.take<C>(blocks * kBlock)),
+        stage_(scratch_.take<C>(kBlock)),
+        masked_(scratch_.take<C>(kBlock)) {
+    inside_.reserve(args.K);
+    order_.reserve(args.K);
+  }
+
+  double run(std::int64_t n, std::int64_t next, char* g, double scale) {
+    const Logits s = student_at(args_, n);
+    gather(n);
+    read(s, student_at(args_, next));
+    total();
+    const bool known = teacher(n);
+    if (std::isnan(sum_) || std::isnan(scale) || std::isnan(tail_.p)) {
+      if (g) fill(s, g, kNaN);
+      return kNaN;
+    }
+    if (!(sum_ > 0) || !known) {  // wholly masked, or no mass to compare with
+      if (g) fill(s, g, 0.0);
+      return 0;
+    }
+    student_.total(count_, shift_, sum_);
+    const double D = divergence();
+    const std::int64_t label = args_.labels ? args_.labels[n] : 0;
+    const double T = args_.temperature;
+    double loss = args_.kl_weight == 0 ? 0 : args_.kl_weight * T * T * D;
+    if (args_.ce_weight != 0) {
+      loss += args_.ce_weight * student_.cross_entropy(static_cast<double>(s.at<C>(label)));
+    }
+    if (g == nullptr) return loss;
+    if (args_.divergence == Divergence::kReverse && std::isinf(D) && args_.kl_weight != 0) {
+      fill(s, g, kNaN);
+    } else {
+      write(s, g, label, scale);
+    }
+    return loss;
+  }
+
+ private:
+  bool with_tail() const {
+    return args_.support == Support::kTail || args_.support == Support::kTruncated;
+  }
+
+  // The words inside, each once, by id; log_p is the logarithm of their mass.
+  void gather(std::int64_t n) {
+    const std::int64_t* ids = args_.ids + n * args_.K;
+    const C* logprobs = static_cast<const C*>(args_.logprobs) + n * args_.K;
+    order_.clear(), inside_.clear();
+    for (std::int64_t k = 0; k < args_.K; ++k) {
+      if (ids[k] >= 0) order_.push_back(static_cast<std::uint64_t>(ids[k]) << 32 | k);
+    }
+    std::sort(order_.begin(), order_.end());
+    for (const std::uint64_t word : order_) {
+      const std::int64_t id = static_cast<std::int64_t>(word >> 32);
+      const double log_p = static_cast<double>(logprobs[word & 0xffffffff]);
+      if (inside_.empty() || inside_.back().id != id) {
+        inside_.push_back({id, 0, log_p, 0, 0, 0, 0});
+        continue;
+      }
+      double& sum = inside_.back().log_p;
+      const double most = log_p > sum ? log_p : sum, least = log_p > sum ? sum : log_p;
+      sum = std::isinf(most) ? most : most + std::log1p(std::exp(least - most));
+    }
+  }
+
+  void read(const Logits& s, const Logits& next) {
+    const int bytes = size_of(s.dtype);
+    count_ = (s.V + kBlock - 1) / kBlock;
+    std::size_t word = 0;
+    for (std::int64_t i = 0; i < count_; ++i) {
+      const std::int64_t begin = i * kBlock, ahead = begin + kAhead;
+      const int count = padded<C>(size_of_block(s.V - begin));
+      const Staged<C> all = stage(s, begin, count, stage_);
+      student_.template add<true>(all, begin, count);
+      const Staged<C> rest = mask(all, begin, count, word);
+      Outside<C>& block = blocks_[i];
+      block.shift = Shift<C>(scale_, rest.most);
+      block.masked = rest.most == kMasked<C>;
+      const char* prefetched =
+          ahead < s.V ? s.data + ahead * bytes : next.data + (ahead - s.V) * bytes;
+      const auto sum =
+          block.shift.needs_floor(rest.least) ? sum_block<C, true> : sum_block<C, false>;
+      block.sum = sum(rest.z, count, block.shift, keep_ + begin, prefetched, bytes * kLanes<C>);
+    }
+  }
+
+  // Takes the words inside out of a block, from the `word`-th on.
+  Staged<C> mask(const Staged<C>& all, std::int64_t begin, int count, std::size_t& word) {
+    const auto here = [&] { return word < inside_.size() && inside_[word].id < begin + kBlock; };
+    if (!here()) return all;
+    std::memcpy(masked_, all.z, count * sizeof(C));
+    for (; here(); ++word) {
+      C& z = masked_[inside_[word].id - begin];
+      inside_[word].z = static_cast<double>(z);
+      z = kMasked<C>;
+    }
+    return restage(static_cast<const C*>(masked_), count, masked_, [](Vec<C> z) { return z; });
+  }
+
+  // The student's sums: of the whole row, and outside, by octaves of the largest logit.
+  void total() {
+    shift_ = -kInfinity, sum_ = 0;
+    double outside = 0;
+    for (std::int64_t i = 0; i < count_; ++i) {
+      if (!blocks_[i].masked) shift_ = std::fmax(shift_, blocks_[i].shift.octaves);
+    }
+    tail_shift_ = shift_;
+    for (std::int64_t i = 0; i < count_; ++i) outside += blocks_[i].sum * weight(blocks_[i]);
+    tail_sum_ = outside;
+    const double scale = static_cast<double>(scale_);
+    for (const Outcome& o : inside_) {
+      if (o.z != -kInfinity) shift_ = std::fmax(shift_, o.z * scale);
+    }
+    double inside = 0;
+    for (Outcome& o : inside_) {
+      o.log_q = o.z == -kInfinity ? -kInfinity : kLn2 * (o.z * scale - shift_);
+      inside += o.q = std::exp(o.log_q);
+    }
+    sum_ = tail_sum_ > 0 || std::isnan(tail_sum_)
+               ? inside + tail_sum_ * std::exp2(tail_shift_ - shift_)
+               : inside;
+    // Of the distribution that is compared: the whole row, or what is inside.
+    const bool closed = args_.support == Support::kBoth;
+    const double compared = closed ? inside : sum_, log_sum = std::log(compared);
+    for (Outcome& o : inside_) {
+      if (o.z == -kInfinity) continue;
+      o.log_q -= log_sum;
+      o.q /= compared;
+    }
+    part_ = compared / sum_;
+    tail_.log_q = closed || tail_sum_ == 0
+                      ? -kInfinity
+                      : std::log(tail_sum_) + kLn2 * (tail_shift_ - shift_) - log_sum;
+    tail_.q = std::exp(tail_.log_q);
+  }
+
+  // The teacher's p; whether it has any mass. NaN is left in tail_.p.
+  bool teacher(std::int64_t n) {
+    const double T = args_.support == Support::kSampled ? 1 : args_.temperature;
+    double most = 0, mass = 0, sum = 0;
+    if (!with_tail()) {  // weights of any size
+      most = -kInfinity;
+      for (const Outcome& o : inside_) most = o.log_p > most ? o.log_p : most;
+      if (most == -kInfinity) most = 0;
+    }
+    for (Outcome& o : inside_) {
+      if (T != 1 && with_tail()) mass += std::exp(o.log_p);
+      o.log_p = (o.log_p - most) / T;
+      o.p = std::exp(o.log_p);
+      sum += o.p;
+    }
+    tail_.p = 0;
+    if (with_tail()) {
+      const double left = 1 - (T == 1 ? sum : mass);
+      const double words = static_cast<double>(args_.V_student - std::int64_t(inside_.size()));
+      const C* given = static_cast<const C*>(args_.tail_logmass);
+      const double r = given ? std::exp(static_cast<double>(given[n])) : left < 0 ? 0 : left;
+      tail_.p = words > 0 ? (T == 1 ? r : words * std::pow(r / words, 1 / T)) : 0;
+    }
+    sum += tail_.p;
+    if (!(sum > 0)) {
+      tail_.p = std::isnan(sum) ? kNaN : 0;
+      return false;
+    }
+    const double log_sum = std::log(sum);
+    for (Outcome& o : inside_) o.log_p -= log_sum, o.p /= sum;
+    tail_.p /= sum;
+    if (std::isnan(sum)) tail_.p = kNaN;
+    tail_.log_p = std::log(tail_.p);
+    return true;
+  }
+
+  double divergence() {
+    double loss = 0, slopes = 0, mass = 0;
+    if (args_.support == Support::kTruncated) {
+      for (const Outcome& o : inside_) loss += product(o.p, o.log_p - o.log_q), mass += o.p;
+      for (Outcome& o : inside_) o.slope = mass * o.q - o.p;
+      tail_.slope = mass * tail_.q;
+      return loss;
+    }
+    for (Outcome& o : inside_) {
+      loss += add_terms(o, args_.divergence, args_.mix);
+      slopes += o.slope;
+    }
+    if (args_.support == Support::kBoth) {
+      tail_.slope = 0;
+    } else {
+      loss += add_terms(tail_, args_.divergence, args_.mix);
+      slopes += tail_.slope;
+      tail_.slope -= tail_.q * slopes;
+    }
+    for (Outcome& o : inside_) o.slope -= o.q * slopes;
+    return loss < 0 ? 0 : loss;
+  }
+
+  void write(const Logits& s, char* g, std::int64_t label, double scale) {
+    const double kl = scale * args_.kl_weight * args_.temperature, soft = student_.soft(scale);
+    const double tail = tail_sum_ > 0 ? kl * tail_.slope / tail_sum_ : 0;
+    const double hard = soft * std::exp2(tail_shift_ - shift_) / sum_;
+    for (std::int64_t begin = 0; begin < s.V; begin += kBlock) {
+      const Outside<C>& block = blocks_[begin / kBlock];
+      const C b = static_cast<C>(block.masked ? 0 : (tail + hard) * weight(block));
+      const C* e = keep_ + begin;
+      student_.template write<Form::kAlone>(begin, s, g, e, e, C(0), b, scale, label);
+    }
+    for (const Outcome& o : inside_) {
+      double part = kl * o.slope + student_.own(scale, o.id);
+      if (o.z == -kInfinity) {
+        part = 0;
+      } else {
+        part += soft * o.q * part_ - student_.word_share(scale);
+        if (o.id == label && args_.ce_weight != 0) part -= student_.label_share(scale);
+        const double t = args_.softcap == 0 ? 0 : o.z / args_.softcap;
+        part *= 1 - t * t;
+      }
+      store_one(s, g, o.id, part);
+    }
+  }
+
+  static void store_one(const Logits& like, char* g, std::int64_t index, double value) {
+    dispatch_dtype(like.dtype, [&](auto element) {
+      using T = decltype(element);
+      const auto v = broadcast<Vec<compute_t<T>>>(static_cast<compute_t<T>>(value));
+      store(reinterpret_cast<T*>(g) + index, v, 1);
+    });
+  }
+
+  double weight(const Outside<C>& block) const {
+    return block.masked ? 1 : std::exp2(block.shift.octaves - tail_shift_);
+  }
+
+  const TopkKlDiv& args_;
+  const C scale_;
+  Student<C> student_;
+  Scratch scratch_;
+  Outside<C>* blocks_;
+  C *keep_, *stage_, *masked_;
+  std::vector<std::uint64_t> order_;  // id, and its place in the row
+  std::vector<Outcome> inside_;
+  Outcome tail_{};
+  double shift_ = 0, sum_ = 0, tail_shift_ = 0, tail_sum_ = 0;
+  double part_ = 1;  // of the row, what is compared
+  std::int64_t count_ = 0;
+};
+
+void check_ids(const TopkKlDiv& args) {
+  const std::int64_t N = args.rows[0] * args.rows[1];
+  for (std::int64_t n = 0; n < N; ++n) {
+    for (std::int64_t k = 0; k < args.K; ++k) {
+      const std::int64_t id = args.ids[n * args.K + k];
+      if (id >= -1 && id < args.V_student) continue;
+      throw std::invalid_argument("topk_kl_div: topk_ids must be in [0, " +
+                                  std::to_string(args.V_student) + ") or -1 for none, got " +
+                                  std::to_string(id) + " at row " + std::to_string(n));
+    }
+  }
+}
+
+}  // namespace
+
+void topk_kl_div(const TopkKlDiv& args) {
+  check_ids(args);
+  if (args.student_dtype == DType::kFloat64) {
+    Rows<double, Row<double>, TopkKlDiv>(args, args.V_student, "topk_kl_div").run();
+  } else {
+    Rows<float, Row<float>, TopkKlDiv>(args, args.V_student, "topk_kl_div").run();
+  }
+}
+
+}  // namespace xlstm::XLSTM_ISA

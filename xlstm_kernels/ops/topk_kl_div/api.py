@@ -1,0 +1,156 @@
+"""`xk.topk_kl_div`: checks, autograd, and the choice of backend."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+from torch import Tensor
+
+from ..kl_div import op as kl_div_op
+from ..kl_div.autograd import LOSSES, Operators, check_inplace, row_loss, runs_inplace
+from ..kl_div.options import Options, check_options, plain
+from ..kl_div.rows import (
+    check_beside,
+    check_is_integers,
+    check_labels_and_weight,
+    check_logits,
+)
+from . import op, reference
+from .support import OPEN, SUPPORTS, WITH_TAIL
+
+LOSSES["topk_kl_div"] = Operators(op.forward, op.overwrite, kl_div_op.scale)
+
+# Arguments of `topk_kl_div` as the xLSTM distillation has them (arXiv 2603.15590, Eq. 13), with the
+# teacher's 256 likeliest words: xk.topk_kl_div(logits, logprobs, ids, labels, **xk.XLSTM_RECIPE).
+XLSTM_RECIPE = MappingProxyType({"support": "both", "ce_weight": 0.9, "kl_weight": 0.1})
+
+
+def topk_kl_div(
+    student_logits: Tensor,
+    topk_logprobs: Tensor,
+    topk_ids: Tensor,
+    labels: Tensor | None = None,
+    *,
+    support: str = "tail",
+    tail_logmass: Tensor | None = None,
+    divergence: str = "forward",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    ce_weight: float = 0.0,
+    kl_weight: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    row_weight: Tensor | None = None,
+    reduction: str = "mean",
+    inplace_grad: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """`kl_div` from a teacher that is known by its likeliest words, or by samples.
+
+    Args:
+        student_logits: (..., V), as in `kl_div`.
+        topk_logprobs: (..., K) the teacher's log-probabilities of those words, at temperature 1, in
+            any order; it must not require a gradient.
+        topk_ids: (..., K) integers: the words, from 0 to V - 1. -1 stands for none, where rows have
+            fewer than K. Masses of a word that comes several times add up.
+        support: what the teacher says of the words outside.
+
+            - "tail": they are one outcome more, with all the rest of the mass.
+            - "renormalized": nothing, the mass inside is scaled to 1; the student's is not.
+            - "both": nothing, and the student's softmax goes over the words inside alone.
+            - "truncated": nothing, and nothing is scaled: sum p (log p - log q) over the words
+              inside, which may be negative. Forward only.
+            - "sampled": as "renormalized", for words drawn with replacement: exp(topk_logprobs) are
+              the draws' weights, of any size, which temperature leaves alone. Zeros for plain
+              draws, log(count) for counted ones, log(p / (n proposal)) for importance sampling.
+        tail_logmass: (...) log of the teacher's mass outside, at temperature 1, for "tail" and
+            "truncated". None: what the words inside leave of 1.
+        temperature: T, of the student's softmax and of the teacher: p^(1/T), scaled to 1. Of the
+            teacher's tail only the mass r is known; it counts as spread evenly over its n words:
+            n (r / n)^(1/T).
+        divergence, beta, ce_weight, kl_weight, label_smoothing, z_loss, softcap, ignore_index,
+            row_weight, reduction, inplace_grad, backend, labels: as in `kl_div`, with its policy
+            for masked logits, NaN, and rows that are ignored or without any mass.
+
+    Returns:
+        The loss, as `kl_div` does.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        NotImplementedError: the named backend cannot run this call; the message says why.
+
+    Sources: arXiv 2603.15590, Eq. 13 (`xk.XLSTM_RECIPE`); arXiv 2503.16870 (sampled).
+
+    Example:
+        >>> import torch, xlstm_kernels as xk
+        >>> student, teacher = torch.randn(7, 100, requires_grad=True), torch.randn(7, 100)
+        >>> logprobs, ids = teacher.log_softmax(-1).topk(16)
+        >>> xk.topk_kl_div(student, logprobs, ids).backward()
+    """
+    options = Options(
+        divergence=plain(divergence, beta),
+        beta=beta,
+        temperature=temperature,
+        ce_weight=ce_weight,
+        kl_weight=kl_weight,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        reduction=reduction,
+    )
+    check_options("topk_kl_div", options)
+    _check_support(support, tail_logmass, options.divergence)
+    check_logits("topk_kl_div", "student_logits", student_logits)
+    _check_target(student_logits, topk_logprobs, topk_ids, tail_logmass)
+    check_labels_and_weight("topk_kl_div", labels, row_weight, ce_weight)
+    check_beside("topk_kl_div", "labels", labels, student_logits)
+    check_beside("topk_kl_div", "row_weight", row_weight, student_logits)
+    chosen = op.TOPK_KL_DIV.resolve(backend, student_logits, topk_logprobs)
+    others = topk_logprobs, topk_ids, tail_logmass, labels, row_weight
+    if chosen == "reference":
+        return reference.forward(student_logits, *others, options, support)
+    inplace_grad = runs_inplace(student_logits, inplace_grad)
+    if inplace_grad:
+        check_inplace("topk_kl_div", student_logits, topk_logprobs=topk_logprobs)
+    call = (*options, support)
+    return row_loss("topk_kl_div", student_logits, others, call, inplace_grad, chosen.value)
+
+
+def _check_support(support: str, tail_logmass: Tensor | None, divergence: str) -> None:
+    if support not in SUPPORTS:
+        known = ", ".join(repr(name) for name in SUPPORTS)
+        raise ValueError(f"topk_kl_div: support must be one of {known}, got {support!r}")
+    if tail_logmass is not None and support not in WITH_TAIL:
+        raise ValueError(
+            f"topk_kl_div: tail_logmass must be None for support {support!r}, which has no tail"
+        )
+    if support == "truncated" and divergence != "forward":
+        raise ValueError(
+            "topk_kl_div: divergence must be 'forward' for support 'truncated', whose p are no"
+            f" distribution, got {divergence!r}"
+        )
+    if support in OPEN and divergence == "reverse":
+        raise ValueError(
+            f"topk_kl_div: divergence 'reverse' is infinite for support {support!r}, where the"
+            " student has mass outside; use 'tail' or 'both'"
+        )
+
+
+def _check_target(
+    student: Tensor, topk_logprobs: Tensor, topk_ids: Tensor, tail_logmass: Tensor | None
+) -> None:
+    check_logits("topk_kl_div", "topk_logprobs", topk_logprobs, width="K")
+    check_beside("topk_kl_div", "topk_logprobs", topk_logprobs, student, per_row=False)
+    check_is_integers("topk_kl_div", "topk_ids", topk_ids)
+    check_beside("topk_kl_div", "topk_ids", topk_ids, student, per_row=False)
+    if topk_ids.shape != topk_logprobs.shape:
+        raise ValueError(
+            "topk_kl_div: topk_ids must have the shape of topk_logprobs"
+            f" {tuple(topk_logprobs.shape)}, got {tuple(topk_ids.shape)}"
+        )
+    if tail_logmass is not None:
+        check_logits("topk_kl_div", "tail_logmass", tail_logmass, width="")
+        check_beside("topk_kl_div", "tail_logmass", tail_logmass, student)

@@ -1,0 +1,65 @@
+"""The divergence from a teacher of few words in C++: check, allocate, launch, return."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...backends import load_cpu
+from ...cells import compute_dtype
+from ...memory import address, fresh_cpu, plain, refused_by_cpu
+from ..kl_div.cpu import StudentCall, row_strides
+from ..kl_div.options import Options
+from .support import SUPPORTS
+
+
+def supports(student: Tensor, topk_logprobs: Tensor) -> str | None:
+    return refused_by_cpu(student_logits=student, topk_logprobs=topk_logprobs)
+
+
+def forward(student: Tensor, *call: Any) -> list[Tensor]:
+    *call_, want_grad = call
+    grad = fresh_cpu(student.shape, student.dtype) if want_grad else None
+    if row_strides(student) is None:
+        student = student.contiguous()
+    loss = _launch(student, *call_, grad=grad)
+    return [loss] if grad is None else [loss, grad]
+
+
+def overwrite(student: Tensor, *call: Any) -> Tensor:
+    if row_strides(student) is None:
+        loss, grad = forward(student, *call, True)
+        student.copy_(grad)
+        return loss
+    return _launch(student, *call, grad=student)
+
+
+def _launch(
+    student: Tensor,
+    topk_logprobs: Tensor,
+    topk_ids: Tensor,
+    tail_logmass: Tensor | None,
+    labels: Tensor | None,
+    row_weight: Tensor | None,
+    *call: Any,
+    grad: Tensor | None,
+) -> Tensor:
+    *options_, support = call
+    options, dtype = Options(*options_), compute_dtype(student.dtype)
+    found = row_strides(student) if grad is None else row_strides(student, grad)
+    assert found is not None  # forward and overwrite have seen to it
+    rows, strides = found
+    student_call = StudentCall(
+        student, strides[0], rows, labels, row_weight, options, grad, strides[-1]
+    )
+    logprobs, ids = plain(topk_logprobs, dtype), plain(topk_ids, torch.int64)
+    tail = plain(tail_logmass, dtype)
+    load_cpu().topk_kl_div(
+        *student_call.arguments(),
+        SUPPORTS.index(support),
+        ids.shape[-1],
+        (address(logprobs), address(ids), address(tail)),
+    )
+    return student_call.loss
