@@ -12,11 +12,11 @@ pytest.importorskip("xlstm", reason="xlstm is not installed: make test-compat")
 cell_module = pytest.importorskip("xlstm.blocks.slstm.cell")
 
 
-def randomised(layer):
+def randomised(layer, scale=0.5):
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in layer.parameters():
-            parameter.copy_(0.5 * torch.randn_like(parameter))
+            parameter.copy_(scale * torch.randn_like(parameter))
     return layer
 
 
@@ -114,8 +114,9 @@ def test_a_stack_of_both_blocks():
         embedding_dim=16,
         slstm_at=[1],
     )
-    model = randomised(xlstm.xLSTMBlockStack(config)).eval()
-    x = torch.randn(2, 20, 16)
+    # Larger weights, and the layers magnify rounding: plain torch's error then is luck.
+    model = randomised(xlstm.xLSTMBlockStack(config), 0.2).eval()
+    x = torch.randn(2, 20, 16, generator=torch.Generator().manual_seed(1))
 
     def results(model, x):
         model.zero_grad()
@@ -131,13 +132,19 @@ def test_a_stack_of_both_blocks():
         grads = {name: p.grad.clone() for name, p in model.named_parameters()}
         return {"y": y.detach(), "steps": torch.cat(steps, 1)} | grads
 
-    plain = results(model, x)
+    plain, unswapped = results(model, x), copy.deepcopy(model)
     exact = results(copy.deepcopy(model).double(), x.double())
+
+    def plains():
+        yield plain
+        with torch.backends.mkldnn.flags(enabled=False):  # sums in another order
+            yield results(unswapped, x)
+
     state_dict = model.state_dict()
     report = xk.replace_layers(model)
     kinds = sorted(row.became for row in report.replaced)
     assert kinds == ["FusedmLSTMCell", "FusedsLSTMCell_vanilla"]
-    check_results(results(model, x), exact, iter([plain]))
+    check_results(results(model, x), exact, plains())
     again = copy.deepcopy(model)
     assert torch.equal(again(x), model(x))
     assert list(model.state_dict()) == list(state_dict)
