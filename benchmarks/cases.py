@@ -9,7 +9,7 @@ from .problem import FORWARD, FORWARD_BACKWARD, Case
 
 OPS = (
     "mlstm", "mlstm_step", "slstm", "lstm", "kl_div", "topk_kl_div", "linear_kl_div",
-    "linear_cross_entropy", "replace",
+    "linear_topk_kl_div", "linear_cross_entropy", "replace",
 )  # fmt: skip
 
 # (B, T, H, K, V)
@@ -74,7 +74,7 @@ def cases(quick: bool = False) -> list[Case]:
         found += [kl_div.loss_and_gradient(N, V, dtype, name) for name in ("js", "tv")]
         for words in QUICK_WORDS if quick else WORDS:
             found.append(kl_div.topk_loss_and_gradient(*words, dtype))
-    for op in ("linear_kl_div", "linear_cross_entropy"):
+    for op in linear_kl_div.TARGETS:
         for head in QUICK_HEADS if quick else HEADS:
             for dtype in (torch.float32, torch.bfloat16):
                 found.append(linear_kl_div.loss_and_gradients(op, *head, dtype))

@@ -11,21 +11,32 @@ from torch import Tensor
 
 import xlstm_kernels as xk
 
+from . import peers
 from .problem import FORWARD_BACKWARD, Bound, Case, Tensors, Variant
 
 WRT = ("hidden", "weight")
+# By operation: the inputs that make its target.
 TEACHER = ("teacher_hidden", "teacher_weight")
+TARGETS = {
+    "linear_kl_div": TEACHER,
+    "linear_topk_kl_div": ("topk_logprobs", "topk_ids"),
+    "linear_cross_entropy": ("labels",),
+}
+WORDS = 64  # of a teacher that is known by its likeliest
 REFERENCE_ROWS = 64  # rows the reference holds in float64 at a time
 Loss = Callable[[Tensors], Tensor]
 
 
 def loss_and_gradients(op: str, N: int, E: int, V: int, dtype: torch.dtype) -> Case:
     """The sum over rows by N, forward and backward in one: forward KL of a teacher of the same
-    size, or cross-entropy. The peers hold all logits."""
+    size, or of its likeliest words, or cross-entropy. The peers hold all logits."""
     products = 4 if op == "linear_kl_div" else 3
-    matrices = 2 if op == "linear_kl_div" else 1
-    inputs = matrices * (N + V) * E * dtype.itemsize
-    labels = 0 if op == "linear_kl_div" else N * torch.int64.itemsize
+    head, words = (N + V) * E * dtype.itemsize, min(WORDS, V)
+    target_bytes = {
+        "linear_kl_div": head,
+        "linear_topk_kl_div": N * words * (dtype.itemsize + torch.int64.itemsize),
+        "linear_cross_entropy": N * torch.int64.itemsize,
+    }
     return Case(
         op=op,
         shape=f"N{N} E{E} V{V}",
@@ -41,7 +52,7 @@ def loss_and_gradients(op: str, N: int, E: int, V: int, dtype: torch.dtype) -> C
             Variant("products alone", _bind_products),
         ),
         flops=2 * products * N * E * V,
-        moved_bytes=inputs + labels + (N + V) * E * dtype.itemsize,
+        moved_bytes=2 * head + target_bytes[op],  # the inputs, and gradients as large as the head
     )
 
 
@@ -54,10 +65,9 @@ def _variant(name: str, loss: Loss, ours: bool = False) -> Variant:
 
 def _fused(backend: str) -> Loss:
     def loss(t: Tensors) -> Tensor:
-        how = {"reduction": "batchmean", "backend": backend}
-        if "labels" in t:
-            return xk.linear_cross_entropy(t["hidden"], t["weight"], t["labels"], **how)
-        return xk.linear_kl_div(*(t[name] for name in (*WRT, *TEACHER)), **how)
+        op = next(op for op, target in TARGETS.items() if target[0] in t)
+        arguments = (t[name] for name in (*WRT, *TARGETS[op]))
+        return getattr(xk, op)(*arguments, reduction="batchmean", backend=backend)
 
     return loss
 
@@ -65,6 +75,8 @@ def _fused(backend: str) -> Loss:
 def _eager(t: Tensors) -> Tensor:
     """The logits of all rows in the dtype of the head, as a linear layer makes them."""
     student = t["hidden"] @ t["weight"].mT
+    if "topk_ids" in t:
+        return peers.tail_kl_div(student, t["topk_logprobs"], t["topk_ids"])
     if "labels" in t:
         return F.cross_entropy(student, t["labels"])
     teacher = t["teacher_hidden"] @ t["teacher_weight"].mT
@@ -98,9 +110,10 @@ def _bind_products(case: Case, tensors: Tensors) -> Bound:
     how = {"reduction": "batchmean", "backend": "cpu"}
     if "labels" in plain:
         loss = F.cross_entropy(student, plain["labels"])
+    elif "topk_ids" in plain:
+        loss = xk.topk_kl_div(student, plain["topk_logprobs"], plain["topk_ids"], **how)
     else:
-        teacher = plain["teacher_hidden"] @ plain["teacher_weight"].mT
-        loss = xk.kl_div(student, teacher, **how)
+        loss = xk.kl_div(student, plain["teacher_hidden"] @ plain["teacher_weight"].mT, **how)
     dz = torch.autograd.grad(loss, student)[0].to(case.dtype)
     given = loss.detach(), dz, tensors["hidden"], tensors["weight"]
     teacher_head = [tensors[name] for name in TEACHER if name in tensors]
@@ -133,5 +146,8 @@ def _inputs(op: str, draw: torch.Generator, N: int, E: int, V: int) -> Tensors:
     found = {"hidden": hidden, "weight": weight}
     if op == "linear_cross_entropy":
         return found | {"labels": torch.randint(0, V, (N,), generator=draw)}
-    apart = torch.randn(N, E, generator=draw)
-    return found | {"teacher_hidden": hidden + 0.1 * apart, "teacher_weight": weight.clone()}
+    teacher = hidden + 0.1 * torch.randn(N, E, generator=draw)
+    if op == "linear_kl_div":
+        return found | {"teacher_hidden": teacher, "teacher_weight": weight.clone()}
+    logprobs, ids = (teacher @ weight.mT).log_softmax(-1).topk(min(WORDS, V))
+    return found | {"topk_logprobs": logprobs, "topk_ids": ids}

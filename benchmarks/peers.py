@@ -90,7 +90,7 @@ def kl_div(divergence: str, temperature: float) -> tuple[Variant, ...]:
 
 def topk_kl_div() -> tuple[Variant, ...]:
     """log_softmax, gathered words, and a tail of what they leave of 1."""
-    return _eager_and_compiled(_topk_kl_div, ("student", "logprobs", "ids"))
+    return _eager_and_compiled(tail_kl_div, ("student", "logprobs", "ids"))
 
 
 def _eager_and_compiled(loss: Callable[..., Tensor], names: Sequence[str]) -> tuple[Variant, ...]:
@@ -126,7 +126,7 @@ def _kl_div(divergence: str, temperature: float) -> Callable[[Tensor, Tensor], T
     return kl_div
 
 
-def _topk_kl_div(student: Tensor, logprobs: Tensor, ids: Tensor) -> Tensor:
+def tail_kl_div(student: Tensor, logprobs: Tensor, ids: Tensor) -> Tensor:
     log_q = F.log_softmax(student, -1).gather(-1, ids)
     tail_p = (1 - logprobs.exp().sum(-1)).clamp_min(1e-8)
     tail_q = (1 - log_q.exp().sum(-1)).clamp_min(1e-8)

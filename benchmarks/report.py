@@ -17,7 +17,7 @@ GROUPS = {
     "speed-mlstm": ("mlstm", "mlstm_step"),
     "speed-recurrence": ("slstm", "lstm"),
     "speed-kl_div": ("kl_div", "topk_kl_div"),
-    "speed-linear_kl_div": ("linear_kl_div", "linear_cross_entropy"),
+    "speed-linear_kl_div": ("linear_kl_div", "linear_topk_kl_div", "linear_cross_entropy"),
     "speed-replace": ("replace",),
 }
 TITLES = {

@@ -38,6 +38,7 @@ class Case:
     weight_dtype: torch.dtype | None = None
     teacher_E: int = 28
     teacher_V: int | None = None
+    support: str = "tail"
     divergence: str = "forward"
     temperature: float = 1.0
     ce_weight: float = 0.0
@@ -80,6 +81,12 @@ def inputs(case: Case) -> dict[str, Tensor]:
         found["teacher_weight"] = weight.to(weight_dtype)
         if case.bias:
             found["teacher_bias"] = normal(wide).to(weight_dtype)
+    if case.function == "linear_topk_kl_div":
+        logprobs = (3 * normal(2, N, V)).log_softmax(-1)
+        found["topk_logprobs"], found["topk_ids"] = logprobs.topk(min(V, 8), sorted=False)
+        if case.support == "tail":  # what was cut off a wider vocabulary, too
+            mass = found["topk_logprobs"].exp().sum(-1)
+            found["tail_logmass"] = (1.01 - mass).log()
     if case.ce_weight or case.function == "linear_cross_entropy":
         found["labels"] = torch.randint(0, V, (2, N), generator=g)
         found["labels"][:, ::4] = -100
@@ -99,15 +106,21 @@ def call(case: Case, tensors: Results, backend: str) -> Tensor:
         return xk.linear_cross_entropy(
             t["hidden"], t["weight"], t["labels"], bias=t.get("bias"), **how
         )
+    how |= {
+        "divergence": case.divergence,
+        "temperature": case.temperature,
+        "ce_weight": case.ce_weight,
+        "kl_weight": 0.7,
+        "student_bias": t.get("bias"),
+    }
+    if case.function == "linear_topk_kl_div":
+        names = ("hidden", "weight", "topk_logprobs", "topk_ids")
+        how |= {"support": case.support, "tail_logmass": t.get("tail_logmass")}
+        return xk.linear_topk_kl_div(*(t[name] for name in names), t.get("labels"), **how)
     return xk.linear_kl_div(
         *(t[name] for name in ("hidden", "weight", "teacher_hidden", "teacher_weight")),
         t.get("labels"),
-        student_bias=t.get("bias"),
         teacher_bias=t.get("teacher_bias"),
-        divergence=case.divergence,
-        temperature=case.temperature,
-        ce_weight=case.ce_weight,
-        kl_weight=0.7,
         **how,
     )
 

@@ -47,10 +47,11 @@ MAY_IMPORT = {
     r"ops\.(?P<op>topk_kl_div)\.op": rf"{{op}}\.cpu|{HELPERS}|ops\.kl_div\.options|cells"
     r"|backends|library",
     r"ops\.(?P<op>topk_kl_div)\.\w+": r"{op}\.(?!cpu$)\w+|ops\.kl_div\.(?!api$|cpu$)\w+|cells",
-    # Products, and then the rows of logits are those of kl_div.
-    r"ops\.(?P<op>linear_kl_div)\.cpu": rf"{HELPERS}|ops\.kl_div\.(cpu|options)|gemm|memory",
-    r"ops\.(?P<op>linear_kl_div)\.\w+": r"{op}\.\w+|ops\.kl_div\.(?!api$|cpu$|cuda$|triton$)\w+"
-    r"|backends|library|cells|arguments",
+    # Products, and then the rows of logits are those of kl_div and topk_kl_div.
+    r"ops\.(?P<op>linear_kl_div)\.cpu": rf"{HELPERS}|ops\.(topk_)?kl_div\.(cpu|options)"
+    r"|gemm|memory",
+    r"ops\.(?P<op>linear_kl_div)\.\w+": r"{op}\.\w+|backends|library|cells|arguments"
+    r"|ops\.(topk_)?kl_div\.(?!api$|cpu$|cuda$|triton$)\w+",
     r"ops\.(?P<op>\w+)\.api": r"{op}\.(?!cpu$|cuda$|triton$)\w+|backends|cells(\.\w+)?|arguments",
     r"ops\.(?P<op>\w+)\.op": rf"{{op}}\.(cpu|cuda|triton)|{HELPERS}|backends|library|cells",
     r"ops\.(?P<op>\w+)\.(cpu|cuda|triton)": rf"{HELPERS}|backends|memory|arguments|cells(\.\w+)?",

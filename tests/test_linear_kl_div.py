@@ -19,6 +19,7 @@ from torch.testing import assert_close
 import xlstm_kernels as xk
 from xlstm_kernels.ops.kl_div.options import Options
 from xlstm_kernels.ops.linear_kl_div import cpu, plan
+from xlstm_kernels.ops.topk_kl_div.support import SUPPORTS
 
 INF, NAN = float("inf"), float("nan")
 EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
@@ -42,6 +43,8 @@ ACCURACY = [
     *cases(dtype=DTYPES, divergence=["forward", "reverse"], temperature=[0.5, 4.0],
            ce_weight=[0.0, 0.3], V=[257]),
     *cases(dtype=DTYPES, divergence=["js", "tv"], chunk_rows=[5]),
+    *cases(function=["linear_topk_kl_div"], dtype=DTYPES, support=SUPPORTS, chunk_rows=[5],
+           weighted=[True], ce_weight=[0.4], temperature=[1.0, 2.0]),
     *cases(dtype=DTYPES, weight_dtype=DTYPES),
     *cases(dtype=DTYPES, divergence=["reverse"], V=[324], teacher_V=[348], bias=[True]),
     *cases(dtype=DTYPES, V=[324], teacher_V=[300], bias=[True]),
@@ -121,6 +124,11 @@ def test_options_are_those_of_kl_div(backend, name):
     student, teacher = heads[0] @ heads[1].mT, heads[2] @ heads[3].mT
     want = xk.kl_div(student, teacher, t["labels"], **how)
     assert_close(xk.linear_kl_div(*heads, t["labels"], **how), want)
+    if name in inspect.signature(xk.linear_topk_kl_div).parameters:
+        words = torch.randn(2, 9, 12, dtype=torch.float64).log_softmax(-1).topk(5)
+        want = xk.topk_kl_div(student, *words, t["labels"], support="both", **how)
+        got = xk.linear_topk_kl_div(*heads[:2], *words, t["labels"], support="both", **how)
+        assert_close(got, want)
     if name in inspect.signature(xk.linear_cross_entropy).parameters:
         how = {name: OTHER_OPTIONS[name], "backend": backend}
         hard = {"ce_weight": 1.0, "kl_weight": 0.0}
@@ -307,6 +315,17 @@ def test_label_out_of_range(backend, function, label):
     t = inputs(case)
     t["labels"][1, 3] = label
     text = rf"{function}: labels must be in \[0, 300\).* got {label} at row 12"
+    with pytest.raises(ValueError, match=text):
+        run(case, t, backend)
+
+
+@EVERYWHERE_TOO
+@pytest.mark.parametrize("word", [-2, 300])
+def test_word_out_of_range(backend, word):
+    case = Case(backend, "linear_topk_kl_div", chunk_rows=2)
+    t = inputs(case)
+    t["topk_ids"][1, 3, 2] = word
+    text = rf"linear_topk_kl_div: topk_ids must be in \[0, 300\) .* got {word} at row 12"
     with pytest.raises(ValueError, match=text):
         run(case, t, backend)
 

@@ -163,6 +163,7 @@ def operator_calls(backend):
     for function, reduction, dtype in (
         ("linear_kl_div", "mean", torch.float32),
         ("linear_kl_div", "none", torch.bfloat16),
+        ("linear_topk_kl_div", "mean", torch.bfloat16),
         ("linear_cross_entropy", "mean", torch.float64),
     ):
         case = Case(backend, function, dtype, bias=reduction == "none", ce_weight=0.5)
@@ -170,7 +171,7 @@ def operator_calls(backend):
         options = Options(reduction=reduction, ce_weight=0.5)
         if function == "linear_cross_entropy":
             options = options._replace(kl_weight=0.0, ce_weight=1.0)
-        yield *Inputs(*(t.get(name) for name in Inputs._fields)), *options
+        yield *Inputs(*(t.get(name) for name in Inputs._fields)), *options, case.support
 
 
 @EVERY_BACKEND
@@ -195,9 +196,8 @@ def test_compiles_once_for_every_number_of_rows(backend, function, reduction):
     compiled = torch.compile(lambda t: call(case, t, backend), fullgraph=True, backend=counter)
     for N in (4, 7, 20, 33):
         t = tracked(Case(**{**case.__dict__, "N": N}))
-        for name in ("hidden", "teacher_hidden", "labels", "row_weight"):
-            if name in t:
-                torch._dynamo.mark_dynamic(t[name], 1)
+        for name in set(t) & {*Inputs._fields} - {*HEAD[1:], "teacher_weight", "teacher_bias"}:
+            torch._dynamo.mark_dynamic(t[name], 1)
         got, want = compiled(t), call(case, t, backend)
         assert_close(got, want)
         leaves = [t[name] for name in HEAD]

@@ -9,7 +9,7 @@ from . import nn
 from .backends import available_backends
 from .cells import LSTMState, MLSTMState, SLSTMState
 from .ops.kl_div import kl_div
-from .ops.linear_kl_div import linear_cross_entropy, linear_kl_div
+from .ops.linear_kl_div import linear_cross_entropy, linear_kl_div, linear_topk_kl_div
 from .ops.mlstm import mlstm, mlstm_combine, mlstm_context_parallel
 from .ops.mlstm_step import mlstm_step
 from .ops.recurrence import lstm, slstm
@@ -27,6 +27,7 @@ __all__ = [
     "kl_div",
     "linear_cross_entropy",
     "linear_kl_div",
+    "linear_topk_kl_div",
     "lstm",
     "mlstm",
     "mlstm_combine",

@@ -1,4 +1,5 @@
-"""`xk.linear_kl_div` and `xk.linear_cross_entropy`: checks, and the choice of backend."""
+"""`xk.linear_kl_div`, `xk.linear_topk_kl_div`, `xk.linear_cross_entropy`: checks, and the choice of
+backend."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from ..kl_div.options import Options, check_options, plain
 from . import op, reference
 from .arguments import check_inputs
 from .autograd import linear_loss
-from .inputs import Inputs
+from .inputs import Inputs, Settings
 
 
 def linear_kl_div(
@@ -90,8 +91,72 @@ def linear_kl_div(
         ignore_index=ignore_index,
         reduction=reduction,
     )
-    inputs = Inputs(*student, *teacher, labels, row_weight)
-    return _linear_loss("linear_kl_div", inputs, options, chunk_rows, backend)
+    inputs = Inputs(*student, *teacher, None, None, None, labels, row_weight)
+    return _linear_loss("linear_kl_div", inputs, Settings(options), chunk_rows, backend)
+
+
+def linear_topk_kl_div(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    topk_logprobs: Tensor,
+    topk_ids: Tensor,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    support: str = "tail",
+    tail_logmass: Tensor | None = None,
+    divergence: str = "forward",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    ce_weight: float = 0.0,
+    kl_weight: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    row_weight: Tensor | None = None,
+    reduction: str = "mean",
+    chunk_rows: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`xk.topk_kl_div` of the logits ``hidden weight^T + bias``, which are never all there.
+
+    Args:
+        student_hidden: (..., E), student_weight: (V, E), student_bias: (V,). The gradient goes to
+            those that require one.
+        topk_logprobs, topk_ids, support, tail_logmass: as in `xk.topk_kl_div`.
+        labels, divergence, beta, temperature, ce_weight, kl_weight, label_smoothing, z_loss,
+            softcap, ignore_index, row_weight, reduction: as in `xk.kl_div`.
+        chunk_rows, backend: as in `xk.linear_kl_div`.
+
+    Returns:
+        The loss, (...) for reduction "none", as `xk.linear_kl_div` does.
+
+    Example:
+        >>> import torch, xlstm_kernels as xk
+        >>> hidden, weight = torch.randn(7, 16, requires_grad=True), torch.randn(100, 16)
+        >>> logprobs, ids = torch.randn(7, 100).log_softmax(-1).topk(8)
+        >>> xk.linear_topk_kl_div(hidden, weight, logprobs, ids).backward()
+        >>> hidden.grad.shape
+        torch.Size([7, 16])
+    """
+    options = Options(
+        divergence=plain(divergence, beta),
+        beta=beta,
+        temperature=temperature,
+        ce_weight=ce_weight,
+        kl_weight=kl_weight,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        reduction=reduction,
+    )
+    student = student_hidden, student_weight, student_bias
+    words = topk_logprobs, topk_ids, tail_logmass
+    inputs = Inputs(*student, None, None, None, *words, labels, row_weight)
+    settings = Settings(options, support)
+    return _linear_loss("linear_topk_kl_div", inputs, settings, chunk_rows, backend)
 
 
 def linear_cross_entropy(
@@ -138,20 +203,21 @@ def linear_cross_entropy(
         ignore_index=ignore_index,
         reduction=reduction,
     )
-    inputs = Inputs(hidden, weight, bias, None, None, None, labels, row_weight)
-    return _linear_loss("linear_cross_entropy", inputs, options, chunk_rows, backend)
+    inputs = Inputs(hidden, weight, bias, *(None,) * 6, labels, row_weight)
+    return _linear_loss("linear_cross_entropy", inputs, Settings(options), chunk_rows, backend)
 
 
 def _linear_loss(
-    function: str, inputs: Inputs, options: Options, chunk_rows: int | None, backend: str
+    function: str, inputs: Inputs, settings: Settings, chunk_rows: int | None, backend: str
 ) -> Tensor:
-    check_options(function, options)
-    check_inputs(function, inputs, options.ce_weight, chunk_rows)
+    check_options(function, settings.options)
+    check_inputs(function, inputs, settings, chunk_rows)
     inputs = _cast(inputs)
     chosen = op.LINEAR_KL_DIV.resolve(backend, inputs, function=function)
     if chosen == "reference":
-        return reference.forward(inputs, options)
-    return linear_loss(inputs, options, chunk_rows or 0, chosen.value)
+        return reference.forward(inputs, settings)
+    settings = settings._replace(chunk_rows=chunk_rows or 0)
+    return linear_loss(inputs, settings, chosen.value)
 
 
 def _cast(inputs: Inputs) -> Inputs:

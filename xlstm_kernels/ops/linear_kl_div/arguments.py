@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ...arguments import check_is_positive, check_is_tensor, check_tensor
 from ..kl_div.rows import check_beside, check_labels_and_weight
-from .inputs import Inputs
+from ..topk_kl_div.arguments import check_support, check_target
+from .inputs import Inputs, Settings
 
 # By public function: the names of hidden states, weight and bias, and the teacher's.
 NAMES = {
@@ -15,11 +16,12 @@ NAMES = {
         ("student_hidden", "student_weight", "student_bias"),
         ("teacher_hidden", "teacher_weight", "teacher_bias"),
     ),
+    "linear_topk_kl_div": (("student_hidden", "student_weight", "student_bias"), ()),
     "linear_cross_entropy": (("hidden", "weight", "bias"), ()),
 }
 
 
-def check_inputs(function: str, inputs: Inputs, ce_weight: float, chunk_rows: int | None) -> None:
+def check_inputs(function: str, inputs: Inputs, settings: Settings, chunk_rows: int | None) -> None:
     """Shapes, dtypes and devices; nothing here reads a tensor's values."""
     ours, theirs = NAMES[function]
     first, whose = (ours[0], inputs.hidden), f"{ours[0]}'s"
@@ -34,6 +36,11 @@ def check_inputs(function: str, inputs: Inputs, ce_weight: float, chunk_rows: in
                     f"{function}: {name} must not require a gradient, which goes to the student"
                     f" alone; pass {name}.detach()"
                 )
+    if function == "linear_topk_kl_div":
+        words = inputs.topk_logprobs, inputs.topk_ids, inputs.tail_logmass
+        check_support(function, settings.support, words[2], settings.options.divergence)
+        check_target(function, inputs.hidden, *words, whose)  # type: ignore[arg-type]  # not None
+    ce_weight = settings.options.ce_weight
     check_labels_and_weight(function, inputs.labels, inputs.row_weight, ce_weight)
     check_beside(function, "labels", inputs.labels, inputs.hidden, whose=whose)
     check_beside(function, "row_weight", inputs.row_weight, inputs.hidden, whose=whose)

@@ -14,49 +14,46 @@ import torch
 from torch import Tensor
 
 from ..kl_div.op import scale
-from ..kl_div.options import Options
 from . import op
-from .inputs import DIFFERENTIABLE, Inputs
+from .inputs import DIFFERENTIABLE, Inputs, Settings
 
 Grads = tuple[Tensor | None, ...]
 
 
-def linear_loss(inputs: Inputs, options: Options, chunk_rows: int, backend: str) -> Tensor:
+def linear_loss(inputs: Inputs, settings: Settings, backend: str) -> Tensor:
     """The loss, differentiable by hidden, weight and bias."""
     parts = (getattr(inputs, name) for name in DIFFERENTIABLE)
     wanted = [part is not None and part.requires_grad for part in parts]
     if not (torch.is_grad_enabled() and any(wanted)):
-        return _forward(inputs, options, chunk_rows, [False] * len(wanted), backend)[0]
+        return _forward(inputs, settings, [False] * len(wanted), backend)[0]
     function = TracedLinearLoss if torch.compiler.is_compiling() else LinearLoss
-    return function.apply(options, chunk_rows, wanted, backend, *inputs)
+    return function.apply(settings, wanted, backend, *inputs)
 
 
-def _forward(
-    inputs: Inputs, options: Options, chunk_rows: int, wanted: list[bool], backend: str
-) -> list[Tensor]:
-    return op.forward(*inputs, *options, chunk_rows, wanted, backend)
+def _forward(inputs: Inputs, settings: Settings, wanted: list[bool], backend: str) -> list[Tensor]:
+    options, *others = settings
+    return op.forward(*inputs, *options, *others, wanted, backend)
 
 
-def _at_once(inputs: Inputs, options: Options, wanted: list[bool]) -> bool:
+def _at_once(inputs: Inputs, settings: Settings, wanted: list[bool]) -> bool:
     """Whether forward computes the gradients. float16 waits for backward, as in kl_div: a loss
     scale is there to lift them into float16's range."""
     if inputs.hidden.dtype == torch.float16:
         return False
-    return options.reduction != "none" or not any(wanted[1:])
+    return settings.options.reduction != "none" or not any(wanted[1:])
 
 
 def _gradients(
     dloss: Tensor,
     inputs: Inputs,
-    options: Options,
-    chunk_rows: int,
+    settings: Settings,
     wanted: list[bool],
     backend: str,
 ) -> list[Tensor]:
     """In a pass of their own, with `dloss` folded into the rows' weights."""
     weight = dloss if inputs.row_weight is None else dloss * inputs.row_weight.to(dloss.dtype)
     inputs = inputs._replace(row_weight=weight.expand(inputs.hidden.shape[:-1]))
-    return _forward(inputs, options, chunk_rows, wanted, backend)[1:]
+    return _forward(inputs, settings, wanted, backend)[1:]
 
 
 def _in_place(found: list[Tensor], wanted: list[bool]) -> Grads:
@@ -69,17 +66,16 @@ class LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        options: Options,
-        chunk_rows: int,
+        settings: Settings,
         wanted: list[bool],
         backend: str,
         *tensors: Tensor | None,
     ) -> Tensor:
         inputs = Inputs(*tensors)  # type: ignore[arg-type]
-        at_once = wanted if _at_once(inputs, options, wanted) else [False] * len(wanted)
-        loss, *found = _forward(inputs, options, chunk_rows, at_once, backend)
+        at_once = wanted if _at_once(inputs, settings, wanted) else [False] * len(wanted)
+        loss, *found = _forward(inputs, settings, at_once, backend)
         ctx.save_for_backward(*tensors)
-        ctx.ready, ctx.call = found, (options, chunk_rows, wanted, backend)
+        ctx.ready, ctx.call = found, (settings, wanted, backend)
         return loss
 
     @staticmethod
@@ -97,8 +93,7 @@ class LinearLossGrad(torch.autograd.Function):
         ctx: Any,
         dloss: Tensor,
         ready: list[Tensor],
-        options: Options,
-        chunk_rows: int,
+        settings: Settings,
         wanted: list[bool],
         backend: str,
         *tensors: Tensor | None,
@@ -111,7 +106,7 @@ class LinearLossGrad(torch.autograd.Function):
             for grad in found:
                 scale(grad, dloss, backend)
         else:
-            found = _gradients(dloss, inputs, options, chunk_rows, wanted, backend)
+            found = _gradients(dloss, inputs, settings, wanted, backend)
         return _in_place(found, wanted)
 
     @staticmethod
@@ -128,28 +123,27 @@ class TracedLinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        options: Options,
-        chunk_rows: int,
+        settings: Settings,
         wanted: list[bool],
         backend: str,
         *tensors: Tensor | None,
     ) -> Tensor:
         inputs = Inputs(*tensors)  # type: ignore[arg-type]
-        ctx.at_once = _at_once(inputs, options, wanted)
+        ctx.at_once = _at_once(inputs, settings, wanted)
         at_once = wanted if ctx.at_once else [False] * len(wanted)
-        loss, *found = _forward(inputs, options, chunk_rows, at_once, backend)
+        loss, *found = _forward(inputs, settings, at_once, backend)
         ctx.save_for_backward(*(found if ctx.at_once else tensors))
-        ctx.call = options, chunk_rows, wanted, backend
+        ctx.call = settings, wanted, backend
         return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> Grads:
-        options, chunk_rows, wanted, backend = ctx.call
+        settings, wanted, backend = ctx.call
         if ctx.at_once:
-            factor = dloss.unsqueeze(-1) if options.reduction == "none" else dloss
+            factor = dloss.unsqueeze(-1) if settings.options.reduction == "none" else dloss
             found = [(grad * factor).to(grad.dtype) for grad in ctx.saved_tensors]
         else:
             inputs = Inputs(*ctx.saved_tensors)
-            found = _gradients(dloss, inputs, options, chunk_rows, wanted, backend)
+            found = _gradients(dloss, inputs, settings, wanted, backend)
         grads = _in_place(found, wanted)
         return (*(None,) * len(ctx.call), *grads, *(None,) * (len(Inputs._fields) - len(grads)))

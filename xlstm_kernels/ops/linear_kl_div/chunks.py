@@ -11,78 +11,61 @@ a rounded q - p does not.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...cells import compute_dtype, no_autocast
-from ..kl_div.options import Options
-from .inputs import Inputs, valid_rows
+from .inputs import Inputs, Settings, valid_rows
 from .plan import blocks, plan_rows
 
 Rows = slice | Tensor
 
 
 class Machine(NamedTuple):
-    """`product_dtype` and `multiply` of xlstm_kernels.gemm; `fresh(shape, dtype)`; `loss` and
-    `overwrite`, the forward and overwrite of a backend of kl_div."""
+    """`product_dtype` and `multiply` of xlstm_kernels.gemm; `fresh(shape, dtype)`; the backend of
+    kl_div and that of topk_kl_div: `forward` and `overwrite`."""
 
     product_dtype: Callable[[torch.dtype], torch.dtype]
     multiply: Callable[[Tensor, Tensor, Tensor, bool], None]
     fresh: Callable[[Any, torch.dtype], Tensor]
-    loss: Callable[..., list[Tensor]]
-    overwrite: Callable[..., Tensor]
+    kl_div: ModuleType
+    topk_kl_div: ModuleType
 
 
-def run(
-    inputs: Inputs, options: Options, chunk_rows: int, wanted: list[bool], machine: Machine
-) -> list[Tensor]:
+def run(inputs: Inputs, settings: Settings, wanted: list[bool], machine: Machine) -> list[Tensor]:
     """The loss and the wanted gradients by hidden, weight and bias."""
     with no_autocast(inputs.hidden.device), torch.no_grad():
-        return _run(inputs, options, chunk_rows, wanted, machine)
+        return _run(inputs, settings, wanted, machine)
 
 
-def _run(
-    inputs: Inputs, options: Options, chunk_rows: int, wanted: list[bool], machine: Machine
-) -> list[Tensor]:
-    leading, dtype = inputs.hidden.shape[:-1], compute_dtype(inputs.hidden.dtype)
-    valid = valid_rows(inputs, options.ignore_index)
-    N = leading.numel()
+def _run(inputs: Inputs, settings: Settings, wanted: list[bool], machine: Machine) -> list[Tensor]:
+    options, dtype = settings.options, compute_dtype(inputs.hidden.dtype)
+    leading, grad = inputs.hidden.shape[:-1], any(wanted)
+    valid, N = valid_rows(inputs, options.ignore_index), leading.numel()
     scale = _reduction_scale(options.reduction, N, valid)
     weight_N = None if inputs.row_weight is None else inputs.row_weight.to(dtype).reshape(N)
     if scale != 1:
         weight_N = torch.full((N,), scale, dtype=dtype) if weight_N is None else weight_N * scale
     labels_N = None if inputs.labels is None else inputs.labels.reshape(N)
     student = Head(inputs.hidden, inputs.weight, inputs.bias, N, machine)
-    teacher = None
-    asked = options.kl_weight != 0
-    if asked and inputs.teacher_hidden is not None and inputs.teacher_weight is not None:
-        head = inputs.teacher_hidden, inputs.teacher_weight, inputs.teacher_bias
-        teacher = Head(*head, N, machine)
     gradients = Gradients(student, inputs, wanted)
-    row_options = options._replace(reduction="none")
-    chunks = list(_chunks(_kept(valid, weight_N, N), N, chunk_rows or plan_rows(inputs, wanted[1])))
+    rows_per_chunk = settings.chunk_rows or plan_rows(inputs, wanted[1])
+    chunks = list(_chunks(_kept(valid, weight_N, N), N, rows_per_chunk))
     size = max((count for _, count in chunks), default=0)
-    z_s, z_t = _buffers(student, teacher, size, dtype, any(wanted), machine)
+    target = Target(inputs, settings, N, machine)
+    z, spare = _buffers(student, target, size, dtype, grad, machine)
     loss_N = torch.zeros(N, dtype=dtype)
     for rows, count in chunks:
-        x = student.take(rows)
-        student.logits(x, z_s[:count])
-        if teacher is not None:
-            teacher.logits(teacher.take(rows), z_t[:count, : teacher.V])
-        call = (
-            z_s[:count],
-            z_s[:count] if teacher is None else z_t[:count, : teacher.V],
-            None if labels_N is None else labels_N[rows],
-            None if weight_N is None else weight_N[rows],
-            *row_options,
-        )
-        if not any(wanted):
-            loss_N[rows] = machine.loss(*call, False)[0]
-            continue
-        loss_N[rows] = machine.overwrite(*call)
-        gradients.add(rows, x, z_s[:count], z_t[:count])
+        x, z_CV = student.take(rows), z[:count]
+        student.logits(x, z_CV)
+        labels = None if labels_N is None else labels_N[rows]
+        weight = None if weight_N is None else weight_N[rows]
+        loss_N[rows] = target.loss(rows, z_CV, spare[:count], labels, weight, grad)
+        if grad:
+            gradients.add(rows, x, z_CV, spare[:count])
     reduced = options.reduction != "none"
     loss = loss_N.sum(dtype=torch.float64).to(dtype) if reduced else loss_N.reshape(leading)
     return [loss, *gradients.finish()]
@@ -117,6 +100,54 @@ class Head:
             out_CV.copy_(self.bias.expand(out_CV.shape))
         for block, weight in self.blocks():
             self.machine.multiply(out_CV[:, block], x_CE, weight.mT, self.bias is not None)
+
+
+class Target:
+    """What rows of the student's logits are compared with: a teacher's logits, its likeliest words,
+    or nothing but labels."""
+
+    def __init__(self, inputs: Inputs, settings: Settings, N: int, machine: Machine):
+        options = settings.options._replace(reduction="none")
+        self.head, self.words = None, None
+        self.kernel, self.options = machine.kl_div, tuple(options)
+        if options.kl_weight == 0:  # nobody asks what the teacher says
+            return
+        if inputs.teacher_hidden is not None and inputs.teacher_weight is not None:
+            teacher = inputs.teacher_hidden, inputs.teacher_weight, inputs.teacher_bias
+            self.head = Head(*teacher, N, machine)
+        elif inputs.topk_logprobs is not None and inputs.topk_ids is not None:
+            self.kernel, self.options = machine.topk_kl_div, (*options, settings.support)
+            tail = inputs.tail_logmass
+            self.words = (
+                inputs.topk_logprobs.reshape(N, inputs.topk_logprobs.shape[-1]),
+                inputs.topk_ids.reshape(N, inputs.topk_ids.shape[-1]),
+                None if tail is None else tail.reshape(N),
+            )
+
+    @property
+    def V(self) -> int:
+        """Width of the logits of its own."""
+        return 0 if self.head is None else self.head.V
+
+    def loss(
+        self,
+        rows: Rows,
+        z_CV: Tensor,
+        spare: Tensor,
+        labels: Tensor | None,
+        weight: Tensor | None,
+        grad: bool,
+    ) -> Tensor:
+        """Of each row; with `grad` its gradient is written over z."""
+        if self.words is not None:
+            others = tuple(None if part is None else part[rows] for part in self.words)
+        elif self.head is not None:
+            others = (spare[:, : self.head.V],)
+            self.head.logits(self.head.take(rows), others[0])
+        else:
+            others = (z_CV,)
+        call = z_CV, *others, labels, weight, *self.options
+        return self.kernel.overwrite(*call) if grad else self.kernel.forward(*call, False)[0]
 
 
 class Gradients:
@@ -205,11 +236,11 @@ def _chunks(kept: Tensor | None, N: int, size: int) -> Iterator[tuple[Rows, int]
 
 
 def _buffers(
-    student: Head, teacher: Head | None, size: int, dtype: torch.dtype, grad: bool, machine: Machine
+    student: Head, target: Target, size: int, dtype: torch.dtype, grad: bool, machine: Machine
 ) -> tuple[Tensor, Tensor]:
-    """For the logits of a chunk. The teacher's, no longer needed then, take the rounded gradient
-    by the student's."""
+    """For the student's logits of a chunk; and for the teacher's, which then make room for the
+    rounded gradient by the student's."""
     rounded = (student.V * student.dtype.itemsize + dtype.itemsize - 1) // dtype.itemsize
     spare = rounded if grad and student.dtype != dtype else 0
-    width = max(spare, 0 if teacher is None else teacher.V)
+    width = max(spare, target.V)
     return machine.fresh((size, student.V), dtype), machine.fresh((size, width), dtype)

@@ -1,4 +1,4 @@
-"""Linear losses on CPU tensors: torch's products, and the row kernel of kl_div on each chunk."""
+"""Linear losses on CPU tensors: torch's products, and a row kernel on each chunk of logits."""
 
 from __future__ import annotations
 
@@ -8,21 +8,24 @@ from torch import Tensor
 
 from ... import gemm
 from ...memory import fresh_cpu, refused_by_cpu
-from ..kl_div import cpu as rows
+from ..kl_div import cpu as kl_div
 from ..kl_div.options import Options
+from ..topk_kl_div import cpu as topk_kl_div
 from .chunks import Machine, run
-from .inputs import Inputs
+from .inputs import Inputs, Settings
 
-_MACHINE = Machine(gemm.product_dtype, gemm.multiply, fresh_cpu, rows.forward, rows.overwrite)
+_MACHINE = Machine(gemm.product_dtype, gemm.multiply, fresh_cpu, kl_div, topk_kl_div)
 
 
 def supports(inputs: Inputs) -> str | None:
     tensors = inputs._asdict()
-    heads = ("hidden", "weight", "bias", "teacher_hidden", "teacher_weight", "teacher_bias")
-    return refused_by_cpu(**{name: tensors[name] for name in heads if tensors[name] is not None})
+    for name in ("topk_ids", "labels", "row_weight"):
+        del tensors[name]
+    return refused_by_cpu(**{name: t for name, t in tensors.items() if t is not None})
 
 
 def forward(*call: Any) -> list[Tensor]:
     count = len(Inputs._fields)
-    *options, chunk_rows, wanted = call[count:]
-    return run(Inputs(*call[:count]), Options(*options), chunk_rows, wanted, _MACHINE)
+    *options, support, chunk_rows, wanted = call[count:]
+    settings = Settings(Options(*options), support, chunk_rows)
+    return run(Inputs(*call[:count]), settings, wanted, _MACHINE)

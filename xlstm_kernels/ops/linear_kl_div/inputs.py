@@ -1,4 +1,4 @@
-"""The tensors of a linear loss, in the order in which every backend takes them."""
+"""What a linear loss takes, in the order in which every backend takes it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kl_div import options
+from ..topk_kl_div.arguments import check_ids
+
 
 class Inputs(NamedTuple):
-    """hidden (..., E), weight (V, E), bias (V,); the teacher's with an E and a V of its own, all
-    None where hard labels are the only target; labels and row_weight (...)."""
+    """hidden (..., E), weight (V, E), bias (V,), row_weight (...). The others make the target: a
+    teacher's head with an E and a V of its own; topk_logprobs and topk_ids (..., K) and
+    tail_logmass (...); labels (...)."""
 
     hidden: Tensor
     weight: Tensor
@@ -18,26 +22,42 @@ class Inputs(NamedTuple):
     teacher_hidden: Tensor | None
     teacher_weight: Tensor | None
     teacher_bias: Tensor | None
+    topk_logprobs: Tensor | None
+    topk_ids: Tensor | None
+    tail_logmass: Tensor | None
     labels: Tensor | None
     row_weight: Tensor | None
 
     @property
     def function(self) -> str:
         """The public function that was called."""
-        return "linear_cross_entropy" if self.teacher_hidden is None else "linear_kl_div"
+        if self.teacher_hidden is not None:
+            return "linear_kl_div"
+        return "linear_cross_entropy" if self.topk_ids is None else "linear_topk_kl_div"
 
 
-# The same for torch.library.
+class Settings(NamedTuple):
+    """`support` is that of topk_kl_div. chunk_rows 0 leaves the choice to plan.py."""
+
+    options: options.Options
+    support: str = "tail"
+    chunk_rows: int = 0
+
+
+# The same for torch.library, options one by one.
 SCHEMA = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor? teacher_hidden, Tensor? teacher_weight,"
-    " Tensor? teacher_bias, Tensor? labels, Tensor? row_weight"
+    " Tensor? teacher_bias, Tensor? topk_logprobs, Tensor? topk_ids, Tensor? tail_logmass,"
+    f" Tensor? labels, Tensor? row_weight, {options.SCHEMA}, str support, int chunk_rows"
 )
 # What a gradient can be wanted of.
 DIFFERENTIABLE = ("hidden", "weight", "bias")
 
 
 def valid_rows(inputs: Inputs, ignore_index: int) -> Tensor | None:
-    """Which rows are not ignored, None for all. A label out of range is an error."""
+    """Which rows are not ignored, None for all. A label or a word out of range is an error."""
+    if inputs.topk_ids is not None:
+        check_ids(inputs.function, inputs.topk_ids, inputs.weight.shape[0])
     if inputs.labels is None:
         return None
     labels, V = inputs.labels.to(torch.int64), inputs.weight.shape[0]

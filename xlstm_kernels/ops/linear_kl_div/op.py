@@ -9,16 +9,15 @@ from torch import Tensor
 from ...backends import Backend, Op
 from ...cells import compute_dtype
 from ...library import define
-from ..kl_div import options
 from . import cpu, inputs
 
-FUNCTIONS = ("linear_kl_div", "linear_cross_entropy")
+FUNCTIONS = ("linear_kl_div", "linear_topk_kl_div", "linear_cross_entropy")
 LINEAR_KL_DIV = Op("linear_kl_div", {Backend.CPU: cpu}, FUNCTIONS)
 
 
 def _fake_forward(*call: Any) -> list[Tensor]:
     tensors = inputs.Inputs(*call[: len(inputs.Inputs._fields)])
-    *_, reduction, _, wanted, _ = call
+    *_, reduction, _, _, wanted, _ = call
     shape = tensors.hidden.shape[:-1] if reduction == "none" else ()
     loss = tensors.hidden.new_empty(shape, dtype=compute_dtype(tensors.hidden.dtype))
     parts = (tensors.hidden, tensors.weight, tensors.bias)
@@ -33,10 +32,9 @@ def _fake_forward(*call: Any) -> list[Tensor]:
 
 
 # The loss and, where wanted, its gradients by hidden, weight and bias. For reduction "none" the
-# first is by each row's own loss, the others by the sum. chunk_rows 0 leaves the choice here.
+# first is by each row's own loss, the others by the sum.
 forward = define(
     LINEAR_KL_DIV,
-    f"linear_kl_div_forward({inputs.SCHEMA}, {options.SCHEMA}, int chunk_rows, bool[3] wanted,"
-    " str backend) -> Tensor[]",
+    f"linear_kl_div_forward({inputs.SCHEMA}, bool[3] wanted, str backend) -> Tensor[]",
     _fake_forward,
 )

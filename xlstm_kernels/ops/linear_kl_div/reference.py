@@ -1,7 +1,7 @@
 """The loss of logits that are there, in plain torch: the oracle of every other backend.
 
 z = hidden weight^T + bias, in the compute dtype, of a weight rounded to the dtype of hidden; then
-the reference of kl_div. It holds all logits.
+the reference of kl_div or topk_kl_div. It holds all logits.
 """
 
 from __future__ import annotations
@@ -9,21 +9,24 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...cells import compute_dtype, no_autocast
-from ..kl_div import reference
-from ..kl_div.options import Options
-from .inputs import Inputs, valid_rows
+from ..kl_div import reference as kl_div
+from ..topk_kl_div import reference as topk_kl_div
+from .inputs import Inputs, Settings, valid_rows
 
 
-def forward(inputs: Inputs, options: Options) -> Tensor:
+def forward(inputs: Inputs, settings: Settings) -> Tensor:
     """The loss in the compute dtype: a scalar, or the leading shape for reduction "none"."""
+    options, hard = settings.options, (inputs.labels, inputs.row_weight)
     with no_autocast(inputs.hidden.device):
         valid_rows(inputs, options.ignore_index)
         student = _logits(inputs.hidden, inputs.weight, inputs.bias)
-        if inputs.teacher_hidden is None or inputs.teacher_weight is None:
-            teacher = student.detach()
-        else:
+        if inputs.topk_logprobs is not None and inputs.topk_ids is not None:
+            target = inputs.topk_logprobs, inputs.topk_ids, inputs.tail_logmass
+            return topk_kl_div.forward(student, *target, *hard, options, settings.support)
+        teacher = student.detach()  # whatever it is, nobody asks
+        if inputs.teacher_hidden is not None and inputs.teacher_weight is not None:
             teacher = _logits(inputs.teacher_hidden, inputs.teacher_weight, inputs.teacher_bias)
-        return reference.forward(student, teacher, inputs.labels, inputs.row_weight, options)
+        return kl_div.forward(student, teacher, *hard, options)
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -9,14 +9,9 @@ from torch import Tensor
 from ..kl_div import op as kl_div_op
 from ..kl_div.autograd import LOSSES, Operators, check_inplace, row_loss, runs_inplace
 from ..kl_div.options import Options, check_options, plain
-from ..kl_div.rows import (
-    check_beside,
-    check_is_integers,
-    check_labels_and_weight,
-    check_logits,
-)
+from ..kl_div.rows import check_beside, check_labels_and_weight, check_logits
 from . import op, reference
-from .support import OPEN, SUPPORTS, WITH_TAIL
+from .arguments import check_support, check_target
 
 LOSSES["topk_kl_div"] = Operators(op.forward, op.overwrite, kl_div_op.scale)
 
@@ -102,9 +97,9 @@ def topk_kl_div(
         reduction=reduction,
     )
     check_options("topk_kl_div", options)
-    _check_support(support, tail_logmass, options.divergence)
+    check_support("topk_kl_div", support, tail_logmass, options.divergence)
     check_logits("topk_kl_div", "student_logits", student_logits)
-    _check_target(student_logits, topk_logprobs, topk_ids, tail_logmass)
+    check_target("topk_kl_div", student_logits, topk_logprobs, topk_ids, tail_logmass)
     check_labels_and_weight("topk_kl_div", labels, row_weight, ce_weight)
     check_beside("topk_kl_div", "labels", labels, student_logits)
     check_beside("topk_kl_div", "row_weight", row_weight, student_logits)
@@ -117,40 +112,3 @@ def topk_kl_div(
         check_inplace("topk_kl_div", student_logits, topk_logprobs=topk_logprobs)
     call = (*options, support)
     return row_loss("topk_kl_div", student_logits, others, call, inplace_grad, chosen.value)
-
-
-def _check_support(support: str, tail_logmass: Tensor | None, divergence: str) -> None:
-    if support not in SUPPORTS:
-        known = ", ".join(repr(name) for name in SUPPORTS)
-        raise ValueError(f"topk_kl_div: support must be one of {known}, got {support!r}")
-    if tail_logmass is not None and support not in WITH_TAIL:
-        raise ValueError(
-            f"topk_kl_div: tail_logmass must be None for support {support!r}, which has no tail"
-        )
-    if support == "truncated" and divergence != "forward":
-        raise ValueError(
-            "topk_kl_div: divergence must be 'forward' for support 'truncated', whose p are no"
-            f" distribution, got {divergence!r}"
-        )
-    if support in OPEN and divergence == "reverse":
-        raise ValueError(
-            f"topk_kl_div: divergence 'reverse' is infinite for support {support!r}, where the"
-            " student has mass outside; use 'tail' or 'both'"
-        )
-
-
-def _check_target(
-    student: Tensor, topk_logprobs: Tensor, topk_ids: Tensor, tail_logmass: Tensor | None
-) -> None:
-    check_logits("topk_kl_div", "topk_logprobs", topk_logprobs, width="K")
-    check_beside("topk_kl_div", "topk_logprobs", topk_logprobs, student, per_row=False)
-    check_is_integers("topk_kl_div", "topk_ids", topk_ids)
-    check_beside("topk_kl_div", "topk_ids", topk_ids, student, per_row=False)
-    if topk_ids.shape != topk_logprobs.shape:
-        raise ValueError(
-            "topk_kl_div: topk_ids must have the shape of topk_logprobs"
-            f" {tuple(topk_logprobs.shape)}, got {tuple(topk_ids.shape)}"
-        )
-    if tail_logmass is not None:
-        check_logits("topk_kl_div", "tail_logmass", tail_logmass, width="")
-        check_beside("topk_kl_div", "tail_logmass", tail_logmass, student)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ...cells import compute_dtype, no_autocast
 from ..kl_div.options import Options
 from ..kl_div.reference import capped, cross_entropy, divergence, masked, reduce, valid_rows
+from .arguments import check_ids
 from .support import WITH_TAIL
 
 INF = float("inf")
@@ -42,7 +43,7 @@ def forward(
         if weight is not None:
             skip = skip | (weight == 0)
         ids = topk_ids.to(torch.int64)
-        check_ids(ids, student.shape[-1])
+        check_ids("topk_kl_div", ids, student.shape[-1])
         logprobs = topk_logprobs.to(dtype).masked_fill((ids < 0) | skip.unsqueeze(-1), -INF)
         tail = None if tail_logmass is None else tail_logmass.to(dtype).masked_fill(skip, -INF)
         T = 1.0 if support == "sampled" else options.temperature
@@ -58,17 +59,6 @@ def forward(
             hard = cross_entropy(student_V, labels, skip, options)
             loss = loss + options.ce_weight * hard
         return reduce(loss, weight, skip, valid, options.reduction)
-
-
-def check_ids(ids: Tensor, V: int) -> None:
-    outside = (ids < -1) | (ids >= V)
-    readable = not (torch.compiler.is_compiling() or ids.is_meta)
-    if readable and bool(outside.any()):
-        at = int(outside.flatten().nonzero()[0])
-        raise ValueError(
-            f"topk_kl_div: topk_ids must be in [0, {V}) or -1 for none,"
-            f" got {int(ids.flatten()[at])} at row {at // ids.shape[-1]}"
-        )
 
 
 def _teacher(
