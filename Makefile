@@ -23,7 +23,7 @@ EMULATED = build/emulated
 BUILD_EMULATED = XLSTM_EMULATED=1 XLSTM_SANITIZE=$(2) $(PYTHON) setup.py --quiet build_ext \
   --build-lib $(EMULATED)/$(1) --build-temp $(EMULATED)/$(1)/temp
 
-.PHONY: help install demo ci check test test-fast test-isas emulated sanitize sanitize-emulated lint format bench clean
+.PHONY: help install demo ci check test test-fast test-isas emulated sanitize sanitize-emulated gpu lint format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -79,6 +79,13 @@ $(COMPAT):
 
 test-compat: $(COMPAT)  ## what we stand in for and replace, against the packages themselves
 	PYTHONPATH=$(COMPAT) $(PARALLEL) tests/test_compat.py tests/test_replace*.py
+
+# What no other target can: the CUDA module's and Triton's kernels as compiled for the GPU at hand.
+gpu:  ## on a machine with a GPU: its tests, natively, and what it measures
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	TRITON_INTERPRET=0 $(PYTEST) -m gpu
+	TRITON_INTERPRET=0 $(PYTEST) -k triton $(OP_TESTS)
+	$(PYTHON) -m benchmarks run --save
 
 lint:  ## formatting, lint and types
 	$(PYTHON) -m ruff check .

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from mlstm_cases import (
+    DEVICES,
     EACH_BACKEND,
     FLAGS,
     FLOAT64,
@@ -183,9 +184,11 @@ def test_long_sequences_of_extreme_gates_stay_finite(backend, gates):
 
 @pytest.mark.parametrize("case", on_every_backend({"T": 9}, {"lengths": (3, 0, 6)}))
 def test_opcheck(case):
-    inputs = mlstm_inputs(case)
+    device = DEVICES.get(case.backend, "cpu")
+    inputs = {name: x.to(device) for name, x in mlstm_inputs(case).items()}
     tensors = [inputs[n] for n in (*INPUTS, "c0", "n0", "m0")]
-    call = (case.cu_seqlens, *case.options, 0)
+    cu_seqlens = None if case.cu_seqlens is None else case.cu_seqlens.to(device)
+    call = (cu_seqlens, *case.options, 0)
     torch.library.opcheck(op.forward, (*tensors, *call, True, case.backend))
     _, *last_and_saved = op.forward(*tensors, *call, True, case.backend)
     grads = [inputs["weight_h"], *last_and_saved[:3]]

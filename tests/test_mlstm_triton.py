@@ -9,6 +9,7 @@ import torch
 from mlstm_cases import (
     FLAGS,
     INPUTS,
+    ON_CPU,
     MLSTMCase,
     call_mlstm,
     check_mlstm,
@@ -71,6 +72,7 @@ def test_walks_are_the_intervals_side_by_side(monkeypatch):
     check_mlstm(case)
 
 
+@ON_CPU
 @pytest.mark.parametrize("forward", ["cpu", "triton"])
 def test_backward_of_another_backends_forward(forward):
     """What forward saves belongs to the operation."""
@@ -101,6 +103,7 @@ def test_a_split_with_carried_state_changes_nothing():
     check_results(got, exact, iter([run_mlstm(case, inputs, "reference")]))
 
 
+@ON_CPU
 def test_float64_is_refused():
     x, gate = torch.zeros(1, 2, 1, 4, dtype=torch.float64), torch.zeros(1, 2, 1)
     why = "^mlstm: backend 'triton' cannot run this call: q must be float32, bfloat16 or float16,"

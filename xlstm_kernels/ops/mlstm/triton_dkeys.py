@@ -29,6 +29,7 @@ from .triton_tiles import (
     locate,
     own_logs,
     product,
+    store_sum,
     store_tile,
 )
 
@@ -54,6 +55,7 @@ def keys_kernel(
     V: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     TILE: tl.constexpr,
     PER: tl.constexpr,
     INPUT_GATE: tl.constexpr,
@@ -78,8 +80,8 @@ def keys_kernel(
         kk += block * BLOCK_K
     else:
         vv += block * BLOCK_V
-    k_tile = load_tile(k, at, head, t, kk, K, BLOCK_K)
-    v_tile = load_tile(v, at, head, t, vv, V, BLOCK_V)
+    k_tile = load_tile(k, at, head, own, kk, K, TILE)
+    v_tile = load_tile(v, at, head, own, vv, V, TILE)
 
     # The state after the interval.
     p = own // PER * PER + tl.arange(0, PER)
@@ -89,25 +91,25 @@ def keys_kernel(
     u = tl.zeros((TILE,), tl.float32)
     dk_tile = tl.zeros((TILE, BLOCK_K), tl.float32)
     dv_tile = tl.zeros((TILE, BLOCK_V), tl.float32)
-    for first_k in tl.range(0, K, BLOCK_K):
-        ks = first_k + tl.arange(0, BLOCK_K)
-        k_block = k_tile
-        if K > BLOCK_K:
-            k_block = load_tile(k, at, head, t, ks, K, BLOCK_K)
-        if DV:
+    if DV:
+        for first_k in tl.range(0, K, BLOCK_C):
+            ks = first_k + tl.arange(0, BLOCK_C)
             dc, _ = load_block(dstates, row, head, H, ks, vv, K, V)
-            dv_tile += dot(k_block, dc, DOT)
-        if DK:
+            dv_tile += dot(load_tile(k, at, head, own, ks, K, TILE), dc, DOT)
+    if DK:
+        for first_k in tl.range(0, K, BLOCK_K):
+            ks = first_k + tl.arange(0, BLOCK_K)
             through = tl.zeros((TILE, BLOCK_K), tl.float32)
             dn = tl.zeros((BLOCK_K,), tl.float32)
-            for first_v in tl.range(0, V, BLOCK_V):
-                vs = first_v + tl.arange(0, BLOCK_V)
-                v_block = v_tile
-                if V > BLOCK_V:
-                    v_block = load_tile(v, at, head, t, vs, V, BLOCK_V)
+            for first_v in tl.range(0, V, BLOCK_C):
+                vs = first_v + tl.arange(0, BLOCK_C)
                 dc, dn = load_block(dstates, row, head, H, ks, vs, K, V)
+                v_block = load_tile(v, at, head, own, vs, V, TILE)
                 through += dot(v_block, tl.trans(dc), DOT)
             through += dn[None, :]
+            k_block = k_tile
+            if K > BLOCK_K:
+                k_block = load_tile(k, at, head, own, ks, K, TILE)
             u += tl.sum(k_block.to(tl.float32) * through, 1)
             if first_k == block * BLOCK_K:
                 dk_tile = through
@@ -120,17 +122,20 @@ def keys_kernel(
     li = load_log_i(gates, at, head, t, at.length, INPUT_GATE)
     m = tl.load(row_m + (at.token + t) * H + head, inside, other=float("inf"))
     D = tl.exp(own_logs(lf, li, 1, TILE) - m[None, :])
-    q_tile = load_tile(q, at, head, t, kk, K, BLOCK_K)
-    dh_tile = load_tile(dh, at, head, t, vv, V, BLOCK_V)
+    q_tile = load_tile(q, at, head, own, kk, K, TILE)
+    dh_tile = load_tile(dh, at, head, own, vv, V, TILE)
     dnum = tl.load(token_scratch.dnum + tokens + t, inside, other=0.0)
-    P = product(k_tile, q_tile, k, q, at, head, t, t, K, BLOCK_K, DOT) * scale * D
+    P = product(k_tile, q_tile, k, q, at, head, own, own, K, BLOCK_K, TILE, DOT) * scale * D
     if DV:
         dv_tile += dot(P * dnum[None, :], dh_tile, DOT)
     dli = u
     pairs = u * 0.0
     at_pair = (row * H + head) * 2 * PER * 2 * PER + own % PER + 1
     if DK:
-        dS = product(v_tile, dh_tile, v, dh, at, head, t, t, V, BLOCK_V, DOT) * dnum[None, :]
+        dS = (
+            product(v_tile, dh_tile, v, dh, at, head, own, own, V, BLOCK_V, TILE, DOT)
+            * dnum[None, :]
+        )
         dS += tl.load(token_scratch.dden + tokens + t, inside, other=0.0)[None, :]
         dk_tile += dot(dS * D * scale, q_tile, DOT)
         W = P * dS
@@ -138,7 +143,7 @@ def keys_kernel(
         later = tl.cumsum(W, 1, reverse=True)
         pairs = tl.sum(tl.where(r[:, None] < r[None, :], later, 0.0), 0)
         if block == 0:
-            tl.store(crossings + at_pair + PER * 2 * PER, tl.sum(u, 0))
+            store_sum(crossings + at_pair + PER * 2 * PER, u)
 
     # Later tiles of the interval.
     log = tl.load(token_scratch.key_log + tokens + t, inside, other=float("-inf"))
@@ -146,35 +151,38 @@ def keys_kernel(
     key_weight = tl.exp(log - largest)
     for x in tl.range(own + 1, end):
         s = t + (x - own) * TILE
-        q_tile = load_tile(q, at, head, s, kk, K, BLOCK_K)
-        dh_tile = load_tile(dh, at, head, s, vv, V, BLOCK_V)
+        q_tile = load_tile(q, at, head, x, kk, K, TILE)
+        dh_tile = load_tile(dh, at, head, x, vv, V, TILE)
         reached = s < at.length
         query_log = tl.load(token_scratch.query_log + tokens + s, reached, other=float("-inf"))
         dnum = tl.load(token_scratch.dnum + tokens + s, reached, other=0.0)
         D = key_weight[:, None] * tl.exp(query_log + largest)[None, :]
-        P = product(k_tile, q_tile, k, q, at, head, t, s, K, BLOCK_K, DOT) * scale * D
+        P = product(k_tile, q_tile, k, q, at, head, own, x, K, BLOCK_K, TILE, DOT) * scale * D
         if DV:
             dv_tile += dot(P * dnum[None, :], dh_tile, DOT)
         if DK:
-            dS = product(v_tile, dh_tile, v, dh, at, head, t, s, V, BLOCK_V, DOT) * dnum[None, :]
+            dS = (
+                product(v_tile, dh_tile, v, dh, at, head, own, x, V, BLOCK_V, TILE, DOT)
+                * dnum[None, :]
+            )
             dS += tl.load(token_scratch.dden + tokens + s, reached, other=0.0)[None, :]
             dk_tile += dot(dS * D * scale, q_tile, DOT)
             columns = tl.sum(P * dS, 1)
             dli += columns
             u += columns
             if block == 0:
-                tl.store(crossings + at_pair + x % PER * 2 * PER, tl.sum(columns, 0))
+                store_sum(crossings + at_pair + x % PER * 2 * PER, columns)
         # Between the own tile and the next lies this one.
         largest += tl.load(tile_scratch.decay + tiles + x)
 
     if DK:
-        store_tile(dk, at, head, t, kk, dk_tile, K, BLOCK_K)
+        store_tile(dk, at, head, own, kk, dk_tile, K, TILE)
         if block == 0:
             tl.store(token_scratch.u + tokens + t, u, inside)
             tl.store(token_scratch.dli + tokens + t, dli, inside)
             tl.store(token_scratch.pairs + tokens + t, pairs, inside)
     if DV:
-        store_tile(dv, at, head, t, vv, dv_tile, V, BLOCK_V)
+        store_tile(dv, at, head, own, vv, dv_tile, V, TILE)
 
 
 @triton.jit

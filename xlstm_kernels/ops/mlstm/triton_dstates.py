@@ -105,11 +105,11 @@ def dstates_kernel(
         query_log = tl.load(token_scratch.query_log + tokens + t, inside, other=float("-inf"))
         dnum = tl.load(token_scratch.dnum + tokens + t, inside, other=0.0)
         dden = tl.load(token_scratch.dden + tokens + t, inside, other=0.0)
-        q_tile = load_tile(q, at, head, t, kk, K, BLOCK_K).to(tl.float32)
+        q_tile = load_tile(q, at, head, x, kk, K, TILE).to(tl.float32)
         q_tile *= (scale * tl.exp(query_log + m))[:, None]
         n = n * keep + tl.sum(q_tile * dden[:, None], 0)
         q_tile *= dnum[:, None]
-        c = c * keep + dot(tl.trans(q_tile), load_tile(dh, at, head, t, vv, V, BLOCK_V), DOT)
+        c = c * keep + dot(tl.trans(q_tile), load_tile(dh, at, head, x, vv, V, TILE), DOT)
     if SPLIT:
         if first < end:
             store_block(dstates, slot + first // PER, head, H, kk, vv, c, n, K, V)

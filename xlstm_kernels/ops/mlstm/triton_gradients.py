@@ -31,6 +31,7 @@ from .triton_tiles import (
     own_logs,
     product,
     row_scale,
+    store_sum,
     store_tile,
 )
 
@@ -138,6 +139,7 @@ def queries_kernel(
     V: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     TILE: tl.constexpr,
     PER: tl.constexpr,
     INPUT_GATE: tl.constexpr,
@@ -154,90 +156,102 @@ def queries_kernel(
     t = own * TILE + tl.arange(0, TILE)
     inside = t < at.length
     kk, vv = block * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
-    q_tile = load_tile(q, at, head, t, kk, K, BLOCK_K)
-    dh_tile = load_tile(dh, at, head, t, vv, V, BLOCK_V)
-    rows = (at.token + t) * H + head
-    m = tl.load(row_m + rows, inside, other=0.0)
-    den = tl.load(row_den + rows, inside, other=1.0)
-    dnum, dden, dm = row_scale(den, m, eps, NORMALIZER)
 
     # The state before the interval.
-    query_log = tl.load(token_scratch.query_log + tokens + t, inside, other=float("-inf"))
-    p = own // PER * PER + tl.arange(0, PER)
-    before = tl.sum(tl.load(tile_scratch.decay + tiles + p, p < own, other=0.0), 0)
-    inter = tl.exp(query_log + before + tl.load(states.m + row * H + head))
     r = tl.zeros((TILE,), tl.float32)
     r_den = tl.zeros((TILE,), tl.float32)
-    dq_num = tl.zeros((TILE, BLOCK_K), tl.float32)
-    dq_den = tl.zeros((TILE, BLOCK_K), tl.float32)
+    dq_tile = tl.zeros((TILE, BLOCK_K), tl.float32)
     for first_k in tl.range(0, K, BLOCK_K):
         ks = first_k + tl.arange(0, BLOCK_K)
         through = tl.zeros((TILE, BLOCK_K), tl.float32)
         n = tl.zeros((BLOCK_K,), tl.float32)
-        for first_v in tl.range(0, V, BLOCK_V):
-            c, n = load_block(states, row, head, H, ks, first_v + vv, K, V)
-            dh_block = dh_tile
-            if V > BLOCK_V:
-                dh_block = load_tile(dh, at, head, t, first_v + vv, V, BLOCK_V)
+        for first_v in tl.range(0, V, BLOCK_C):
+            vs = first_v + tl.arange(0, BLOCK_C)
+            c, n = load_block(states, row, head, H, ks, vs, K, V)
+            dh_block = load_tile(dh, at, head, own, vs, V, TILE)
             through += dot(dh_block, tl.trans(c), DOT)
-        q_block = q_tile
-        if K > BLOCK_K:
-            q_block = load_tile(q, at, head, t, ks, K, BLOCK_K)
-        q_block = q_block.to(tl.float32)
+        q_block = load_tile(q, at, head, own, ks, K, TILE).to(tl.float32)
         r += tl.sum(q_block * through, 1)
         r_den += tl.sum(q_block * n[None, :], 1)
         if first_k == block * BLOCK_K:
-            dq_num = through
-            dq_den += n[None, :]
+            dq_tile = through
+    query_log = tl.load(token_scratch.query_log + tokens + t, inside, other=float("-inf"))
+    dnum = tl.load(token_scratch.dnum + tokens + t, inside, other=0.0)
+    p = own // PER * PER + tl.arange(0, PER)
+    before = tl.sum(tl.load(tile_scratch.decay + tiles + p, p < own, other=0.0), 0)
+    before += tl.load(states.m + row * H + head)
+    inter = tl.exp(query_log + before)
     r *= scale * inter * dnum
     r_den *= scale * inter
-    dq_num *= (inter * dnum)[:, None]
-    dq_den *= inter[:, None]
+    dq_tile *= (inter * dnum)[:, None]
 
     # Earlier tiles of the interval, from the last to the first.
+    q_tile = load_tile(q, at, head, own, kk, K, TILE)
+    dh_tile = load_tile(dh, at, head, own, vv, V, TILE)
     pairs = r * 0.0
     pairs_den = r * 0.0
     for back in tl.range(1, own % PER + 1):
         s = t - back * TILE
         log_s = tl.load(token_scratch.key_log + tokens + s)
         largest = tl.max(log_s, 0)
-        k_tile = load_tile(k, at, head, s, kk, K, BLOCK_K)
-        v_tile = load_tile(v, at, head, s, vv, V, BLOCK_V)
+        k_tile = load_tile(k, at, head, own - back, kk, K, TILE)
+        v_tile = load_tile(v, at, head, own - back, vv, V, TILE)
         D = tl.exp(query_log + largest)[:, None] * tl.exp(log_s - largest)[None, :]
-        P = product(q_tile, k_tile, q, k, at, head, t, s, K, BLOCK_K, DOT) * scale * D
-        dP = product(dh_tile, v_tile, dh, v, at, head, t, s, V, BLOCK_V, DOT) * dnum[:, None]
-        pairs += tl.sum(P * dP, 1)
+        P = (
+            product(q_tile, k_tile, q, k, at, head, own, own - back, K, BLOCK_K, TILE, DOT)
+            * scale
+            * D
+        )
         pairs_den += tl.sum(P, 1)
-        dq_num += dot(D * dP, k_tile, DOT)
-        if NORMALIZER != "none":
-            dq_den += dot(D, k_tile, DOT)
+        dP = (
+            product(dh_tile, v_tile, dh, v, at, head, own, own - back, V, BLOCK_V, TILE, DOT)
+            * dnum[:, None]
+        )
+        pairs += tl.sum(P * dP, 1)
+        dq_tile += dot(D * dP, k_tile, DOT)
         query_log += tl.load(tile_scratch.decay + tiles + own - back)
 
-    # The own tile.
+    # The own tile; <dh, h> is then whole, and with it dden.
     lf = load_log_f(gates, at, head, t, at.length)
     li = load_log_i(gates, at, head, t, at.length, INPUT_GATE)
+    rows = (at.token + t) * H + head
+    m = tl.load(row_m + rows, inside, other=0.0)
     D = tl.exp(own_logs(lf, li, 0, TILE) - m[:, None])
-    k_tile = load_tile(k, at, head, t, kk, K, BLOCK_K)
-    v_tile = load_tile(v, at, head, t, vv, V, BLOCK_V)
-    P = product(q_tile, k_tile, q, k, at, head, t, t, K, BLOCK_K, DOT) * scale * D
-    dP = product(dh_tile, v_tile, dh, v, at, head, t, t, V, BLOCK_V, DOT) * dnum[:, None]
-    dq_num += dot(D * dP, k_tile, DOT)
-    if NORMALIZER != "none":
-        dq_den += dot(D, k_tile, DOT)
+    k_tile = load_tile(k, at, head, own, kk, K, TILE)
+    v_tile = load_tile(v, at, head, own, vv, V, TILE)
+    P = product(q_tile, k_tile, q, k, at, head, own, own, K, BLOCK_K, TILE, DOT) * scale * D
+    dP = product(dh_tile, v_tile, dh, v, at, head, own, own, V, BLOCK_V, TILE, DOT) * dnum[:, None]
     dh_h = r + pairs + tl.sum(P * dP, 1)
+    den = tl.load(row_den + rows, inside, other=1.0)
+    _, dden, dm = row_scale(den, m, eps, NORMALIZER)
     dden *= dh_h
     dm *= dh_h
-    dq_tile = scale * (dq_num + dden[:, None] * dq_den)
-    store_tile(dq, at, head, t, kk, dq_tile, K, BLOCK_K)
+    dq_tile += dot(D * (dP + dden[:, None]), k_tile, DOT)
+
+    # What dden adds from the state and from earlier tiles. Read again, as registers are scarce.
+    if NORMALIZER != "none":
+        query_log = tl.load(
+            token_scratch.query_log + tokens + t, inside, other=float("-inf"), volatile=True
+        )
+        n = tl.load(states.n + (row * H + head) * K + kk, kk < K, other=0.0)
+        dq_tile += (tl.exp(query_log + before) * dden)[:, None] * n[None, :]
+        for back in tl.range(1, own % PER + 1):
+            s = t - back * TILE
+            log_s = tl.load(token_scratch.key_log + tokens + s)
+            largest = tl.max(log_s, 0)
+            D = (dden * tl.exp(query_log + largest))[:, None] * tl.exp(log_s - largest)[None, :]
+            dq_tile += dot(D, load_tile(k, at, head, own - back, kk, K, TILE), DOT)
+            query_log += tl.load(tile_scratch.decay + tiles + own - back)
+    store_tile(dq, at, head, own, kk, scale * dq_tile, K, TILE)
     if block == 0:
         r += dden * r_den
         tl.store(token_scratch.dden + tokens + t, dden, inside)
         tl.store(token_scratch.r + tokens + t, r + pairs + dden * pairs_den, inside)
         at_pair = (row * H + head) * 2 * PER * 2 * PER
-        tl.store(crossings + at_pair + own % PER * 2 * PER, tl.sum(tl.where(inside, r, 0.0), 0))
+        store_sum(crossings + at_pair + own % PER * 2 * PER, tl.where(inside, r, 0.0))
         if INPUT_GATE == "exp":
             tl.store(token_scratch.dm + tokens + t, dm, inside)
             taken = takes(gates, row_m, tile_scratch.m, here, head, H, t, TILE, INPUT_GATE)
             arriving = inside & (tl.cumsum(taken, 0) == 0)
-            tl.store(tile_scratch.through + tiles + own, tl.sum(tl.where(arriving, dm, 0.0), 0))
+            store_sum(tile_scratch.through + tiles + own, tl.where(arriving, dm, 0.0))
             tl.store(tile_scratch.open + tiles + own, (tl.sum(taken, 0) == 0).to(tl.float32))

@@ -7,7 +7,7 @@ holds them to, and not by timing in the user's process.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,12 +26,14 @@ BUSY_PROGRAMS = 256
 
 @dataclass(frozen=True)
 class Blocks:
-    """One kernel's launch: columns of keys and of values in a block, and the compiler's options."""
+    """One kernel's launch: columns of keys and of values in a block, the compiler's options, and
+    rows or columns of a state that a product with it takes at once."""
 
     k: int
     v: int
     warps: int = 4
     stages: int = 2
+    c: int = 64
 
     def count(self, K: int, V: int) -> int:
         """Blocks of a (K, V) matrix."""
@@ -62,20 +64,61 @@ class Launch:
         return [{"DK": True, "DV": False}, {"DK": False, "DV": True}]
 
 
-def choose(K: int, V: int, dtype: torch.dtype, chunk_size: int, interpreted: bool) -> Launch:
-    """chunk_size 0 leaves the choice of the tile to the table."""
+# By chip: states and their gradients; outputs; dq, dk and dv. Registers decide: more would spill,
+# and so would fewer warps. Blocks are cut down to narrower heads.
+TABLE = {
+    "hopper": (
+        Blocks(64, 128, warps=8),
+        Blocks(128, 128, warps=4, c=32),
+        Blocks(128, 128, warps=8, c=64),
+    ),
+    "any": (
+        Blocks(64, 128, warps=8),
+        Blocks(128, 128, warps=8, c=16),
+        Blocks(64, 32, warps=8, c=32),
+    ),
+}
+# Products of float32 are sums of the threads, operands in their registers.
+FLOAT32 = Blocks(32, 32, warps=4, stages=1, c=16)
+INTERPRETED = Blocks(128, 128)
+
+
+def choose(K: int, V: int, dtype: torch.dtype, chunk_size: int, chip: str) -> Launch:
+    """chunk_size 0 leaves the choice of the tile to the table; chip: as current_chip() says."""
+    interpreted = chip == "interpreter"
     if dtype == torch.bfloat16:
         dot = "bf16_emulated" if interpreted else "bf16"
     else:
         # float16 has too few exponents for the products' other operand; tf32 has its digits.
         dot = "tf32" if dtype == torch.float16 and not interpreted else "ieee"
-    tile = 64
+    if interpreted:
+        states = outputs = grads = INTERPRETED
+    elif dot == "bf16":
+        states, outputs, grads = TABLE.get(chip, TABLE["any"])
+    else:
+        states = outputs = grads = FLOAT32
+    tile = 64 if interpreted or dot == "bf16" else 32
     while tile > 16 and 0 < chunk_size < tile:
         tile //= 2
-    k, v = block(K, 128), block(V, 128)
-    blocks = Blocks(k, v)
-    scan = Blocks(min(k, 32), min(v, 64))
-    return Launch(tile, dot, blocks, blocks, blocks, blocks, blocks, scan, Blocks(16, 16, stages=1))
+
+    def fit(blocks: Blocks) -> Blocks:
+        k, v = block(K, blocks.k), block(V, blocks.v)
+        return replace(blocks, k=k, v=v, c=min(blocks.c, max(k, v)))
+
+    scan = Blocks(block(K, 32), block(V, 64))
+    walks, tiles = fit(states), fit(grads)
+    gates = Blocks(16, 16, stages=1)
+    return Launch(tile, dot, walks, fit(outputs), tiles, walks, tiles, scan, gates)
+
+
+def current_chip(interpreted: bool) -> str:
+    """A key of TABLE, or a name that it lacks."""
+    if interpreted:
+        return "interpreter"
+    from triton.runtime import driver
+
+    target = driver.active.get_current_target()
+    return "hopper" if (target.backend, target.arch) == ("cuda", 90) else "any"
 
 
 def block(width: int, largest: int) -> int:
@@ -106,7 +149,7 @@ class Call:
         B, T, self.H, self.K = q_BTHK.shape
         self.V = v_BTHV.shape[3]
         self.device = q_BTHK.device
-        self.launch = choose(self.K, self.V, q_BTHK.dtype, chunk_size, interpreted)
+        self.launch = choose(self.K, self.V, q_BTHK.dtype, chunk_size, current_chip(interpreted))
         self.q, self.k, self.v = (self.rows(rows_together(x)) for x in (q_BTHK, k_BTHK, v_BTHV))
         self.gates = GateRows(i_BTH, f_BTH, *i_BTH.stride(), *f_BTH.stride())
         self.sequences = sequences(q_BTHK, cu_seqlens)
@@ -152,7 +195,7 @@ class Call:
     ) -> None:
         """A program for each tile of each head and, `over` them, each block of keys or values."""
         counts = {None: 1, "keys": -(-self.K // blocks.k), "values": -(-self.V // blocks.v)}
-        widths = {} if over is None else self._widths(blocks)
+        widths = {} if over is None else self._widths(blocks) | {"BLOCK_C": blocks.c}
         self._run(kernel, (self.sizes.slots, self.H, counts[over]), blocks, args, flags | widths)
 
     def _widths(self, blocks: Blocks) -> Flags:

@@ -48,6 +48,7 @@ def outputs_kernel(
     V: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     TILE: tl.constexpr,
     PER: tl.constexpr,
     INPUT_GATE: tl.constexpr,
@@ -63,7 +64,7 @@ def outputs_kernel(
         return
     t = own * TILE + tl.arange(0, TILE)
     kk, vv = tl.arange(0, BLOCK_K), block * BLOCK_V + tl.arange(0, BLOCK_V)
-    q_tile = load_tile(q, at, head, t, kk, K, BLOCK_K)
+    q_tile = load_tile(q, at, head, own, kk, K, TILE)
 
     lf = load_log_f(gates, at, head, t, at.length)
     log = own_logs(lf, load_log_i(gates, at, head, t, at.length, INPUT_GATE), 0, TILE)
@@ -79,38 +80,38 @@ def outputs_kernel(
     inter = scale * tl.exp(query_log + before + tl.load(states.m + row * H + head))
     den = tl.zeros((TILE,), tl.float32)
     sums = tl.zeros((TILE, BLOCK_V), tl.float32)
-    for first in tl.range(0, K, BLOCK_K):
-        if K > BLOCK_K:
-            q_tile = load_tile(q, at, head, t, first + kk, K, BLOCK_K)
-        c, n = load_block(states, row, head, H, first + kk, vv, K, V)
-        sums += dot(q_tile, c, DOT)
-        den += tl.sum(q_tile.to(tl.float32) * n[None, :], 1)
+    for first in tl.range(0, K, BLOCK_C):
+        ks = first + tl.arange(0, BLOCK_C)
+        q_block = load_tile(q, at, head, own, ks, K, TILE)
+        c, n = load_block(states, row, head, H, ks, vv, K, V)
+        sums += dot(q_block, c, DOT)
+        den += tl.sum(q_block.to(tl.float32) * n[None, :], 1)
     sums *= inter[:, None]
     den *= inter
 
     # The own tile.
-    k_tile = load_tile(k, at, head, t, kk, K, BLOCK_K)
-    scores = product(q_tile, k_tile, q, k, at, head, t, t, K, BLOCK_K, DOT)
+    k_tile = load_tile(k, at, head, own, kk, K, TILE)
+    scores = product(q_tile, k_tile, q, k, at, head, own, own, K, BLOCK_K, TILE, DOT)
     scores *= scale * tl.exp(log - m[:, None])
     den += tl.sum(scores, 1)
-    sums += dot(scores, load_tile(v, at, head, t, vv, V, BLOCK_V), DOT)
+    sums += dot(scores, load_tile(v, at, head, own, vv, V, TILE), DOT)
 
     # Earlier tiles of the interval, from the last to the first.
     for back in tl.range(1, own % PER + 1):
         s = t - back * TILE
         log_s = tl.load(key_log + tokens + s)
         largest = tl.max(log_s, 0)
-        k_tile = load_tile(k, at, head, s, kk, K, BLOCK_K)
-        scores = product(q_tile, k_tile, q, k, at, head, t, s, K, BLOCK_K, DOT)
+        k_tile = load_tile(k, at, head, own - back, kk, K, TILE)
+        scores = product(q_tile, k_tile, q, k, at, head, own, own - back, K, BLOCK_K, TILE, DOT)
         # Two factors, each at most 1, cost fewer exponentials than one of the sum.
         scores *= (scale * tl.exp(query_log + largest))[:, None]
         scores *= tl.exp(log_s - largest)[None, :]
         den += tl.sum(scores, 1)
-        sums += dot(scores, load_tile(v, at, head, s, vv, V, BLOCK_V), DOT)
+        sums += dot(scores, load_tile(v, at, head, own - back, vv, V, TILE), DOT)
         query_log += tl.load(decay + tiles + own - back)
 
     by, _, _ = row_scale(den, m, eps, NORMALIZER)
-    store_tile(h, at, head, t, vv, sums * by[:, None], V, BLOCK_V)
+    store_tile(h, at, head, own, vv, sums * by[:, None], V, TILE)
     if SAVE and block == 0:
         rows = (at.token + t) * H + head
         tl.store(row_m + rows, m, t < at.length)

@@ -99,9 +99,9 @@ def states_kernel(
         kept = total + m
         m = tl.maximum(kept, tl.max(log, 0)) if INPUT_GATE == "exp" else m * 0.0
         keep = tl.exp(kept - m)
-        k_tile = load_tile(k, at, head, t, kk, K, BLOCK_K).to(tl.float32)
+        k_tile = load_tile(k, at, head, x, kk, K, TILE).to(tl.float32)
         k_tile *= tl.exp(log - m)[:, None]
-        v_tile = load_tile(v, at, head, t, vv, V, BLOCK_V)
+        v_tile = load_tile(v, at, head, x, vv, V, TILE)
         c = c * keep + dot(tl.trans(k_tile), v_tile, DOT)
         n = n * keep + tl.sum(k_tile, 0)
     row = at.sequence

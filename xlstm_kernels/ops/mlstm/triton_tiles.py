@@ -133,26 +133,35 @@ def locate(packing, sizes, TILE: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
-def base(x, at, head):
-    return x.ptr + at.batch * x.b + at.start * x.t + head.to(tl.int64) * x.h
+def tile_places(x, at, head, tile, d, WIDTH: tl.constexpr, TILE: tl.constexpr):
+    """Addresses and mask of a tile's tokens and columns `d` of x. The offsets within a tile fit 32
+    bits and are the same for all."""
+    first = x.ptr + at.batch * x.b + (at.start + tile * TILE) * x.t + head.to(tl.int64) * x.h
+    r = tl.arange(0, TILE)
+    mask = (r < at.length - tile * TILE)[:, None]
+    if tl.cdiv(WIDTH, d.shape[0]) * d.shape[0] != WIDTH:
+        mask = mask & (d < WIDTH)[None, :]
+    return first + (r[:, None] * x.t + d[None, :]), mask
 
 
 @triton.jit
-def load_tile(x, at, head, t, d, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Tokens `t` and columns `d` of x, zero beyond the sequence's end and the tensor's width."""
-    mask = (t < at.length)[:, None]
-    if WIDTH % BLOCK != 0:
-        mask = mask & (d < WIDTH)[None, :]
-    return tl.load(base(x, at, head) + t.to(tl.int64)[:, None] * x.t + d[None, :], mask, other=0.0)
+def load_tile(x, at, head, tile, d, WIDTH: tl.constexpr, TILE: tl.constexpr):
+    """Zero beyond the sequence's end and the tensor's width."""
+    places, mask = tile_places(x, at, head, tile, d, WIDTH, TILE)
+    return tl.load(places, mask, other=0.0)
 
 
 @triton.jit
-def store_tile(x, at, head, t, d, tile, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    mask = (t < at.length)[:, None]
-    if WIDTH % BLOCK != 0:
-        mask = mask & (d < WIDTH)[None, :]
-    to = base(x, at, head) + t.to(tl.int64)[:, None] * x.t + d[None, :]
-    tl.store(to, tile.to(x.ptr.dtype.element_ty), mask)
+def store_tile(x, at, head, tile, d, values, WIDTH: tl.constexpr, TILE: tl.constexpr):
+    places, mask = tile_places(x, at, head, tile, d, WIDTH, TILE)
+    tl.store(places, values.to(x.ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def store_sum(to, x):
+    """The sum of a vector, taken as a matrix's: of a vector's that comes from a product, Triton 3.7
+    for sm_100 stumbles over the layout."""
+    tl.store(to + tl.arange(0, 1), tl.sum(x[None, :], 1))
 
 
 @triton.jit
@@ -198,17 +207,28 @@ def dot(a, b, DOT: tl.constexpr):
 
 @triton.jit
 def product(
-    a, b, x, y, at, head, t_x, t_y, WIDTH: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr
+    a,
+    b,
+    x,
+    y,
+    at,
+    head,
+    tile_x,
+    tile_y,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    DOT: tl.constexpr,
 ):
-    """x y^T of tokens t_x and t_y; `a` and `b` are their tiles where one block is all."""
+    """x y^T of two tiles of tokens; `a` and `b` are they where one block is all."""
     if WIDTH <= BLOCK:
         return dot(a, tl.trans(b), DOT)
     else:
-        sums = tl.zeros((t_x.shape[0], t_y.shape[0]), tl.float32)
+        sums = tl.zeros((TILE, TILE), tl.float32)
         for first in tl.range(0, WIDTH, BLOCK):
             d = first + tl.arange(0, BLOCK)
-            x_tile = load_tile(x, at, head, t_x, d, WIDTH, BLOCK)
-            y_tile = load_tile(y, at, head, t_y, d, WIDTH, BLOCK)
+            x_tile = load_tile(x, at, head, tile_x, d, WIDTH, TILE)
+            y_tile = load_tile(y, at, head, tile_y, d, WIDTH, TILE)
             sums += dot(x_tile, tl.trans(y_tile), DOT)
         return sums
 

@@ -1,0 +1,91 @@
+"""The mLSTM's Triton kernels compiled for chips that this machine need not have, within budgets."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xlstm_kernels.backends import UNAVAILABLE, Backend
+
+pytestmark = [
+    pytest.mark.skipif(
+        UNAVAILABLE[Backend.TRITON] is not None, reason=f"triton: {UNAVAILABLE[Backend.TRITON]}"
+    ),
+    # Compilers of two workers would take turns.
+    pytest.mark.xdist_group("triton_compile"),
+]
+SCRIPT = Path(__file__).with_name("triton_compile.py")
+# Triton's name of the chip, and the shared memory that a block may have there, in KiB.
+CHIPS = {
+    "sm_80": (["cuda", 80, 32], 163),
+    "sm_90": (["cuda", 90, 32], 227),
+    "sm_100": (["cuda", 100, 32], 227),
+    "sm_120": (["cuda", 120, 32], 99),
+    "gfx942": (["hip", "gfx942", 64], 64),
+}
+# K 128, V 256, bfloat16 but for what they say.
+CALLS: dict[str, dict[str, Any]] = {
+    "main": {},
+    "packed": {"packed": True},
+    "walked": {"split": False},
+    "sigmoid_none": {"input_gate": "sigmoid", "normalizer": "none"},
+    "plain": {"normalizer": "plain"},
+    "narrow": {"K": 16, "V": 16},
+    "odd": {"K": 80, "V": 24},
+    "wide": {"K": 512, "V": 512},
+    "float32": {"dtype": "float32"},
+    "float16": {"dtype": "float16"},
+}
+PRODUCTS = {
+    "states_kernel",
+    "outputs_kernel",
+    "queries_kernel",
+    "dstates_kernel",
+    "keys_kernel",
+}
+# Bytes a thread (gfx942: registers), where not 0. ptxas stops at 128 or 168 registers, where one
+# block more fits, for one or two; a narrow head's dk and dv are one launch; and columns beyond a
+# width that is no power of two are masked one by one.
+SPILLS = {"narrow": 64, "odd": 512, "float32": 8, "float16": 16}
+
+
+def compiled(chip: str, call: dict[str, Any]) -> list[dict[str, Any]]:
+    asked = json.dumps({"target": CHIPS[chip][0], "calls": [call]})
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), asked],
+        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    return json.loads(run.stdout)
+
+
+def check_budgets(chip: str, call: dict[str, Any], kernels: set[str], spills: int = 0) -> None:
+    rows = compiled(chip, call)
+    assert {row["kernel"] for row in rows} >= kernels
+    for row in rows:
+        assert row["spills"] <= spills, row
+        assert row["shared"] <= CHIPS[chip][1] * 1024, row
+        if row["kernel"] in PRODUCTS and "dtype" not in call and "gfx" not in chip:
+            assert row["async"], f"no asynchronous copies: {row}"
+            # A warp group's product has 64 rows.
+            if chip == "sm_90" and min(call.get("K", 64), call.get("V", 64)) >= 64:
+                assert row["wgmma"], f"no warp group products: {row}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("chip", CHIPS)
+def test_kernels_stay_within_the_chip(chip: str, call: str) -> None:
+    check_budgets(chip, CALLS[call], PRODUCTS, SPILLS.get(call, 0))
+
+
+def test_forward_compiles_for_hopper() -> None:
+    check_budgets("sm_90", {"backward": False, "K": 64, "V": 64}, {"states_kernel"})

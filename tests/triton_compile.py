@@ -1,0 +1,117 @@
+"""Compiles the Triton kernels of calls ahead of time, for chips that this machine need not have.
+
+    python tests/triton_compile.py '{"target": ["cuda", 90, 32], "calls": [{"K": 128, ...}]}'
+
+prints a JSON list with a row for each kernel: registers, spills, shared memory, instructions. It
+runs in a process of its own, since Triton's interpreter, once on, compiles nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+
+class Driver:
+    """What Triton asks of a device before it compiles."""
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def compiled(target: GPUTarget, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each kernel that `calls` launch, compiled once."""
+    driver.set_active(Driver(target))
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    launch = JITFunction.run
+
+    def compile_only(kernel: Any, *args: Any, warmup: bool, **options: Any) -> None:
+        binary = launch(kernel, *args, warmup=True, **options)
+        flags = {k: v for k, v in options.items() if k.isupper() or k.startswith("num_")}
+        row = rows.setdefault((kernel.__name__, binary.hash), {"kernel": kernel.__name__})
+        row |= {"flags": flags, "shared": binary.metadata.shared, **usage(target, binary.asm)}
+
+    JITFunction.run = compile_only
+    for call in calls:
+        run(**call)
+    return list(rows.values())
+
+
+def usage(target: GPUTarget, asm: dict[str, Any]) -> dict[str, int]:
+    if target.backend == "hip":
+        found = {
+            name: int(re.search(rf"\.{name}:\s*(\d+)", asm["amdgcn"]).group(1))
+            for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
+        }
+        spills = found["vgpr_spill_count"]  # SGPRs spill into VGPRs
+        return {"registers": found["vgpr_count"], "spills": spills}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack, local = (
+        int(re.search(rf"{name}:(\d+)", text).group(1)) for name in ("REG", "STACK", "LOCAL")
+    )
+    counts = {"wgmma": r"wgmma\.mma_async", "mma": r"\bmma\.sync", "tcgen05": r"tcgen05\.mma"}
+    counts |= {"async": r"cp\.async\.c[ag]"}
+    found = {name: len(re.findall(pattern, asm["ptx"])) for name, pattern in counts.items()}
+    return {"registers": registers, "spills": stack + local, **found}
+
+
+def run(
+    dtype: str = "bfloat16",
+    K: int = 128,
+    V: int = 256,
+    B: int = 1,
+    T: int = 600,
+    H: int = 1,
+    packed: bool = False,
+    split: bool = True,
+    input_gate: str = "exp",
+    normalizer: str = "max",
+    backward: bool = True,
+) -> None:
+    """One forward and, where asked, backward pass of `xk.mlstm`."""
+    from xlstm_kernels.ops.mlstm import triton as mlstm
+    from xlstm_kernels.ops.mlstm import triton_launch
+
+    triton_launch.BUSY_PROGRAMS = 256 if split else 0
+    kind = getattr(torch, dtype)
+    q, k, v = (torch.zeros(B, T, H, D, dtype=kind) for D in (K, K, V))
+    i, f = torch.zeros(B, T, H), torch.zeros(B, T, H)
+    state = (torch.zeros(B, H, K, V), torch.zeros(B, H, K), torch.zeros(B, H))
+    cu_seqlens = torch.tensor([0, T], dtype=torch.int32) if packed else None
+    call = (cu_seqlens, input_gate, normalizer, 1.0, 1e-6, 0)
+    h, c, n, m, *saved = mlstm.forward(q, k, v, i, f, *state, *call, True)
+    if backward:
+        mlstm.backward(h, c, n, m, q, k, v, i, f, saved, *call, True)
+
+
+if __name__ == "__main__":
+    asked = json.loads(sys.argv[1])
+    print(json.dumps(compiled(GPUTarget(*asked["target"]), asked["calls"])))
