@@ -45,6 +45,27 @@ def test_shapes(case):
     check_mlstm(case)
 
 
+BFLOAT16_SHAPES = [
+    *({"T": T} for T in (1, 17, 33, 65)),
+    *({"K": K} for K in (1, 16, 48, 80)),
+    *({"V": V} for V in (1, 16, 24, 130)),
+    *({"T": 150, "chunk_size": size} for size in (33, 128)),
+    {"lengths": (0, 5, 0, 33, 80, 0)},
+    {"B": 1, "T": 600, "H": 1, "K": 16, "V": 16},
+]
+
+
+@pytest.mark.parametrize(
+    "case",
+    on_every_backend(
+        *({**shape, "dtype": torch.bfloat16} for shape in BFLOAT16_SHAPES), backends=("cpu",)
+    ),
+)
+def test_shapes_in_bfloat16(case):
+    """Which CPUs with bfloat16 tiles compute another way than float32."""
+    check_mlstm(case)
+
+
 @pytest.mark.parametrize(
     "case", on_every_backend(*({**flags, "dtype": d} for flags in FLAGS for d in DTYPES))
 )
