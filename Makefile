@@ -17,6 +17,7 @@ PARALLEL = OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadgroup
 ISAS = $(shell $(PYTHON) -c "from xlstm_kernels.backends import load_cpu; print(*load_cpu().supported_isas())")
 SANITIZED = build/sanitized
 COMPAT = build/compat
+comma = ,
 
 # setup.py's build of the CUDA kernels for the host, into the folder $(1), for sanitizer $(2) or none.
 EMULATED = build/emulated
@@ -41,7 +42,7 @@ demo:  ## distil a language model on this machine, in a few minutes
 
 ci: lint test-isas test-fast  ## what CI runs: everything but the slow tests and the sanitizers
 
-check: lint test test-compat sanitize  ## everything that must hold before a change goes in
+check: lint test test-compat sanitize sanitize-emulated  ## everything that must hold before a change goes in
 
 test: emulated test-isas  ## every test, the operations under each instruction set of this CPU
 	$(PARALLEL)
@@ -53,7 +54,7 @@ test-fast: emulated  ## the tests that take no more than seconds each
 test-isas:
 	@set -e; for isa in $(wordlist 2, 9, $(ISAS)); do \
 	  echo "operations on $$isa"; \
-	  XLSTM_CPU_ISA=$$isa $(PARALLEL) -m "not slow" -k "not triton" $(OP_TESTS); \
+	  XLSTM_CPU_ISA=$$isa $(PARALLEL) -m "not slow" -k "not triton and not cuda" $(OP_TESTS); \
 	done
 
 emulated:  ## the CUDA kernels for the host, which tests run on CPU tensors
@@ -69,7 +70,7 @@ sanitize:  ## the operations' tests on a build with AddressSanitizer and UBSan
 	  XLSTM_CPU_ISA=$$isa PYTHONPATH=$(SANITIZED)/lib OMP_NUM_THREADS=1 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  $(SCRIPTS)/pytest -q -n 2 -m "not slow" -k "not triton" tests/test_sanitizers.py $(OP_TESTS); \
+	  $(SCRIPTS)/pytest -q -n 2 -m "not slow" -k "not triton and not cuda" tests/test_sanitizers.py $(OP_TESTS); \
 	done
 
 # Beside the environment: where xlstm is installed, transformers builds its layers from that.
@@ -86,6 +87,21 @@ gpu:  ## on a machine with a GPU: its tests, natively, and what it measures
 	TRITON_INTERPRET=0 $(PYTEST) -m gpu
 	TRITON_INTERPRET=0 $(PYTEST) -k triton $(OP_TESTS)
 	$(PYTHON) -m benchmarks run --save
+
+# The kernels alone are instrumented; torch is not looked at.
+sanitize-emulated:  ## the CUDA kernels' tests on builds with AddressSanitizer and ThreadSanitizer
+	@$(call BUILD_EMULATED,address,address$(comma)undefined)
+	@$(call BUILD_EMULATED,thread,thread)
+	@set -e; for kind in address thread; do \
+	  echo "CUDA kernels on the emulator, $$kind sanitizer"; \
+	  preload="$$(g++ -print-file-name=lib$${kind%$${kind#?}}san.so)"; \
+	  LD_PRELOAD="$$preload" OMP_NUM_THREADS=1 \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1 \
+	  XLSTM_CUDA_EMULATOR=$$(echo $(EMULATED)/$$kind/xlstm_kernels/_emulated*.so) \
+	  $(PYTEST) tests/test_recurrence.py tests/test_cuda.py -p no:cacheprovider \
+	    -k "(test_dtypes or test_packed_sequences or test_slstm_options or scale_rows) and cuda"; \
+	done
 
 lint:  ## formatting, lint and types
 	$(PYTHON) -m ruff check .

@@ -48,7 +48,9 @@ CXX_FLAGS = (
     " -ffp-contract=fast -fno-math-errno -fno-trapping-math"
 ) + (f" -O1 -g1 -fno-omit-frame-pointer -fsanitize={SANITIZE}" if SANITIZE else " -O3 -g0")
 # -O1: the compiler takes as long as all tests that run through the result.
-EMULATED_FLAGS = f"-x c++ -O1 -DXLSTM_EMULATED -I{SOURCE / 'emulator' / 'include'}"
+EMULATED_FLAGS = (
+    f"-x c++ -O1 -Wno-unknown-pragmas -DXLSTM_EMULATED -I{SOURCE / 'emulator' / 'include'}"
+)
 
 
 def find_nvcc() -> str | None:

@@ -23,6 +23,7 @@
 #endif
 #ifdef XLSTM_BUILD_CUDA
 #include "cuda/device.h"
+#include "cuda/recurrence_launch.h"
 #endif
 
 namespace py = pybind11;
@@ -35,8 +36,6 @@ template <class T = void>
 T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
-
-#ifdef XLSTM_BUILD_CPU
 
 void fill(xlstm::Recurrence& args, int cell, int dtype, std::array<std::int64_t, 4> sizes,
           Address starts, Address x, std::array<std::int64_t, 4> x_stride, Address r, Address b,
@@ -51,22 +50,34 @@ void fill(xlstm::Recurrence& args, int cell, int dtype, std::array<std::int64_t,
   args.n_floor = n_floor, args.clip_grad = clip_grad;
 }
 
+// What only the CUDA kernels take: r_digits and the stream, then the scratch, its members in order.
+#ifdef XLSTM_BUILD_CUDA
+#define XLSTM_FOR_CUDA(count) , std::array<Address, count> for_cuda
+#else
+#define XLSTM_FOR_CUDA(count)
+#endif
+
 void recurrence_forward(int cell, int dtype, std::array<std::int64_t, 4> sizes, Address starts,
                         Address x, std::array<std::int64_t, 4> x_stride, Address r, Address b,
                         Address state, double n_floor, Address h, Address last, Address raw,
-                        Address checkpoints) {
+                        Address checkpoints XLSTM_FOR_CUDA(2)) {
   xlstm::RecurrenceForward args;
   fill(args, cell, dtype, sizes, starts, x, x_stride, r, b, state, n_floor, 0.0);
   args.h = pointer(h), args.last = pointer(last);
   args.raw = pointer(raw), args.checkpoints = pointer(checkpoints);
   py::gil_scoped_release unlocked;
+#ifdef XLSTM_BUILD_CUDA
+  xlstm::recurrence_forward_cuda(args, static_cast<DType>(for_cuda[0]), pointer(for_cuda[1]));
+#else
   xlstm::recurrence_forward_cpu(args);
+#endif
 }
 
 void recurrence_backward(int cell, int dtype, std::array<std::int64_t, 4> sizes, Address starts,
                          Address r, double n_floor, double clip_grad, Address raw,
                          Address checkpoints, Address dh, std::array<std::int64_t, 3> dh_stride,
-                         Address dlast, Address dx, Address dr, Address db, Address dstate) {
+                         Address dlast, Address dx, Address dr, Address db,
+                         Address dstate XLSTM_FOR_CUDA(5)) {
   xlstm::RecurrenceBackward args;
   fill(args, cell, dtype, sizes, starts, 0, {}, r, 0, 0, n_floor, clip_grad);
   args.raw = pointer(raw), args.checkpoints = pointer(checkpoints);
@@ -75,8 +86,16 @@ void recurrence_backward(int cell, int dtype, std::array<std::int64_t, 4> sizes,
   args.dx = pointer(dx), args.dr = pointer(dr), args.db = pointer(db),
   args.dstate = pointer(dstate);
   py::gil_scoped_release unlocked;
+#ifdef XLSTM_BUILD_CUDA
+  xlstm::recurrence_backward_cuda(
+      args, {pointer(for_cuda[2]), pointer(for_cuda[3]), pointer(for_cuda[4])},
+      static_cast<DType>(for_cuda[0]), pointer(for_cuda[1]));
+#else
   xlstm::recurrence_backward_cpu(args);
+#endif
 }
+
+#ifdef XLSTM_BUILD_CPU
 
 // Addresses come as lists in the order of the fields they fill.
 using MLSTMStrides = std::array<std::array<std::int64_t, 3>, 5>;
@@ -255,6 +274,19 @@ py::list devices() {
   return found;
 }
 
+// [{"direction": ..., "operand": dtype code, "D": ..., ...}]
+py::list recurrence_launch_shapes() {
+  py::list found;
+  for (const xlstm::RecurrenceLaunchShape& shape : xlstm::recurrence_launch_shapes()) {
+    found.append(py::dict(py::arg("direction") = shape.forward ? "forward" : "backward",
+                          py::arg("operand") = static_cast<int>(shape.operand),
+                          py::arg("D") = shape.D, py::arg("threads") = shape.threads,
+                          py::arg("fragments") = shape.fragments, py::arg("held") = shape.held,
+                          py::arg("shared_bytes") = shape.shared_bytes));
+  }
+  return found;
+}
+
 #endif  // XLSTM_BUILD_CUDA
 
 // `stream` is for CUDA alone.
@@ -286,8 +318,6 @@ PYBIND11_MODULE(XLSTM_MODULE, m) {
   m.def("num_threads", &xlstm::XLSTM_ISA::num_threads);
   m.def("has_thread_pool", [] { return xlstm::g_parallel_for != nullptr; });
   m.def("cells", &cells);
-  m.def("recurrence_forward", &recurrence_forward);
-  m.def("recurrence_backward", &recurrence_backward);
   m.def("mlstm_forward", &mlstm_forward);
   m.def("mlstm_backward", &mlstm_backward);
   m.def("mlstm_step", &mlstm_step);
@@ -296,7 +326,10 @@ PYBIND11_MODULE(XLSTM_MODULE, m) {
   m.attr("checkpoint_interval") = xlstm::kCheckpointInterval;
   m.attr("state_interval") = xlstm::kStateInterval;
 #endif
+  m.def("recurrence_forward", &recurrence_forward);
+  m.def("recurrence_backward", &recurrence_backward);
 #ifdef XLSTM_BUILD_CUDA
+  m.def("recurrence_launch_shapes", &recurrence_launch_shapes);
   m.def("archs", &xlstm::cuda_archs, "Compute capabilities inside; the last one as PTX too");
   m.def("devices", &devices);
   m.attr("runtime_version") = xlstm::cuda_runtime_version();

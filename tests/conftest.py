@@ -26,6 +26,11 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("fixed")
 
 
+# The emulator takes its time. These run all of a kernel, and are what a fast run has of it.
+QUICK_ON_EMULATOR = {"test_dtypes", "test_packed_sequences", "test_slstm_options"}
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """A test of a backend that this install lacks is skipped with the reason, not left out."""
     missing = dict(UNAVAILABLE)
@@ -35,6 +40,8 @@ def pytest_collection_modifyitems(items):
         params = item.callspec.params if hasattr(item, "callspec") else {}
         backend = params.get("backend") or getattr(params.get("case"), "backend", None)
         why = missing.get(backend)
+        if backend == "cuda" and item.originalname not in QUICK_ON_EMULATOR:
+            item.add_marker(pytest.mark.slow)
         if why is not None:
             item.add_marker(pytest.mark.skip(reason=f"backend {backend!r}: {why}"))
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from .backends import load_cpu
+from .backends import load_cpu, load_cuda
 
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
@@ -26,6 +28,17 @@ def refused_by_cpu(**tensors: Tensor) -> str | None:
         if tensor.dtype not in CPU_DTYPES:
             return f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}"
     return None
+
+
+@contextmanager
+def launching(tensor: Tensor) -> Iterator[tuple[ModuleType, int]]:
+    """The CUDA kernels for the tensor's device, made current, and torch's stream on it: `_cuda`, or
+    the emulator and 0 for a CPU tensor."""
+    if tensor.device.type == "cpu":
+        yield load_cuda(emulated=True), 0
+        return
+    with torch.cuda.device(tensor.device):
+        yield load_cuda(), torch.cuda.current_stream().cuda_stream
 
 
 def dtype_code(tensor: Tensor) -> int:

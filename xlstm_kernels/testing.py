@@ -50,6 +50,15 @@ WORST_ELEMENT_FACTOR = 4.0
 # gradient through a closed gate may be 1e-26 where 1e-44 is exact.
 SMALLEST = 1e-16
 
+# With x in 16 bits these backends multiply factors of as many where plain torch has float32: h and
+# the gates' gradients, by bfloat16 r and in dR. What they return in float32 is then held to the
+# rounding steps of float16.
+SHORT_OPERANDS = ("cuda",)
+# Tensor cores cut sums instead of rounding them, always towards zero, which adds up over the steps:
+# over 12 seeds, the root mean square errors of float32 gradients were 0.9 to 1.46 times those of
+# plain torch.
+WIDENED = {"cuda": 1.5}
+
 # Where gradients grow, plain torch's error depends on the order of its sums: one run is one draw
 # from a wide distribution. A result that misses the budget of the first run is held to the root
 # mean square of this many, each with its units in another order. Of 60 seeds of sLSTM with n = 0,
@@ -346,7 +355,9 @@ def check_recurrence(case: RecurrenceCase, through: Collection[str] | None = Non
         for _ in range(PLAIN_RUNS - 1):
             yield _run_reordered(case, inputs, torch.randperm(case.D, generator=draw), through)
 
-    check_results(got, exact, plains())
+    short = case.backend in SHORT_OPERANDS and case.dtype in (torch.bfloat16, torch.float16)
+    operands = torch.float16 if short else None
+    check_results(got, exact, plains(), WIDENED.get(case.backend, 1.0), operands)
 
 
 def _run_reordered(

@@ -31,6 +31,9 @@ XLSTM_MMA(mma_bf16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 XLSTM_MMA(mma_tf32, "m16n8k8.row.col.f32.tf32.tf32.f32")
 #undef XLSTM_MMA
 
+// What is computed from x afterwards cannot be computed before, outside of a loop.
+__device__ __forceinline__ void opaque(std::uint32_t& x) { asm volatile("" : "+r"(x)); }
+
 }  // namespace xlstm
 
 #endif  // XLSTM_EMULATED

@@ -69,4 +69,6 @@ inline void mma_tf32(float (&d)[4], const std::uint32_t (&a)[4], const std::uint
   });
 }
 
+inline void opaque(std::uint32_t&) {}
+
 }  // namespace xlstm

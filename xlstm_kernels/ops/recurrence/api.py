@@ -39,7 +39,7 @@ def slstm(
         clip_grad: bound on each element of the gradient that flows to h_{t-1} through r.
         cu_seqlens: (S + 1,) int32 token offsets of S packed sequences; B is then 1 and states have
             S rows.
-        backend: "auto", or one of "reference", "cpu"; a named backend runs or raises.
+        backend: "auto", or one of "reference", "cpu", "cuda"; a named backend runs or raises.
 
     Returns:
         h (B, T, H, D) in x's dtype, and the last state: float32, float64 for float64 x. Gates,
@@ -104,7 +104,7 @@ def lstm(
         state: (h, c), each (B, H, D); None is zeros.
         cu_seqlens: (S + 1,) int32 token offsets of S packed sequences; B is then 1 and states have
             S rows.
-        backend: "auto", or one of "reference", "cpu"; a named backend runs or raises.
+        backend: "auto", or one of "reference", "cpu", "cuda"; a named backend runs or raises.
 
     Returns:
         h (B, T, H, D) in x's dtype, and the last state: float32, float64 for float64 x.
@@ -142,7 +142,7 @@ def _recurrence(
         dtype = compute_dtype(x_BTGHD.dtype)
         if state_SBHD.dtype is not dtype:
             state_SBHD = state_SBHD.to(dtype)
-    chosen = op.RECURRENCE.resolve(backend, x_BTGHD, cell, function=name)
+    chosen = op.RECURRENCE.resolve(backend, x_BTGHD, r_GHDE, cell, function=name)
     call = (x_BTGHD, r_GHDE, b_GHD, state_SBHD, cu_seqlens, cell, n_floor)
     if chosen is Backend.REFERENCE:
         h_BTHD, last_SBHD = reference.forward(*call, clip_grad)

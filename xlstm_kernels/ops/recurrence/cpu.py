@@ -14,7 +14,7 @@ from .shapes import last_shape, saved_shapes
 CELL_INDEX = {cell: index for index, cell in enumerate(CELLS)}  # csrc/cells/list.h
 
 
-def supports(x_BTGHD: Tensor, cell: str) -> str | None:
+def supports(x_BTGHD: Tensor, r_GHDE: Tensor, cell: str) -> str | None:
     return refused_by_cpu(x=x_BTGHD)
 
 

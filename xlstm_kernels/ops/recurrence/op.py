@@ -10,11 +10,11 @@ from torch import Tensor
 from ...backends import Backend, Op
 from ...cells import CELLS, compute_dtype
 from ...library import define
-from . import cpu
+from . import cpu, cuda
 from .shapes import last_shape, saved_shapes
 
 FUNCTIONS = tuple(dict.fromkeys(cell.function for cell in CELLS.values()))
-RECURRENCE = Op("recurrence", {Backend.CPU: cpu}, FUNCTIONS)
+RECURRENCE = Op("recurrence", {Backend.CPU: cpu, Backend.CUDA: cuda}, FUNCTIONS)
 
 
 def _fake_forward(

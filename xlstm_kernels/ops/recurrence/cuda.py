@@ -1,0 +1,182 @@
+"""The recurrence in CUDA C++: check, allocate, launch, return.
+
+One block of threads holds R of one head, and no block waits for another. Gates, sums and states are
+float32, and so is the accuracy of R h, but for bfloat16 r: there h and the gates' gradients keep 16
+bits as operands. dR is a product of what x's dtype leaves of them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...arguments import token_starts
+from ...backends import cuda_refuses
+from ...cells import CELLS, compute_dtype
+from ...memory import address, dense_rows, dtype_code, launching, plain
+from .shapes import CHECKPOINT_INTERVAL, last_shape, saved_shapes
+
+CELL_INDEX = {cell: index for index, cell in enumerate(CELLS)}  # csrc/cells/list.h
+# Widths of heads that csrc/cuda/recurrence.h has launch shapes for, and the shared memory that the
+# larger of forward and backward takes; a test holds the two lists together.
+SHARED_BYTES = {
+    torch.float32: {32: 10496, 64: 24832, 128: 221440},
+    torch.bfloat16: {32: 8704, 64: 16896, 128: 66048},
+}
+COLUMNS = 8  # sequences of a block
+
+
+def supports(x_BTGHD: Tensor, r_GHDE: Tensor, cell: str) -> str | None:
+    if why := cuda_refuses("x", x_BTGHD.device):
+        return why
+    if x_BTGHD.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"x must be float32, bfloat16 or float16, got {x_BTGHD.dtype}"
+    D, widths = x_BTGHD.shape[-1], SHARED_BYTES[_operand(r_GHDE)]
+    if max(widths) < D:
+        return f"R of a head must fit one block: D at most {max(widths)}"
+    if x_BTGHD.device.type == "cuda":
+        device = torch.cuda.get_device_properties(x_BTGHD.device)
+        has = device.shared_memory_per_block_optin  # type: ignore[attr-defined]
+        if has < (needs := widths[_width(r_GHDE)]):
+            return f"D = {D} takes {needs} bytes of shared memory a block, the device has {has}"
+    return None
+
+
+def forward(
+    x_BTGHD: Tensor,
+    r_GHDE: Tensor,
+    b_GHD: Tensor | None,
+    state_SBHD: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cell: str,
+    n_floor: float,
+    save: bool,
+) -> list[Tensor]:
+    B, T, _, H, D = x_BTGHD.shape
+    dtype = compute_dtype(x_BTGHD.dtype)
+    last = last_shape(x_BTGHD.shape, cu_seqlens, cell)
+    to_save = saved_shapes(x_BTGHD.shape, cu_seqlens, cell) if save else ()
+    h_BTHD = x_BTGHD.new_empty((B, T, H, D))
+    last_SBHD = x_BTGHD.new_empty(last, dtype=dtype)
+    saved = [x_BTGHD.new_empty(shape, dtype=dtype) for shape in to_save]
+    if save and cu_seqlens is not None:
+        saved[1].zero_()  # its last rows belong to no sequence
+    x_BTGHD, starts = dense_rows(x_BTGHD), _starts(cu_seqlens, T, cell)
+    r_digits = _digits(r_GHDE)
+    r_GHDE, b_GHD = plain(r_GHDE, dtype), plain(b_GHD, dtype)
+    state_SBHD = plain(state_SBHD, dtype)
+    if last[1] == 0:
+        return [h_BTHD, last_SBHD, *saved]
+    with launching(x_BTGHD) as (kernels, stream):
+        kernels.recurrence_forward(
+            CELL_INDEX[cell],
+            dtype_code(x_BTGHD),
+            (last[1], T, H, D),
+            address(starts),
+            address(x_BTGHD),
+            x_BTGHD.stride()[:4],
+            address(r_GHDE),
+            address(b_GHD),
+            address(state_SBHD),
+            n_floor,
+            address(h_BTHD),
+            address(last_SBHD),
+            *([address(t) for t in saved] if save else (0, 0)),
+            (r_digits, stream),
+        )
+    return [h_BTHD, last_SBHD, *saved]
+
+
+def backward(
+    dh_BTHD: Tensor | None,
+    dlast_SBHD: Tensor | None,
+    r_GHDE: Tensor,
+    raw_BTGHD: Tensor,
+    checkpoints_NSHD: Tensor,
+    cu_seqlens: Tensor | None,
+    cell: str,
+    n_floor: float,
+    clip_grad: float | None,
+    like_x: Tensor,
+    want: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B, T, G, H, D = raw_BTGHD.shape
+    dtype = raw_BTGHD.dtype
+    last = last_shape(raw_BTGHD.shape, cu_seqlens, cell)
+    want_r, want_b, want_state = want
+    dx_BTGHD = like_x.new_empty(raw_BTGHD.shape)
+    dr_GHDE = raw_BTGHD.new_empty(r_GHDE.shape if want_r else (0,))
+    dstate_SBHD = raw_BTGHD.new_empty(last if want_state else (0,))
+    if last[1] == 0:
+        db_GHD = raw_BTGHD.new_zeros(r_GHDE.shape[:3] if want_b else (0,))
+        return dx_BTGHD, dr_GHDE.zero_(), db_GHD, dstate_SBHD
+    r_digits, width = _digits(r_GHDE), _width(r_GHDE)
+    r_GHDE, dlast_SBHD = plain(r_GHDE, dtype), plain(dlast_SBHD, dtype)
+    dh_BTHD, starts = dense_rows(dh_BTHD), _starts(cu_seqlens, T, cell)
+    tiles = -(-last[1] // COLUMNS)
+    states = raw_BTGHD.new_empty((tiles * H, CHECKPOINT_INTERVAL, last[0] - 1, width * COLUMNS))
+    h_prev_BTHD = like_x.new_empty((B, T, H, D) if want_r else (0,))
+    db_parts = raw_BTGHD.new_empty((tiles, G, H, D) if want_b else (0,))
+    with launching(raw_BTGHD) as (kernels, stream):
+        kernels.recurrence_backward(
+            CELL_INDEX[cell],
+            dtype_code(like_x),
+            (last[1], T, H, D),
+            address(starts),
+            address(r_GHDE),
+            n_floor,
+            float("inf") if clip_grad is None else clip_grad,
+            address(raw_BTGHD),
+            address(checkpoints_NSHD),
+            address(dh_BTHD),
+            (0, 0, 0) if dh_BTHD is None else dh_BTHD.stride()[:3],
+            address(dlast_SBHD),
+            address(dx_BTGHD),
+            *(0, 0),
+            address(dstate_SBHD) if want_state else 0,
+            (
+                *(r_digits, stream),
+                address(states),
+                address(h_prev_BTHD) if want_r else 0,
+                address(db_parts) if want_b else 0,
+            ),
+        )
+    if want_r:
+        _multiply_outer(dx_BTGHD, h_prev_BTHD, dr_GHDE)
+    return dx_BTGHD, dr_GHDE, db_parts.sum(0) if want_b else db_parts, dstate_SBHD
+
+
+def _multiply_outer(draw_BTGHD: Tensor, h_prev_BTHD: Tensor, dr_GHDE: Tensor) -> None:
+    """dR = sum over tokens of draw h_prev^T, summed in float32."""
+    draw_GHDN = draw_BTGHD.flatten(0, 1).permute(1, 2, 3, 0)
+    h_prev_HNE = h_prev_BTHD.flatten(0, 1).transpose(0, 1)
+    for draw_HDN, dr_HDE in zip(draw_GHDN, dr_GHDE, strict=True):
+        if draw_HDN.dtype is dr_HDE.dtype:
+            torch.bmm(draw_HDN, h_prev_HNE, out=dr_HDE)
+        elif draw_HDN.device.type == "cuda":
+            torch.bmm(draw_HDN, h_prev_HNE, out_dtype=dr_HDE.dtype, out=dr_HDE)
+        else:
+            torch.bmm(draw_HDN.to(dr_HDE.dtype), h_prev_HNE.to(dr_HDE.dtype), out=dr_HDE)
+
+
+def _operand(r_GHDE: Tensor) -> torch.dtype:
+    """What the operands of a matrix product are kept in."""
+    return torch.bfloat16 if r_GHDE.dtype is torch.bfloat16 else torch.float32
+
+
+def _width(r_GHDE: Tensor) -> int:
+    return next(width for width in SHARED_BYTES[_operand(r_GHDE)] if r_GHDE.shape[-1] <= width)
+
+
+def _digits(r_GHDE: Tensor) -> int:
+    """The dtype code that says how many digits r has; float64 r is rounded to float32."""
+    return dtype_code(r_GHDE if r_GHDE.dtype is not torch.float64 else r_GHDE.float())
+
+
+def _starts(cu_seqlens: Tensor | None, T: int, cell: str) -> Tensor | None:
+    """Checked where that does not stop a device; the kernels stay inside the tensors anyhow."""
+    if cu_seqlens is None:
+        return None
+    if cu_seqlens.device.type == "cpu":
+        token_starts(CELLS[cell].function, cu_seqlens, T)
+    return cu_seqlens.contiguous()
