@@ -110,7 +110,7 @@ def test_gradcheck(backend, support, divergence):
 
 @EVERYWHERE
 @EVERY_KIND
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("temperature", [0.05, 0.5, 1.0, 4.0, 100.0])
 def test_all_words_are_the_dense_loss(backend, support, divergence, temperature):
     """In any order, and whatever the support: nothing is outside."""
     student, teacher = inputs(V=60)[0], inputs(V=60, seed=1)[0]

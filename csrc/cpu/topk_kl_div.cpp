@@ -236,37 +236,36 @@ class Row {
   // The teacher's p; whether it has any mass. NaN is left in tail_.p.
   bool teacher(std::int64_t n) {
     const double T = args_.support == Support::kSampled ? 1 : args_.temperature;
-    double most = 0, mass = 0, sum = 0;
-    if (!with_tail()) {  // weights of any size
-      most = -kInfinity;
-      for (const Outcome& o : inside_) most = o.log_p > most ? o.log_p : most;
-      if (most == -kInfinity) most = 0;
-    }
+    double mass = 0, most = -kInfinity, sum = 0;
     for (Outcome& o : inside_) {
-      if (T != 1 && with_tail()) mass += std::exp(o.log_p);
-      o.log_p = (o.log_p - most) / T;
-      o.p = std::exp(o.log_p);
-      sum += o.p;
+      if (with_tail() && args_.tail_logmass == nullptr) mass += std::exp(o.log_p);
+      o.log_p /= T;
+      if (o.log_p > most) most = o.log_p;
     }
-    tail_.p = 0;
-    if (with_tail()) {
-      const double left = 1 - (T == 1 ? sum : mass);
-      const double words = static_cast<double>(args_.V_student - std::int64_t(inside_.size()));
-      const C* given = static_cast<const C*>(args_.tail_logmass);
-      const double r = given ? std::exp(static_cast<double>(given[n])) : left < 0 ? 0 : left;
-      tail_.p = words > 0 ? (T == 1 ? r : words * std::pow(r / words, 1 / T)) : 0;
-    }
-    sum += tail_.p;
+    tail_.log_p = with_tail() ? log_tail(n, 1 - mass, T) : -kInfinity;
+    if (tail_.log_p > most) most = tail_.log_p;
+    if (most == -kInfinity) most = 0;
+    // Less the largest: powers of 1 / T underflow, and weights of samples may be of any size.
+    for (Outcome& o : inside_) sum += o.p = std::exp(o.log_p -= most);
+    sum += tail_.p = std::exp(tail_.log_p -= most);
     if (!(sum > 0)) {
       tail_.p = std::isnan(sum) ? kNaN : 0;
       return false;
     }
     const double log_sum = std::log(sum);
     for (Outcome& o : inside_) o.log_p -= log_sum, o.p /= sum;
-    tail_.p /= sum;
-    if (std::isnan(sum)) tail_.p = kNaN;
-    tail_.log_p = std::log(tail_.p);
+    tail_.p /= sum, tail_.log_p -= log_sum;
     return true;
+  }
+
+  // ln(n (r / n)^(1/T)) of the n words outside.
+  double log_tail(std::int64_t n, double left, double T) const {
+    const double words = static_cast<double>(args_.V_student - std::int64_t(inside_.size()));
+    if (words == 0) return -kInfinity;
+    const C* given = static_cast<const C*>(args_.tail_logmass);
+    if (given == nullptr && left <= 0) return -kInfinity;
+    const double log_r = given ? static_cast<double>(given[n]) : std::log(left);
+    return T == 1 ? log_r : std::log(words) + (log_r - std::log(words)) / T;
   }
 
   double divergence() {

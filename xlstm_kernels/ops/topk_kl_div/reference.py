@@ -72,16 +72,17 @@ def _teacher(
         most = logprobs.amax(dim=-1, keepdim=True) if ids.shape[-1] else logprobs.new_zeros(1)
         logprobs = logprobs - most.masked_fill(most == -INF, 0)
     mass_V = zeros.scatter_add(-1, index, logprobs.exp())[..., :V]
-    a_V = mass_V ** (1 / T)
-    tail = torch.zeros_like(a_V[..., 0])
+    log_a, log_tail = mass_V.log() / T, torch.full_like(mass_V[..., 0], -INF)
     if support in WITH_TAIL:
         left = (1 - mass_V.sum(dim=-1)).clamp_min(0)
-        r = left if tail_logmass is None else tail_logmass.exp()
+        log_r = left.log() if tail_logmass is None else tail_logmass
         words = V - inside_V.sum(dim=-1)
-        tail = torch.where(words > 0, words * (r / words.clamp_min(1)) ** (1 / T), 0)
-    total = a_V.sum(dim=-1) + tail
-    total = total.masked_fill(total == 0, 1)
-    return a_V / total.unsqueeze(-1), inside_V, tail / total
+        log_words = words.clamp_min(1).to(log_r.dtype).log()
+        log_tail = torch.where(words > 0, log_words + (log_r - log_words) / T, -INF)
+    log_p = torch.cat([log_a, log_tail.unsqueeze(-1)], dim=-1)
+    none = masked(log_p).unsqueeze(-1)
+    p = log_p.masked_fill(none, 0).softmax(dim=-1).masked_fill(none, 0)
+    return p[..., :-1], inside_V, p[..., -1]
 
 
 def _divergence(
