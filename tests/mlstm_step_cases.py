@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from mlstm_cases import (
+    DEVICES,
     FLOAT64,
     INPUTS,
+    ON_CPU,
     SLOW,
     STATE,
     WIDENED,
@@ -24,8 +26,15 @@ from xlstm_kernels.ops.mlstm_step import op
 from xlstm_kernels.testing import check
 
 BACKENDS = [backend.value for backend in op.MLSTM_STEP.table]
+
+
+def marks(backend: str) -> list[pytest.MarkDecorator]:
+    """Of a test whose tensors are on the CPU."""
+    return [pytest.mark.slow, ON_CPU] if backend == "triton" else []
+
+
 # In Triton's interpreter a call takes long; what tests/test_mlstm_step_triton.py has is fast.
-EACH_BACKEND = [pytest.param(b, marks=[pytest.mark.slow] * (b in SLOW)) for b in BACKENDS]
+EACH_BACKEND = [pytest.param(b, marks=marks(b)) for b in BACKENDS]
 EVERY_BACKEND = pytest.mark.parametrize("backend", ["reference", *EACH_BACKEND])
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,7 +49,7 @@ def with_dtypes(
 ) -> pytest.MarkDecorator:
     """Each backend with each dtype that it has, and each shape it is fast enough for."""
     calls = [
-        pytest.param(backend, dtype, shape, marks=[pytest.mark.slow] * (backend in SLOW))
+        pytest.param(backend, dtype, shape, marks=marks(backend))
         for backend in backends
         for dtype in dtypes
         for shape in (shapes[:1] if backend in SLOW else shapes)
@@ -69,8 +78,10 @@ def halved(state: xk.MLSTMState) -> xk.MLSTMState:
 
 def call(case: MLSTMCase, tokens: Tokens, state: Any, **how: Any) -> dict[str, torch.Tensor]:
     flags = {"input_gate": case.input_gate, "normalizer": case.normalizer, "scale": case.scale}
+    device = DEVICES.get(case.backend, "cpu")
+    tokens, state = [x.to(device) for x in tokens], tuple(x.to(device) for x in state)
     h, last = xk.mlstm_step(*tokens, state, **flags, **{"backend": case.backend, **how})
-    return {"h": h, **last._asdict()}
+    return {name: x.cpu() for name, x in {"h": h, **last._asdict()}.items()}
 
 
 def exact_steps(case: MLSTMCase, tokens: Tokens, state: Any) -> list[dict[str, torch.Tensor]]:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mlstm_cases import FLAGS, MLSTMCase
+from mlstm_cases import FLAGS, ON_CPU, MLSTMCase
 from mlstm_step_cases import check_step, step_inputs
 
 import xlstm_kernels as xk
-from xlstm_kernels.backends import TRITON_INTERPRETED, UNAVAILABLE, Backend
+from xlstm_kernels.backends import UNAVAILABLE, Backend
 from xlstm_kernels.ops.mlstm_step import triton as backend
 from xlstm_kernels.testing import relative_error
 
 pytestmark = pytest.mark.skipif(
     UNAVAILABLE[Backend.TRITON] is not None, reason=f"triton: {UNAVAILABLE[Backend.TRITON]}"
 )
-ON_CPU = pytest.mark.skipif(not TRITON_INTERPRETED, reason="CPU tensors need TRITON_INTERPRET=1")
 # One head, two blocks of columns.
 SMALL = {"B": 1, "H": 1, "K": 12, "V": 40, "T": 2}
 TOKENS = torch.float32, torch.bfloat16, torch.float16
@@ -27,13 +26,11 @@ def narrow_blocks(monkeypatch):
     monkeypatch.setattr(backend, "choose", lambda K, V: choose(K, V)._replace(v=32))
 
 
-@ON_CPU
 @pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: "-".join(flags.values()))
 def test_gates_and_normalizers(flags):
     check_step(MLSTMCase("triton", **SMALL, **flags))
 
 
-@ON_CPU
 @pytest.mark.parametrize("all_states", [False, True])
 @pytest.mark.parametrize("dtype", TOKENS)
 def test_dtypes_and_rounded_states(dtype, all_states):

@@ -55,7 +55,7 @@ def compiled(target: GPUTarget, calls: list[dict[str, Any]]) -> list[dict[str, A
 
     JITFunction.run = compile_only
     for call in calls:
-        run(**call)
+        RUNS[call.pop("op", "mlstm")](**call)
     return list(rows.values())
 
 
@@ -79,6 +79,7 @@ def usage(target: GPUTarget, asm: dict[str, Any]) -> dict[str, int]:
     )
     counts = {"wgmma": r"wgmma\.mma_async", "mma": r"\bmma\.sync", "tcgen05": r"tcgen05\.mma"}
     counts |= {"async": r"cp\.async\.c[ag]"}
+    counts |= {f"wide_{way}": rf"\b{way}\.global\S*\.v4" for way in ("ld", "st")}
     found = {name: len(re.findall(pattern, asm["ptx"])) for name, pattern in counts.items()}
     return {"registers": registers, "spills": stack + local, **found}
 
@@ -111,6 +112,25 @@ def run(
     if backward:
         mlstm.backward(h, c, n, m, q, k, v, i, f, saved, *call, True)
 
+
+def step(dtype: str, c_dtype: str, K: int, V: int, T: int, kept: str) -> None:
+    """A call of `xk.mlstm_step` on a pool; which states are `kept`: "last", "save" or "all"."""
+    from xlstm_kernels.ops.mlstm_step import triton as mlstm_step
+
+    kind = getattr(torch, dtype)
+    q, k, v = (torch.zeros(2, T, 1, D, dtype=kind) for D in (K, K, V))
+    i, f = torch.zeros(2, T, 1), torch.zeros(2, T, 1)
+    c = torch.zeros(40, 1, K, V, dtype=getattr(torch, c_dtype))
+    call = (q, k, v, i, f, c, torch.zeros(40, 1, K), torch.zeros(40, 1))
+    index, options = torch.arange(2), ("exp", "max", 1.0, 1e-6)
+    if kept == "all":
+        mlstm_step.forward(*call, index, True, *options)
+    else:
+        save = torch.arange(2, 2 + 2 * T).view(2, T) if kept == "save" else None
+        mlstm_step.update(*call, torch.zeros_like(v), index, save, *options)
+
+
+RUNS = {"mlstm": run, "mlstm_step": step}
 
 if __name__ == "__main__":
     asked = json.loads(sys.argv[1])
