@@ -38,7 +38,7 @@ struct RecurrenceShape {
   static constexpr int kRowTiles = kForward ? 2 : 1;  // products of 16 rows
   static constexpr int kDepth = (kForward ? kWidth : kGates * kWidth) / (kPerWord * kTileWords);
   static constexpr int kTiles = kRowTiles * kDepth;  // fragments of R in a warp
-  // Those in registers. Found by compiling: with one more, registers spill.
+  // Those in registers. Found by compiling: with more, registers spill.
   static constexpr int kHeld = kWidth < 128
                                    ? kTiles - (!kForward && kPerWord == 1 ? kWidth / 16 : 0)
                                : kForward ? (kPerWord == 1 ? 6 : 10)
