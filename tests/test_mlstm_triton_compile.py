@@ -52,7 +52,8 @@ PRODUCTS = {
 # Bytes a thread (gfx942: registers), where not 0. ptxas stops at 128 or 168 registers, where one
 # block more fits, for one or two; a narrow head's dk and dv are one launch; and columns beyond a
 # width that is no power of two are masked one by one.
-SPILLS = {"narrow": 64, "odd": 512, "float32": 8, "float16": 16}
+SPILLS = {"narrow": 64, "odd": 512, "wide": 8}
+SPILLS |= dict.fromkeys(("sigmoid_none", "plain", "float32", "float16"), 16)
 
 
 def compiled(chip: str, call: dict[str, Any]) -> list[dict[str, Any]]:
