@@ -196,18 +196,22 @@ def check_mlstm(
     if got is None:
         got = run_mlstm(case, inputs, case.backend, through)
 
-    def plains() -> Iterator[Mapping[str, Tensor]]:
-        yield run_mlstm(case, inputs, "reference", through)
-        draw = torch.Generator().manual_seed(case.seed)
-        for chunk_size in PLAIN_CHUNKS:
-            form = partial(reference.chunkwise, chunk_size=chunk_size)
-            orders = [torch.randperm(size, generator=draw) for size in (case.K, case.V)]
-            yield _run_reordered(case, inputs, form, orders, through)
-
     # Triton multiplies two-byte operands: float32 results are as exact as those. Of 5 flags the
     # largest error of a state or of a gate's gradient is 4e-3 for bfloat16 (eps 8e-3).
     operands = case.dtype if case.backend == "triton" else None
-    check_results(got, exact, plains(), WIDENED[case.normalizer], operands)
+    check_results(got, exact, plain_runs(case, inputs, through), WIDENED[case.normalizer], operands)
+
+
+def plain_runs(
+    case: MLSTMCase, inputs: Mapping[str, Tensor], through: Collection[str] | None = None
+) -> Iterator[Mapping[str, Tensor]]:
+    """Plain torch's results: the recurrence, then the chunkwise form in other orders."""
+    yield run_mlstm(case, inputs, "reference", through)
+    draw = torch.Generator().manual_seed(case.seed)
+    for chunk_size in PLAIN_CHUNKS:
+        form = partial(reference.chunkwise, chunk_size=chunk_size)
+        orders = [torch.randperm(size, generator=draw) for size in (case.K, case.V)]
+        yield _run_reordered(case, inputs, form, orders, through)
 
 
 def _run_reordered(

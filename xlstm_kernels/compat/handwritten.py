@@ -89,7 +89,7 @@ def find(layer: nn.Module) -> Found:
     if plan is None or isinstance(plan, str):
         return plan
     weight = gather(layer, plan)[0]
-    backend = fused_backend("recurrence", weight, "lstm")
+    backend = fused_backend("recurrence", weight, weight, "lstm")
     if backend is None:
         return no_kernel("lstm", weight)
     which = f"{SHORTEST} steps or more, gates {plan.order}"

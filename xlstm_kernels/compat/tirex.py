@@ -35,7 +35,7 @@ def find(layer: nn.Module) -> Found:
     if module != "tirex.models.slstm.cell" or name != "sLSTMCell":
         return None
     weight = next(layer.parameters())
-    backend = fused_backend("recurrence", weight, "slstm")
+    backend = fused_backend("recurrence", weight, weight, "slstm")
     if backend is None:
         return no_kernel("slstm", weight)
     return Swap(swapped_class(FusedSLSTMCell, type(layer)), backend, "every call, in float32")

@@ -220,7 +220,7 @@ def find(layer: nn.Module) -> Found:
         known = (*LEFT, nn.LSTM)
         return "a subclass may compute something else" if isinstance(layer, known) else None
     weight: Any = layer.weight_ih_l0
-    backend = fused_backend("recurrence", weight, "lstm")
+    backend = fused_backend("recurrence", weight, weight, "lstm")
     if backend is None:
         return no_kernel("lstm", weight)
     if weight.dtype not in (torch.float32, torch.bfloat16):

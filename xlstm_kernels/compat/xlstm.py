@@ -150,7 +150,7 @@ def find(layer: nn.Module) -> Found:
         return f"num_states={config.num_states} is not that of function={config.function!r}"
     if name == "sLSTMCell_cuda" and config.gradient_recurrent_cut:
         return "gradient_recurrent_cut=True: our kernels do not cut the gradient"
-    backend = fused_backend("recurrence", weight, config.function)
+    backend = fused_backend("recurrence", weight, weight, config.function)
     if backend is None:
         return no_kernel(config.function, weight)
     return Swap(swapped_class(FusedSLSTMCell, type(layer)), backend)
