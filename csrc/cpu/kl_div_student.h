@@ -159,9 +159,9 @@ class Student {
     // In place, these logits are still there: a block is overwritten after this.
     const Staged<C> staged = stage(s, begin, padded<C>(count), again_);
     const C share = static_cast<C>(word_share(scale));
-    const C inverse = args_.softcap == 0 ? C(0) : static_cast<C>(1 / args_.softcap);
+    const C cap = args_.softcap == 0 ? static_cast<C>(kInfinity) : static_cast<C>(args_.softcap);
     for (int j = 0; j < count; ++j) {
-      const C z = staged.z[j], t = z * inverse;
+      const C z = staged.z[j], t = z / cap;  // a rounded 1 / cap would show in 1 - t^2
       stage_[j] = z == kMasked<C> ? C(0) : (stage_[j] - share) * (1 - t * t);
     }
   }
