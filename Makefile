@@ -104,6 +104,8 @@ sanitize-emulated:  ## the CUDA kernels' tests on builds with AddressSanitizer a
 	done
 
 lint:  ## formatting, lint and types
+	@$(PYTHON) -c "import ruff, mypy" 2>/dev/null || { echo "lint: $(PYTHON) has no ruff or mypy;" \
+	  "run 'make install', or name another with PYTHON="; exit 1; }
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' | xargs $(SCRIPTS)/clang-format --dry-run -Werror
