@@ -24,7 +24,7 @@ EMULATED = build/emulated
 BUILD_EMULATED = XLSTM_EMULATED=1 XLSTM_SANITIZE=$(2) $(PYTHON) setup.py --quiet build_ext \
   --build-lib $(EMULATED)/$(1) --build-temp $(EMULATED)/$(1)/temp
 
-.PHONY: help install demo ci check test test-fast test-isas emulated sanitize sanitize-emulated gpu lint format bench clean
+.PHONY: help install demo ci check test test-fast test-isas test-compat emulated sanitize sanitize-emulated gpu lint format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14

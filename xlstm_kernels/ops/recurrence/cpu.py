@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...arguments import token_starts
 from ...backends import load_cpu
-from ...cells import CELLS, compute_dtype
+from ...cells import compute_dtype
 from ...memory import address, dense_rows, dtype_code, fresh_cpu, plain, refused_by_cpu
+from .arguments import CELL_INDEX, starts_of
 from .shapes import last_shape, saved_shapes
-
-CELL_INDEX = {cell: index for index, cell in enumerate(CELLS)}  # csrc/cells/list.h
 
 
 def supports(x_BTGHD: Tensor, r_GHDE: Tensor, cell: str) -> str | None:
@@ -37,7 +35,7 @@ def forward(
     saved = [fresh_cpu(shape, dtype) for shape in to_save]
     if save and cu_seqlens is not None:
         saved[1].zero_()  # its last rows belong to no sequence
-    x_BTGHD, starts = dense_rows(x_BTGHD), _starts(cu_seqlens, T, cell)
+    x_BTGHD, starts = dense_rows(x_BTGHD), starts_of(cu_seqlens, T, cell)
     r_GHDE, b_GHD = plain(r_GHDE, dtype), plain(b_GHD, dtype)
     state_SBHD = plain(state_SBHD, dtype)
     if last[1] == 0:
@@ -82,7 +80,7 @@ def backward(
     db_GHD = torch.empty(r_GHDE.shape[:3] if want_b else (0,), dtype=dtype)
     dstate_SBHD = torch.empty(last if want_state else (0,), dtype=dtype)
     r_GHDE, dlast_SBHD = plain(r_GHDE, dtype), plain(dlast_SBHD, dtype)
-    dh_BTHD, starts = dense_rows(dh_BTHD), _starts(cu_seqlens, T, cell)
+    dh_BTHD, starts = dense_rows(dh_BTHD), starts_of(cu_seqlens, T, cell)
     if last[1] == 0:
         return dx_BTGHD, dr_GHDE.zero_(), db_GHD.zero_(), dstate_SBHD
     load_cpu().recurrence_backward(
@@ -104,10 +102,3 @@ def backward(
         address(dstate_SBHD) if want_state else 0,
     )
     return dx_BTGHD, dr_GHDE, db_GHD, dstate_SBHD
-
-
-def _starts(cu_seqlens: Tensor | None, T: int, cell: str) -> Tensor | None:
-    if cu_seqlens is None:
-        return None
-    token_starts(CELLS[cell].function, cu_seqlens, T)
-    return cu_seqlens.contiguous()

@@ -10,13 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...arguments import token_starts
 from ...backends import cuda_refuses
-from ...cells import CELLS, compute_dtype
+from ...cells import compute_dtype
 from ...memory import address, dense_rows, dtype_code, launching, plain
+from .arguments import CELL_INDEX, starts_of
 from .shapes import CHECKPOINT_INTERVAL, last_shape, saved_shapes
 
-CELL_INDEX = {cell: index for index, cell in enumerate(CELLS)}  # csrc/cells/list.h
 # Widths of heads that csrc/cuda/recurrence.h has launch shapes for, and the shared memory that the
 # larger of forward and backward takes; a test holds the two lists together.
 SHARED_BYTES = {
@@ -61,7 +60,7 @@ def forward(
     saved = [x_BTGHD.new_empty(shape, dtype=dtype) for shape in to_save]
     if save and cu_seqlens is not None:
         saved[1].zero_()  # its last rows belong to no sequence
-    x_BTGHD, starts = dense_rows(x_BTGHD), _starts(cu_seqlens, T, cell)
+    x_BTGHD, starts = dense_rows(x_BTGHD), starts_of(cu_seqlens, T, cell)
     r_digits = _digits(r_GHDE)
     r_GHDE, b_GHD = plain(r_GHDE, dtype), plain(b_GHD, dtype)
     state_SBHD = plain(state_SBHD, dtype)
@@ -112,7 +111,7 @@ def backward(
         return dx_BTGHD, dr_GHDE.zero_(), db_GHD, dstate_SBHD
     r_digits, width = _digits(r_GHDE), _width(r_GHDE)
     r_GHDE, dlast_SBHD = plain(r_GHDE, dtype), plain(dlast_SBHD, dtype)
-    dh_BTHD, starts = dense_rows(dh_BTHD), _starts(cu_seqlens, T, cell)
+    dh_BTHD, starts = dense_rows(dh_BTHD), starts_of(cu_seqlens, T, cell)
     tiles = -(-last[1] // COLUMNS)
     states = raw_BTGHD.new_empty((tiles * H, CHECKPOINT_INTERVAL, last[0] - 1, width * COLUMNS))
     h_prev_BTHD = like_x.new_empty((B, T, H, D) if want_r else (0,))
@@ -171,12 +170,3 @@ def _width(r_GHDE: Tensor) -> int:
 def _digits(r_GHDE: Tensor) -> int:
     """The dtype code that says how many digits r has; float64 r is rounded to float32."""
     return dtype_code(r_GHDE if r_GHDE.dtype is not torch.float64 else r_GHDE.float())
-
-
-def _starts(cu_seqlens: Tensor | None, T: int, cell: str) -> Tensor | None:
-    """Checked where that does not stop a device; the kernels stay inside the tensors anyhow."""
-    if cu_seqlens is None:
-        return None
-    if cu_seqlens.device.type == "cpu":
-        token_starts(CELLS[cell].function, cu_seqlens, T)
-    return cu_seqlens.contiguous()
