@@ -132,15 +132,20 @@ def _scaling_cell(point: Point) -> str:
 
 
 def _missing(rows: Sequence[Row]) -> list[str]:
-    """A line for each reason why a peer, or one of ours, was not timed."""
-    cases: dict[tuple[str, str], list[str]] = {}
+    """A line for each peer, or variant of ours, and each kind of reason why it was not timed."""
+    found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row.reason:
-            cases.setdefault((family(row.backend), row.reason), []).append(row.case)
-    return [
-        f"Not timed: {name}, {found[0] if len(found) == 1 else f'{len(found)} rows'}: {reason}  "
-        for (name, reason), found in cases.items()
-    ]
+            kind = row.reason.partition(":")[0]
+            found.setdefault((family(row.backend), kind), []).append(row)
+    lines = []
+    for (name, _), those in found.items():
+        where = those[0].case if len(those) == 1 else f"{len(those)} rows"
+        reasons = dict.fromkeys(row.reason for row in those)
+        first = next(iter(reasons))
+        example = "" if len(reasons) == 1 else "for one, "
+        lines.append(f"Not timed: {name}, {where}: {example}{first}  ")
+    return lines
 
 
 def _against(entry: Entry, peer: str) -> str:

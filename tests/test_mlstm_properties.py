@@ -16,6 +16,7 @@ from mlstm_cases import (
     SLOW,
     MLSTMCase,
     call_mlstm,
+    check_mlstm,
     mlstm_inputs,
     on_every_backend,
     run_mlstm,
@@ -126,6 +127,28 @@ def test_results_do_not_depend_on_threads(case, threads):
         threads(count)
         for name, result in run_mlstm(case, inputs, case.backend).items():
             assert torch.equal(result, alone[name]), (name, count)
+
+
+@pytest.mark.parametrize(
+    "lengths", [(1700,), (0, 1600, 3, 0)], ids=lambda lengths: "_".join(map(str, lengths))
+)
+@pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: "-".join(flags.values()))
+def test_intervals_side_by_side_give_the_gradients_of_one_walk(flags, lengths, threads):
+    """Where threads are more than sequences and heads, the backward starts in several places."""
+    case = MLSTMCase("cpu", lengths=lengths, H=1, K=8, V=20, dtype=torch.float64, **flags)
+    inputs = mlstm_inputs(case)
+    inputs["f"] += 6.0  # what the last token gives reaches the first
+    threads(1)
+    walked = run_mlstm(case, inputs, "cpu")
+    threads(8)
+    for name, result in run_mlstm(case, inputs, "cpu").items():
+        assert relative_error(result, walked[name]) < 1e-12, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_intervals_side_by_side_keep_to_the_budget(dtype, threads):
+    threads(8)
+    check_mlstm(MLSTMCase("cpu", B=1, T=1700, H=1, K=16, V=24, dtype=dtype))
 
 
 GUARD, CANARY = 64, 7.0

@@ -1,380 +1,167 @@
-// Gradient of the mLSTM, chunk by chunk in reverse, on CPU cores.
-//   dnum = dh / (N + eps)          dden = -sign(den) [|den| > exp(-m)] <dh, h> / (N + eps)
-//   S = scale Q K^T                dS = (dnum V^T + dden 1^T) o D
-//   dQ = scale (dS K + inter (dnum C^T + dden n^T))
-//   dK = dS^T scale Q + out (V dC'^T + 1 dn'^T)
-//   dV = (S o D)^T dnum + out K dC'
-//   dC = decay dC' + (inter scale Q)^T dnum            dn = decay dn' + (inter scale Q)^T dden
-// Of the gates, with W = S o dS, r_i = <q_i, dq_i> and u_j = <k_j, dk_j> of the terms with C and dC':
-//   dli_j = sum_i W_ij + u_j
-//   dlf_t = sum_{i >= t > j} W_ij + sum_{i >= t} r_i + sum_{j < t} u_j + decay (<C, dC'> + <n, dn'>)
-// and of m, which cancels in h up to eps and does not in the state: mlstm/README.md.
-// Source: derived from the forward equations; no sums of log gates, nor of <q, dq> - <k, dk>, are
-// subtracted from one another.
-// Tensors: launch.h. Scratch holds C and dC transposed, (V, K).
-// Tasks: (sequence, head). Accumulators: compute type. States within kStateInterval steps are recomputed
-//   from the saved one before them.
-// On tiles, operands of dq, dk and dv are rounded to bfloat16, as those are; what the gates' gradients
-//   and the states are made of is exact to float32.
-#include "common/simd.h"
-// The vector overloads of simd.h come before the templates that call them.
-#include "cpu/kernels.h"
-#include "cpu/mlstm.h"
-#include "cpu/task.h"
-#include "cpu/tile_product.h"
+// Gradient of the mLSTM on CPU cores; equations, chunks and intervals: mlstm_backward.h.
+// Tasks: (sequence, head), from the last interval to the first; or, where threads would be left
+// without one, intervals. Those need the gradient of the state after them. First the last of each
+// sequence is done, and of the others but the first what they add to the gradient before them; then
+// dC = decay dC' + own, from the last to the first; then the others are done. That rounds dC in another
+// order than one walk does: gradients of few long sequences depend on the number of threads so far.
+#include "cpu/mlstm_backward.h"
+
+#include <vector>
 
 namespace xlstm::XLSTM_ISA {
 namespace {
 
 template <class Element, class Products>
-struct BackwardTask {
-  using T = compute_t<Element>;
-  using Stored = typename Products::Stored;
-  using Room = typename Products::Room;
-  using V = Vec<T>;
-  static constexpr int kW = kLanes<T>;
-  static constexpr int kSums = 8;  // side by side: one would wait for itself
+struct BackwardTasks {
+  using Work = Backward<Element, Products>;
+  using Buffers = typename Work::Buffers;
+  using T = typename Work::T;
 
-  const MLSTMBackward& args;
+  const Work work;
 
-  struct Buffers {
-    Matrix<T> C, dC;   // (V, K); C before each chunk of the interval
-    Matrix<T> P, dS;   // dS without den's part and D
-    Matrix<T> dq, dk;  // their parts through C and dC'
-    Matrix<T> totals;  // a vector for each row
-    Matrix<Stored> q, k, v, dh, out_k, row_P, row_dS;
-    Room kt_room, vt_room, C_room, dC_room, dc_room, k_room, q_room, dh_room, dht_room, P_room,
-        dS_room;
-    T *n, *m;  // before each chunk of the interval
-    T *dn, *row_h, *by_q, *dden, *dm, *dh_h, *r, *u, *dlf, *dli, *column;
-    Gates<T> gates;
-
-    Buffers(const MLSTM& args, Scratch& scratch)
-        : Buffers(args, scratch, round_up(args.chunk, kPad<T>), chunks(args)) {}
-
-   private:
-    // Of an interval, or of the longest sequence where that is shorter.
-    static std::int64_t chunks(const MLSTM& args) {
-      const std::int64_t longest = std::min<std::int64_t>(kStateInterval, args.T);
-      return std::max<std::int64_t>((longest + args.chunk - 1) / args.chunk, 1);
-    }
-    Buffers(const MLSTM& args, Scratch& scratch, std::int64_t L, std::int64_t chunks)
-        : C(take_matrix<T>(scratch, args.V * chunks, args.K)),
-          dC(take_matrix<T>(scratch, round_up(args.V, kPad<T>), args.K)),
-          P(take_matrix<T>(scratch, L, L)),
-          dS(take_matrix<T>(scratch, L, L)),
-          dq(take_matrix<T>(scratch, L, args.K)),
-          dk(take_matrix<T>(scratch, L, args.K)),
-          totals(take_matrix<T>(scratch, L, kW)),
-          q(take_matrix<Stored>(scratch, L, args.K)),
-          k(take_matrix<Stored>(scratch, L, args.K)),
-          v(take_matrix<Stored>(scratch, L, args.V)),
-          dh(take_matrix<Stored>(scratch, L, args.V)),
-          out_k(take_matrix<Stored>(scratch, L, args.K)),
-          row_P(take_matrix<Stored>(scratch, L, L)),
-          row_dS(take_matrix<Stored>(scratch, L, L)),
-          kt_room(Products::room(scratch, L, args.K)),
-          vt_room(Products::room(scratch, L, args.V)),
-          C_room(Products::tile_room(scratch, args.V, args.K)),
-          dC_room(Products::tile_room(scratch, args.V, args.K)),
-          dc_room(Products::room(scratch, args.V, args.K)),
-          k_room(Products::room(scratch, L, args.K)),
-          q_room(Products::room(scratch, L, args.K)),
-          dh_room(Products::tile_room(scratch, L, args.V)),
-          dht_room(Products::tile_room(scratch, L, args.V)),
-          P_room(Products::tile_room(scratch, L, L)),
-          dS_room(Products::tile_room(scratch, L, L)),
-          n(scratch.take<T>(chunks * k.padded())),
-          m(scratch.take<T>(chunks)),
-          dn(scratch.take<T>(k.padded())),
-          gates(scratch, L) {
-      for (T** row : {&row_h, &by_q, &dden, &dm, &dh_h, &r, &u, &dlf, &dli, &column}) {
-        *row = scratch.take<T>(L);
-      }
-    }
-  };
-
-  // State before chunk c of the interval.
-  Matrix<T> state(const Buffers& b, std::int64_t c) const {
-    Matrix<T> at = b.C;
-    at.rows = args.V;
-    at.data += c * at.size();
-    return at;
-  }
-  T* norm(const Buffers& b, std::int64_t c) const { return b.n + c * b.k.padded(); }
-
-  void load_tokens(const Track& track, std::int64_t t, std::int64_t rows, const Buffers& b) const {
-    load_rows<Element>(args.k, track.at(args.k_stride, t), args.k_stride[1], rows, b.k);
-    load_rows<Element>(args.v, track.at(args.v_stride, t), args.v_stride[1], rows, b.v);
-  }
-
-  // States before each chunk of the interval [begin, end).
-  void recompute(const Track& track, std::int64_t begin, std::int64_t end, Buffers& b) const {
-    const std::int64_t at = (track.checkpoint + begin / kStateInterval) * args.H + track.head;
-    transposed_in(static_cast<const T*>(args.c_saved) + at * args.K * args.V, args.K, args.V,
-                  state(b, 0));
-    padded_in(static_cast<const T*>(args.n_saved) + at * args.K, args.K, b.k.padded(), b.n);
-    b.m[0] = static_cast<const T*>(args.m_saved)[at];
-    std::int64_t c = 0;
-    for (std::int64_t t = begin;; ++c) {
-      const std::int64_t rows = chunk_rows(args, t, track.length);
-      if (t + rows == end) return;
-      b.gates.compute(args, track, t, rows, b.m[c]);
-      load_tokens(track, t, rows, b);
-      const T *out = b.gates.out, decay = b.gates.decay;
-      const Matrix<T> from = state(b, c), to = state(b, c + 1);
-      Products::product(
-          args.V, args.K, Span::kAll,
-          [&](std::int64_t i, std::int64_t j, V sum) {
-            store(to.row(i) + j, decay * load(from.at(i, j)) + sum);
-          },
-          Term{Products::left_turned(b.v, rows, b.vt_room),
-               Products::exact_right(b.k, rows, out, b.k_room), rows});
-      std::copy(norm(b, c), norm(b, c) + b.k.padded(), norm(b, c + 1));
-      add_rows(norm(b, c + 1), decay, b.k, out, rows);
-      b.m[c + 1] = b.gates.m_end;
-      t += rows;
-    }
-  }
-
-  // The chunk's tokens, and in dden and dm what <dh, h> of a row will be multiplied by.
-  void load_chunk(const Track& track, std::int64_t t, std::int64_t rows, T m, Buffers& b) const {
-    b.gates.compute(args, track, t, rows, m);
-    load_tokens(track, t, rows, b);
-    load_rows<Element>(args.q, track.at(args.q_stride, t), args.q_stride[1], rows, b.q);
-    if (args.dh) {
-      load_rows<Element>(args.dh, track.at(args.dh_stride, t), args.dh_stride[1], rows, b.dh);
-    } else {
-      b.dh.zero();
-    }
-    for (std::int64_t r = 0; r < rows; ++r) {
-      const T den = static_cast<const T*>(args.row_den)[track.token(args, t + r)];
-      const RowScale<T> by = row_scale(args, den, b.gates.m[r]);
-      b.row_h[r] = by.h, b.dden[r] = by.dden, b.dm[r] = by.dm;
-      b.by_q[r] = static_cast<T>(args.scale) * b.gates.inter[r];
-    }
-    scale_rows_into(b.k, rows, static_cast<const T*>(b.gates.out), b.out_k);
-  }
-
-  // sums[r] = the sum of what was added to row r of totals, which is then zero.
-  void take_totals(const Buffers& b, std::int64_t rows, T* sums) const {
-    for (std::int64_t r = 0; r < rows; ++r) {
-      sums[r] = horizontal_sum(load(b.totals.at(r, 0)));
-      store(b.totals.row(r), V{});
-    }
-  }
-
-  static void add_to(T* p, V x) { store(p, load(p) + x); }
-
-  // P, dS and, by rows, <dnum, P V>.
-  void scores(std::int64_t rows, Buffers& b) const {
-    const T scale = static_cast<T>(args.scale);
-    Products::product(
-        rows, rows, Span::kUpTo,
-        [&](std::int64_t i, std::int64_t j, V S) {
-          const V p = S * (scale * load(b.gates.D.at(i, j)));
-          store(b.P.row(i) + j, p);
-          put(b.row_P.row(i) + j, b.row_h[i] * p);
-        },
-        Term{Products::left(b.q), Products::right_turned(b.k, rows, b.kt_room), args.K});
-    Products::product(
-        rows, rows, Span::kUpTo,
-        [&](std::int64_t i, std::int64_t j, V dS) {
-          dS *= broadcast<V>(b.row_h[i]);
-          store(b.dS.row(i) + j, dS);
-          add_to(b.totals.row(i), dS * load(b.P.at(i, j)));
-        },
-        Term{Products::left(b.dh), Products::right_turned(b.v, rows, b.vt_room), args.V});
-    take_totals(b, rows, b.dh_h);
-  }
-
-  // dq's and dk's parts through C and dC', without n's; <dnum, inter scale Q C> joins dh_h; all of dv.
-  void through_states(const Track& track, std::int64_t t, std::int64_t rows, const Matrix<T>& C,
-                      Buffers& b) const {
-    Products::product(
-        rows, args.K, Span::kAll,
-        [&](std::int64_t i, std::int64_t j, V sum) {
-          const V dq = (b.by_q[i] * b.row_h[i]) * sum;
-          store(b.dq.row(i) + j, dq);
-          add_to(b.totals.row(i), dq * load(b.q.at(i, j)));
-        },
-        Term{Products::left(b.dh), Products::exact_right(C, args.V, b.C_room), args.V});
-    take_totals(b, rows, b.r);
-    for (std::int64_t row = 0; row < rows; ++row) b.dh_h[row] += b.r[row];
-    Products::product(
-        rows, args.K, Span::kAll,
-        [&](std::int64_t i, std::int64_t j, V sum) { store(b.dk.row(i) + j, sum); },
-        Term{Products::left(b.v), Products::exact_right(b.dC, args.V, b.dC_room), args.V});
-    Products::product(
-        rows, args.V, Span::kAll,
-        [&](std::int64_t i, std::int64_t j, V sum) {
-          put_token(args.dv, track, t + i, args.V, j, sum);
-        },
-        Term{Products::left_turned(b.row_P, rows, b.P_room), Products::right(b.dh, rows, b.dh_room),
-             rows, Span::kFrom},
-        Term{Products::left(b.out_k), Products::right_turned(b.dC, args.V, b.dc_room), args.K});
-  }
-
-  // dden and dm; dS in full, and W where D was.
-  void finish_scores(std::int64_t rows, const T* n, Buffers& b) const {
-    const T scale = static_cast<T>(args.scale);
-    for (std::int64_t row = 0; row < rows; ++row) {
-      const T dden = b.dden[row] *= b.dh_h[row];
-      b.dm[row] *= b.dh_h[row];
-      b.r[row] += dden * b.by_q[row] * dot(b.q.at(row, 0), n, b.q.padded());
-      for (std::int64_t c = 0; c <= row; c += kW) {
-        T* D = b.gates.D.row(row) + c;
-        const V grad = load(b.dS.at(row, c)) + dden;
-        put(b.row_dS.row(row) + c, scale * grad * load(D));
-        store(D, grad * load(b.P.at(row, c)));
-      }
-      // Tiles of dk read whole tiles of rows: up to the last one's diagonal.
-      const std::int64_t end = round_up(row + Products::kTileRows, kW);
-      for (std::int64_t c = round_up(row + 1, kW); c < end && c < b.row_dS.padded(); c += kW) {
-        store(b.row_dS.row(row) + c, V{});
-      }
-    }
-  }
-
-  // dq and dk of the rows, and u.
-  void token_grads(const Track& track, std::int64_t t, std::int64_t rows, const T* n,
-                   Buffers& b) const {
-    Products::product(
-        rows, args.K, Span::kAll,
-        [&](std::int64_t i, std::int64_t j, V sum) {
-          const V old = (b.by_q[i] * b.dden[i]) * load(n + j);
-          put_token(args.dq, track, t + i, args.K, j, sum + load(b.dq.at(i, j)) + old);
-        },
-        Term{Products::left(b.row_dS), Products::right(b.k, rows, b.k_room), rows, Span::kUpTo});
-    Products::product(
-        rows, args.K, Span::kAll,
-        [&](std::int64_t i, std::int64_t j, V sum) {
-          const V next = b.gates.out[i] * (load(b.dk.at(i, j)) + load(b.dn + j));
-          add_to(b.totals.row(i), next * load(b.k.at(i, j)));
-          put_token(args.dk, track, t + i, args.K, j, sum + next);
-        },
-        Term{Products::left_turned(b.row_dS, rows, b.dS_room), Products::right(b.q, rows, b.q_room),
-             rows, Span::kFrom});
-    take_totals(b, rows, b.u);
-  }
-  // Of a token's row of `width` elements, those from `column` on.
-  void put_token(void* tensor, const Track& track, std::int64_t t, std::int64_t width,
-                 std::int64_t column, V x) const {
-    put(static_cast<Element*>(tensor) + track.token(args, t) * width + column, x, width - column);
-  }
-
-  // Adds what arrives through m, dm of which is `through` after the chunk, and writes di and df.
-  void gate_grads(const Track& track, std::int64_t t, std::int64_t rows, const Buffers& b,
-                  T m_before, T& through) const {
-    const bool sigmoid_gate = args.input_gate == InputGate::kSigmoid;
-    for (std::int64_t r = rows - 1; r >= 0 && !sigmoid_gate; --r) {
-      through += b.dm[r];
-      if (b.gates.log_i[r] > (r > 0 ? b.gates.m[r - 1] : m_before) + b.gates.log_f[r]) {
-        b.dli[r] += through;
-        through = T{};
-      } else {
-        b.dlf[r] += through;
-      }
-    }
-    for (std::int64_t r = 0; r < rows; r += kW) {
-      const V f = load(static_cast<const T*>(b.gates.f + r));
-      const V i = load(static_cast<const T*>(b.gates.i + r));
-      store(b.dlf + r, load(static_cast<const T*>(b.dlf + r)) * sigmoid(-f));
-      if (sigmoid_gate) store(b.dli + r, load(static_cast<const T*>(b.dli + r)) * sigmoid(-i));
-    }
-    for (std::int64_t r = 0; r < rows; ++r) {
-      const std::int64_t at = track.token(args, t + r);
-      static_cast<T*>(args.di)[at] = b.dli[r];
-      static_cast<T*>(args.df)[at] = b.dlf[r];
-    }
-  }
-
-  // dm: dLoss/dm after the chunk on entry, before it on exit; less, in either place, <c, dc> + <n, dn>,
-  // by which c and n, being sums times exp(-m), depend on m. Returns that of the state before.
-  T chunk(const Track& track, std::int64_t t, std::int64_t rows, std::int64_t c, Buffers& b,
-          T& dm) const {
-    const Matrix<T> C = state(b, c);
-    const T* n = norm(b, c);
-    load_chunk(track, t, rows, b.m[c], b);
-    scores(rows, b);
-    through_states(track, t, rows, C, b);
-    finish_scores(rows, n, b);
-    token_grads(track, t, rows, n, b);
-    const T carry = b.gates.decay * (dot(n, b.dn, b.k.padded()) + previous_states(rows, C, b));
-    log_gate_grads(rows, carry, b.r, b.u, b.gates.D, b.column, b.dlf, b.dli);
-    if (t + rows == track.length) {
-      // The same rounded terms as in dli, from which they cancel.
-      dm -= carry;
-      for (std::int64_t r = 0; r < rows; ++r) dm -= b.u[r];
-    }
-    gate_grads(track, t, rows, b, b.m[c], dm);
-    T before = carry;
-    for (std::int64_t r = 0; r < rows; ++r) before += b.r[r];
-    return before;
-  }
-
-  // dC and dn before the chunk. Returns <C, dC'>, while dC' is at hand.
-  T previous_states(std::int64_t rows, const Matrix<T>& C, Buffers& b) const {
-    for (std::int64_t r = 0; r < rows; ++r) b.row_h[r] *= b.by_q[r], b.dden[r] *= b.by_q[r];
-    const T decay = b.gates.decay;
-    V inner[kSums]{};
-    Products::product(
-        args.V, args.K, Span::kAll,
-        [&](std::int64_t i, std::int64_t j, V sum) {
-          const V dC = load(b.dC.at(i, j));
-          inner[i % kSums] += dC * load(C.at(i, j));
-          store(b.dC.row(i) + j, decay * dC + sum);
-        },
-        Term{Products::left_turned(b.dh, rows, b.dht_room),
-             Products::exact_right(b.q, rows, b.row_h, b.q_room), rows});
-    add_rows(b.dn, decay, b.q, static_cast<const T*>(b.dden), rows);
-    for (int at = 1; at < kSums; ++at) inner[0] += inner[at];
-    return horizontal_sum(inner[0]);
-  }
-
-  void load_last(const Track& track, const Buffers& b, T& dm) const {
-    const std::int64_t at = track.sequence * args.H + track.head;
-    const std::int64_t size = args.K * args.V;
-    const T* dc = args.dc_last ? static_cast<const T*>(args.dc_last) + at * size : nullptr;
-    const T* dn = args.dn_last ? static_cast<const T*>(args.dn_last) + at * args.K : nullptr;
-    transposed_in(dc, args.K, args.V, b.dC);
-    padded_in(dn, args.K, b.k.padded(), b.dn);
-    dm = args.dm_last ? static_cast<const T*>(args.dm_last)[at] : T{};
-  }
-
-  void store_first(const Track& track, const Buffers& b, T dm) const {
-    if (!args.dc) return;
-    const std::int64_t at = track.sequence * args.H + track.head;
-    T* dc = static_cast<T*>(args.dc) + at * args.K * args.V;
-    for (std::int64_t k = 0; k < args.K; ++k) {
-      for (std::int64_t e = 0; e < args.V; ++e) dc[k * args.V + e] = b.dC.row(e)[k];
-    }
-    std::copy(b.dn, b.dn + args.K, static_cast<T*>(args.dn) + at * args.K);
-    static_cast<T*>(args.dm)[at] = dm;
-  }
-
-  void operator()(std::int64_t task) const {
+  // Calls f(buffers) with the scratch of one task.
+  template <class F>
+  void with_buffers(const F& f) const {
     const TaskScope scope;
     const typename Products::Scope tiles;
-    const Track track(args, task);
     Scratch sizes;
-    Buffers(args, sizes);
+    Buffers(work.args, sizes);
     Scratch scratch(sizes.used_bytes(), 0);
-    Buffers b(args, scratch);
+    Buffers b(work.args, scratch);
     b.totals.zero();
-    T dm, before{};
-    load_last(track, b, dm);
-    for (std::int64_t end = track.length; end > 0;) {
-      const std::int64_t begin = (end - 1) / kStateInterval * kStateInterval;
-      recompute(track, begin, end, b);
-      for (std::int64_t c = (end - begin + args.chunk - 1) / args.chunk - 1; c >= 0; --c) {
-        const std::int64_t t = begin + c * args.chunk;
-        before = chunk(track, t, std::min(args.chunk, end - t), c, b, dm);
+    f(b);
+  }
+
+  void store_first(const Track& track, const Buffers& b, T dm, T before) const {
+    const bool no_m = track.length > 0 && work.args.input_gate == InputGate::kSigmoid;
+    work.store_first(track, b, (no_m ? T{} : dm) + before);
+  }
+
+  void whole_sequence(std::int64_t task) const {
+    with_buffers([&](Buffers& b) {
+      const Track track(work.args, task);
+      T dm, before{};
+      work.load_last(track, b, dm);
+      for (std::int64_t end = track.length; end > 0;) {
+        const std::int64_t begin = (end - 1) / kStateInterval * kStateInterval;
+        before = work.interval(track, begin, end, b, dm);
+        end = begin;
       }
-      end = begin;
+      store_first(track, b, dm, before);
+    });
+  }
+
+  // The state's gradient before an interval: what the interval adds to it, later all of it.
+  struct Boundary {
+    Matrix<T> dC;
+    T* dn;
+    typename Work::Through through;
+  };
+  struct Interval {
+    Track track;
+    std::int64_t begin, end;
+    Boundary before;
+    bool first() const { return begin == 0; }
+    bool last() const { return end == track.length; }
+  };
+
+  Interval make_interval(const Track& track, std::int64_t begin, Scratch& scratch) const {
+    const std::int64_t K = round_up(work.args.K, kPad<T>);
+    Interval made{track, begin, std::min(begin + kStateInterval, track.length), {}};
+    made.before.dC = take_matrix<T>(scratch, round_up(work.args.V, kPad<T>), work.args.K);
+    made.before.dn = scratch.take<T>(K);
+    return made;
+  }
+  // By sequences, each from its first to its last. An empty sequence is one interval.
+  std::vector<Interval> intervals(Scratch& scratch) const {
+    std::vector<Interval> all;
+    for (std::int64_t task = 0; task < work.args.B * work.args.H; ++task) {
+      const Track track(work.args, task);
+      std::int64_t begin = 0;
+      do {
+        all.push_back(make_interval(track, begin, scratch));
+        begin += kStateInterval;
+      } while (begin < track.length);
     }
-    const bool no_m = track.length > 0 && args.input_gate == InputGate::kSigmoid;
-    store_first(track, b, (no_m ? T{} : dm) + before);
+    return all;
+  }
+
+  static void copy_gradient(const Matrix<T>& from_dC, const T* from_dn, const Matrix<T>& to_dC,
+                            T* to_dn) {
+    std::copy(from_dC.data, from_dC.data + from_dC.size(), to_dC.data);
+    std::copy(from_dn, from_dn + from_dC.padded(), to_dn);
+  }
+
+  void last_or_own(Interval& one) const {
+    with_buffers([&](Buffers& b) {
+      if (!one.last()) {
+        if (one.first()) return;
+        one.before.through = work.own_gradient(one.track, one.begin, one.end, b);
+      } else {
+        T dm, before{};
+        work.load_last(one.track, b, dm);
+        if (one.track.length > 0) before = work.interval(one.track, one.begin, one.end, b, dm);
+        if (one.first()) return store_first(one.track, b, dm, before);
+        one.before.through.dm = dm;
+      }
+      copy_gradient(b.dC, b.dn, one.before.dC, one.before.dn);
+    });
+  }
+
+  // In `before` of each but the first, the gradient of all that comes after.
+  static void add_later(std::vector<Interval>& all) {
+    for (std::size_t at = all.size() - 1; at > 0; --at) {
+      Interval &one = all[at - 1], &after = all[at];
+      if (one.first() || one.last()) continue;
+      const typename Work::Through through = one.before.through;
+      const Matrix<T> dC = one.before.dC;
+      for (std::int64_t e = 0; e < dC.size(); ++e) {
+        dC.data[e] += through.decay * after.before.dC.data[e];
+      }
+      for (std::int64_t k = 0; k < dC.padded(); ++k) {
+        one.before.dn[k] += through.decay * after.before.dn[k];
+      }
+      if (through.passes_dm) one.before.through.dm += after.before.through.dm;
+    }
+  }
+
+  void all_but_last(const Interval& one, const Boundary& after) const {
+    if (one.last()) return;
+    with_buffers([&](Buffers& b) {
+      copy_gradient(after.dC, after.dn, b.dC, b.dn);
+      T dm = after.through.dm;
+      const T before = work.interval(one.track, one.begin, one.end, b, dm);
+      if (one.first()) store_first(one.track, b, dm, before);
+    });
+  }
+
+  void by_intervals() const {
+    Scratch sizes;
+    const auto count = static_cast<std::int64_t>(intervals(sizes).size());
+    Scratch scratch(sizes.used_bytes(), 0);
+    std::vector<Interval> all = intervals(scratch);
+    const auto at = [&](std::int64_t task) { return static_cast<std::size_t>(count - 1 - task); };
+    parallel_for(count, [&](std::int64_t task) { last_or_own(all[at(task)]); });
+    add_later(all);
+    parallel_for(count - 1,
+                 [&](std::int64_t task) { all_but_last(all[at(task + 1)], all[at(task)].before); });
+  }
+
+  // Intervals side by side do what adds to the gradient before them twice, about kTwice of all.
+  bool intervals_are_faster() const {
+    constexpr double kTwice = 0.6;
+    const MLSTM& args = work.args;
+    std::int64_t longest = 0, all = 0, twice = 0;
+    for (std::int64_t task = 0; task < args.B * args.H; ++task) {
+      const std::int64_t count = ceil_div(Track(args, task).length, kStateInterval);
+      longest = std::max(longest, count);
+      all += count;
+      twice += std::max<std::int64_t>(count - 2, 0);
+    }
+    const auto threads = static_cast<double>(num_threads());
+    const double whole = std::max(static_cast<double>(longest), static_cast<double>(all) / threads);
+    const double split = (static_cast<double>(all) + kTwice * static_cast<double>(twice)) / threads;
+    return longest > 2 && split < whole;
   }
 };
 
@@ -382,8 +169,10 @@ struct BackwardTask {
 
 void mlstm_backward(const MLSTMBackward& args) {
   dispatch_products(args.dtype, [&](auto element, auto products) {
-    using Task = BackwardTask<decltype(element), decltype(products)>;
-    parallel_for(args.B * args.H, Task{args});
+    using Tasks = BackwardTasks<decltype(element), decltype(products)>;
+    const Tasks tasks{{args}};
+    if (tasks.intervals_are_faster()) return tasks.by_intervals();
+    parallel_for(args.B * args.H, [&](std::int64_t task) { tasks.whole_sequence(task); });
   });
 }
 

@@ -4,8 +4,9 @@
 //   C' = decay C + (out K)^T V            n' = decay n + (out K)^T 1
 // Source: xLSTM, arXiv 2405.04517, section 2.3; chunkwise form: arXiv 2503.14376, section 3.
 // Tensors: launch.h; symbols of the gates: mlstm.h.
-// Tasks: (sequence, head), and columns of V where heads are few; each walks its chunks with C in cache. Accumulators: compute type. Saved:
-//   m and den of each token, and the states before every kStateInterval-th.
+// Tasks: (sequence, head), and columns of V where heads are few; each walks its chunks with C in
+//   cache. Accumulators: compute type.
+// Saved: m and den of each token, and the states before every kStateInterval-th.
 // On tiles, operands of h are rounded to bfloat16, as h is; den, C and n are exact to float32.
 #include "common/simd.h"
 // The vector overloads of simd.h come before the templates that call them.

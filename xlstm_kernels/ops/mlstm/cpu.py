@@ -15,6 +15,8 @@ from .shapes import saved_shapes, sequences, state_shapes
 # Tokens of a chunk: few enough that its scores are cheap beside the state's update, many enough
 # that the state is read and written seldom.
 CHUNK_SIZE = 64
+# On AMX tiles the products are cheap beside what is done around them once a chunk.
+TILE_CHUNK_SIZE = 128
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 256
 
 NO_STATE = (0, 0, 0)
@@ -136,7 +138,9 @@ class _Call:
         if cu_seqlens is not None:
             token_starts("mlstm", cu_seqlens, T)
             self.starts = cu_seqlens.contiguous()
-        chunk = min(max(chunk_size or CHUNK_SIZE, SMALLEST_CHUNK), LARGEST_CHUNK)
+        on_tiles = q_BTHK.dtype == torch.bfloat16 and load_cpu().current_isa() == "amx"
+        preferred = chunk_size or (TILE_CHUNK_SIZE if on_tiles else CHUNK_SIZE)
+        chunk = min(max(preferred, SMALLEST_CHUNK), LARGEST_CHUNK)
         self.arguments = (
             (
                 dtype_code(q_BTHK),
