@@ -12,7 +12,7 @@ from subprocess import CalledProcessError
 import torch
 from rich.console import Console
 
-from . import ceilings, errors, machine, packages, report, rows, scaling
+from . import ceilings, errors, machine, models, packages, report, rows, scaling
 from .cases import OPS, select
 from .problem import Case
 from .runner import Run, run_case
@@ -121,6 +121,8 @@ def _run(options: argparse.Namespace, chosen: list[Case]) -> int:
         f" clone into fresh pages {roof.fresh_clone_gb_s:.3g} GB/s",
         highlight=False,
     )
+    for reason in models.left_out() if "replace" in {case.op for case in chosen} else ():
+        screen.print(f"models left out: {reason}", highlight=False)
     run = Run(
         date=_now(),
         machine=here,

@@ -31,6 +31,9 @@ HEADS = ((1024, 1024, 32000),)
 
 # (B, T, D)
 LOOPS = ((8, 512, 128),)
+TORCH_LAYERS = ((1, 512, 256), (8, 512, 256))
+# (B, T, width, heads)
+BLOCKS = ((8, 512, 256, 4),)
 # (T, layers, hidden size, heads)
 PROMPTS = ((1, 4, 512, 4), (513, 4, 512, 4))
 TRAINED = ((512, 4, 512, 4),)
@@ -45,6 +48,8 @@ QUICK_LOGITS = ((16, 500),)
 QUICK_WORDS = ((16, 500, 20),)
 QUICK_HEADS = ((16, 24, 500),)
 QUICK_LOOPS = ((2, 9, 16),)
+QUICK_TORCH_LAYERS = ((2, 9, 16),)
+QUICK_BLOCKS = ((2, 9, 32, 2),)
 QUICK_PROMPTS = ((1, 1, 128, 2),)
 QUICK_TRAINED = ((64, 1, 128, 2),)
 
@@ -80,7 +85,12 @@ def cases(quick: bool = False) -> list[Case]:
                 found.append(linear_kl_div.loss_and_gradients(op, *head, dtype))
     for loop in QUICK_LOOPS if quick else LOOPS:
         found += [models.python_loop(loop, d) for d in (FORWARD, FORWARD_BACKWARD)]
-    if models.HAS_TRANSFORMERS:
+    for layer in QUICK_TORCH_LAYERS if quick else TORCH_LAYERS:
+        found += [models.torch_lstm(layer, d) for d in (FORWARD, FORWARD_BACKWARD)]
+    if models.has("xlstm"):
+        blocks = QUICK_BLOCKS if quick else BLOCKS
+        found += [models.slstm_block(block, FORWARD_BACKWARD) for block in blocks]
+    if models.has("transformers"):
         prompts, trained = (QUICK_PROMPTS, QUICK_TRAINED) if quick else (PROMPTS, TRAINED)
         found += [models.hugging_face(prompt, FORWARD) for prompt in prompts]
         found += [models.hugging_face(step, FORWARD_BACKWARD) for step in trained]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
 from pathlib import Path
 
 from .problem import UnavailableError
@@ -16,6 +18,19 @@ def forget() -> int:
     except OSError as error:
         raise UnavailableError(f"the peak of memory cannot be measured here: {error}") from error
     return _status_bytes("VmRSS")
+
+
+def during(run: Callable[[], object]) -> int:
+    """Bytes that a call holds at its peak beyond what the process held before it."""
+    # What the C library keeps of memory that was freed would not show when it is used again.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    before = forget()
+    results = run()
+    peak = size_bytes() - before
+    del results
+    return peak
 
 
 def size_bytes() -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import xlstm_kernels as xk
 
-from .packages import load
+from .packages import TRANSFORMERS_XLSTM, load
 from .problem import FORWARD, Bound, Case, Tensors, UnavailableError, Variant
 
 Bind = Callable[[Case, Tensors, str], Bound]
@@ -155,7 +155,7 @@ _MLSTM_KERNELS = "mlstm_kernels.torch"
 
 
 def _transformers() -> ModuleType:
-    module = load("transformers.models.xlstm.modeling_xlstm")
+    module = load(TRANSFORMERS_XLSTM)
     if module.external_xlstm:
         raise UnavailableError("transformers uses the package xlstm, which is installed")
     return module

@@ -27,6 +27,8 @@ TITLES = {
     "speed-linear_kl_div": "Losses from hidden states, with all gradients",
     "speed-replace": "Models before and after replace_layers",
 }
+# Whose tables say what memory a call takes, too.
+MEMORY = {"speed-linear_kl_div", "speed-replace"}
 NOT_MEASURED = "Not measured yet.\n"
 HOW_SCALING = "Each point in a process of its own; memory is the peak beyond the inputs."
 CEILINGS = {"memory": "copy", "compute": "sgemm"}
@@ -54,7 +56,7 @@ def write(results: Path, readme: Path) -> list[Path]:
                 plots.draw(found, title, plot)
                 written.append(plot)
                 parts.append(_image(plot, title, readme))
-            parts.append(markdown(rows, found))
+            parts.append(markdown(rows, found, marker in MEMORY))
         text = fill(text, marker, "\n".join(parts) or NOT_MEASURED)
     parts = []
     for folder in folders:
@@ -84,7 +86,7 @@ def fill(text: str, marker: str, content: str) -> str:
     return f"{head}{begin}\n{content}{end}{tail}"
 
 
-def markdown(rows: Sequence[Row], found: Sequence[Entry]) -> str:
+def markdown(rows: Sequence[Row], found: Sequence[Entry], memory: bool = False) -> str:
     """A table with a line per variant of ours, what was not timed, and how it was measured."""
     peers = list(dict.fromkeys(name for entry in found for name in entry.peers))
     header = ["operation", "ours", *peers, "of the ceiling", "error / budget"]
@@ -95,8 +97,8 @@ def markdown(rows: Sequence[Row], found: Sequence[Entry]) -> str:
             _line(
                 [
                     entry.label.replace("\n", "<br>"),
-                    f"**{duration(row.time_us)}**",
-                    *(_against(entry, peer) for peer in peers),
+                    f"**{duration(row.time_us)}**{_peak(row, memory)}",
+                    *(_against(entry, peer, memory) for peer in peers),
                     f"{row.roofline_percent:.0f} % {CEILINGS[row.bound]}"
                     if row.bound in CEILINGS
                     else "",
@@ -148,11 +150,16 @@ def _missing(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _against(entry: Entry, peer: str) -> str:
+def _against(entry: Entry, peer: str, memory: bool) -> str:
     if peer not in entry.peers:
         return ""
-    time_us = entry.peers[peer].time_us
-    return f"{duration(time_us)} ({ratio(time_us, entry.ours.time_us)})"
+    row = entry.peers[peer]
+    faster = ratio(row.time_us, entry.ours.time_us)
+    return f"{duration(row.time_us)} ({faster}){_peak(row, memory)}"
+
+
+def _peak(row: Row, wanted: bool) -> str:
+    return f"<br>{size(row.peak_bytes)}" if wanted and row.peak_bytes == row.peak_bytes else ""
 
 
 def _conditions(row: Row | Point, how: str) -> str:

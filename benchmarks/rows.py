@@ -21,7 +21,8 @@ class Row:
     date names the run. complete: the run had every case of the op. error and budget: relative
     2-norm error of the `worst` result against the float64 reference, and what our kernels are
     allowed. roofline_percent: of the ceiling that `bound` names, which was measured in the same
-    run; NaN where latency is the bound.
+    run; NaN where latency is the bound. peak_bytes: the most that a call held beyond what was there
+    before it, results among it; NaN where that cannot be known.
     """
 
     date: str
@@ -38,6 +39,7 @@ class Row:
     p20_us: float
     p80_us: float
     samples: int
+    peak_bytes: float
     moved_bytes: int
     flops: int
     bandwidth_gb_s: float

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
+from . import peak
 from .ceilings import Ceilings
 from .gate import Gate, Say, quiet
 from .machine import Machine
-from .problem import Case, Variant
+from .problem import Case, Trial, UnavailableError, Variant
 from .rows import NAN, Row
 from .timing import Subject, Summary, interleave
 
@@ -35,7 +36,18 @@ def run_case(run: Run, case: Case, say: Say = quiet) -> list[Row]:
     ]
     min_samples, max_samples = (3, 10) if run.quick else (5, 200)
     times = interleave(subjects, run.budget_s, min_samples, max_samples) if subjects else {}
-    return [_row(run, case, variant, gate, times.get(variant.name)) for variant in case.variants]
+    peaks = {name: _peak_bytes(trial) for name, trial in gate.trials.items()}
+    return [
+        _row(run, case, v, gate, times.get(v.name), peaks.get(v.name, NAN)) for v in case.variants
+    ]
+
+
+def _peak_bytes(trial: Trial) -> float:
+    trial.reset()
+    try:
+        return peak.during(trial.run)
+    except UnavailableError:
+        return NAN
 
 
 def _row(
@@ -44,6 +56,7 @@ def _row(
     variant: Variant,
     gate: Gate,
     summary: Summary | None,
+    peak_bytes: float,
 ) -> Row:
     time = summary or Summary(NAN, NAN, NAN, 0)
     verdict = gate.verdicts.get(variant.name)
@@ -61,6 +74,7 @@ def _row(
         shape=case.shape,
         reason=gate.reasons.get(variant.name, ""),
         **asdict(time),
+        peak_bytes=peak_bytes,
         moved_bytes=case.moved_bytes,
         flops=case.flops,
         bandwidth_gb_s=case.moved_bytes / time.time_us / 1e3,
