@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import xlstm_kernels as xk
 from xlstm_kernels.testing import relative_error
@@ -183,6 +184,23 @@ def test_functional_call_sees_the_given_parameters(model, x):
     want = torch.func.functional_call(model, changed, (x,))
     xk.replace_layers(model)
     assert relative_error(torch.func.functional_call(model, changed, (x,)), want) <= 1e-5
+
+
+def test_recomputed_activations(model, x):
+    """Dropout between layers among them, which is to be drawn alike both times."""
+    xk.replace_layers(model)
+    want = results(model, x)
+
+    class Recomputed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return checkpoint(self.model, x, use_reentrant=False)
+
+    got = results(Recomputed(), x)
+    assert_same({name.removeprefix("model."): t for name, t in got.items()}, want, bound=0)
 
 
 @pytest.mark.parametrize("allow_rnn", [True, False])

@@ -131,11 +131,75 @@ def test_save_and_load_in_the_unswapped_model(model, tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled(model):
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_compiled(model, use_cache):
+    """One graph, where the model's own code is one."""
     ours = replaced(model)
-    compiled = torch.compile(ours, backend="aot_eager")
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    if use_cache:
+        with torch.no_grad():
+            want = ours(tokens(37)).logits
+            assert relative_error(compiled(tokens(37)).logits, want) <= 1e-6
+        return
     want = logits_and_gradients(ours, tokens(37))
     got = logits_and_gradients(compiled, tokens(37))
     for name, gradient in want.items():
         got_name = name if name == "logits" else f"_orig_mod.{name}"
         assert relative_error(got[got_name], gradient) <= 1e-4
+
+
+@torch.no_grad()
+def test_autocast(model):
+    exact = model(tokens(9)).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, got = (m(tokens(9)).logits for m in (model, replaced(model)))
+    assert got.dtype == plain.dtype
+    assert relative_error(got, exact) <= 2 * relative_error(plain, exact)
+
+
+class DecodeStep(torch.nn.Module):
+    """A token from states given as tensors, as an exported program takes them."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids, states):
+        cache = modeling.xLSTMCache(self.model.config, len(ids), dtype=torch.float32)
+        cache.rnn_state.update(states)
+        cache.seqlen_offset = 1  # not the first
+        output = self.model(ids, cache_params=cache, use_cache=True)
+        return output.logits, {layer: tuple(state) for layer, state in cache.rnn_state.items()}
+
+
+@torch.no_grad()
+def test_export_of_the_decode_step(model):
+    ours = replaced(model)
+    cache = ours(tokens(5), use_cache=True).cache_params
+    states = {layer: tuple(state) for layer, state in cache.rnn_state.items()}
+    given = tokens(1), copy.deepcopy(states)
+    exported = torch.export.export(DecodeStep(ours), given)
+    assert any("mlstm_step" in str(node.target) for node in exported.graph.nodes)
+    want, want_after = DecodeStep(ours)(tokens(1), copy.deepcopy(states))
+    got, after = exported.module()(tokens(1), copy.deepcopy(states))
+    assert torch.equal(got, want)
+    for layer, state in want_after.items():
+        assert all(torch.equal(a, b) for a, b in zip(after[layer], state, strict=True))
+
+
+def test_training_takes_the_same_course(model):
+    curves = []
+    for trained in (replaced(model), model):
+        trained.train()
+        optimizer = torch.optim.SGD(trained.parameters(), lr=0.05)
+        losses = []
+        for step in range(20):
+            ids = tokens(16 + 16 * (step % 2))
+            loss = trained(ids, labels=ids, use_cache=False).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        curves.append(torch.stack(losses))
+    assert curves[0][-2:].mean() < curves[0][:2].mean()
+    assert relative_error(*curves) <= 1e-4

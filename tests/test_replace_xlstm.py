@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import xlstm_kernels as xk
 from xlstm_kernels.testing import check_results, relative_error
@@ -102,7 +103,7 @@ def test_cells_that_are_left():
     assert "num_states=3" in xk.replace_layers(odd).left[0].note
 
 
-def test_a_stack_of_both_blocks():
+def make_stack():
     import xlstm
 
     torch.manual_seed(0)
@@ -115,7 +116,11 @@ def test_a_stack_of_both_blocks():
         slstm_at=[1],
     )
     # Larger weights, and the layers magnify rounding: plain torch's error then is luck.
-    model = randomised(xlstm.xLSTMBlockStack(config), 0.2).eval()
+    return randomised(xlstm.xLSTMBlockStack(config), 0.2).eval()
+
+
+def test_a_stack_of_both_blocks():
+    model = make_stack()
     x = torch.randn(2, 20, 16, generator=torch.Generator().manual_seed(1))
 
     def results(model, x):
@@ -150,6 +155,60 @@ def test_a_stack_of_both_blocks():
     assert list(model.state_dict()) == list(state_dict)
     xk.restore_layers(model)
     assert all(torch.equal(a, plain[n]) for n, a in results(model, x).items())
+
+
+def test_training_of_a_stack_takes_the_same_course():
+    curves = []
+    draw = torch.Generator().manual_seed(1)
+    x, target = (torch.randn(2, 20, 16, generator=draw) for _ in range(2))
+    for fused in (True, False):
+        model = make_stack().train()
+        if fused:
+            xk.replace_layers(model)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        losses = []
+        for _ in range(20):
+            loss = (model(x) - target).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        curves.append(torch.stack(losses))
+    assert curves[0][-1] < curves[0][0]
+    assert relative_error(*curves) <= 1e-4
+
+
+def test_a_compiled_stack_and_recomputed_activations():
+    model, x = make_stack(), torch.randn(2, 20, 16, requires_grad=True)
+    xk.replace_layers(model)
+    want = model(x)
+    (want_grad,) = torch.autograd.grad(want.square().sum(), x)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert relative_error(compiled(x), want) <= 1e-6
+    again = checkpoint(model, x, use_reentrant=False)
+    (grad,) = torch.autograd.grad(again.square().sum(), x)
+    assert torch.equal(again, want) and torch.equal(grad, want_grad)
+
+
+def test_export_of_a_step():
+    class Step(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stack = make_stack()
+
+        def forward(self, x, state):
+            return self.stack.step(x, state=state)
+
+    step, x = Step(), torch.randn(2, 1, 16)
+    xk.replace_layers(step)
+    with torch.no_grad():
+        _, state = step.stack.step(x)
+        exported = torch.export.export(step, (x, copy.deepcopy(state)))
+        names = {str(node.target) for node in exported.graph.nodes}
+        assert any("mlstm_step" in n for n in names) and any("recurrence" in n for n in names)
+        want, _ = step(x, copy.deepcopy(state))
+        got, _ = exported.module()(x, copy.deepcopy(state))
+    assert torch.equal(got, want)
 
 
 def test_xlstm_large():
