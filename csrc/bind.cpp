@@ -50,9 +50,22 @@ void fill(xlstm::Recurrence& args, int cell, int dtype, std::array<std::int64_t,
   args.n_floor = n_floor, args.clip_grad = clip_grad;
 }
 
-// What only the CUDA kernels take: r_digits and the stream, then the scratch, its members in order.
+// What only the CUDA kernels take: r_digits and the stream, then the scratch; and the teams. Members are
+// in their order.
 #ifdef XLSTM_BUILD_CUDA
-#define XLSTM_FOR_CUDA(count) , std::array<Address, count> for_cuda
+#define XLSTM_FOR_CUDA(count) \
+  , std::array<Address, count> for_cuda, std::array<int, 4> deal, std::array<Address, 3> for_teams
+
+xlstm::RecurrenceTeams teams_of(const std::array<int, 4>& deal,
+                                const std::array<Address, 3>& for_teams) {
+  return {deal[0],
+          deal[1],
+          deal[2],
+          deal[3],
+          pointer<unsigned>(for_teams[0]),
+          pointer(for_teams[1]),
+          pointer(for_teams[2])};
+}
 #else
 #define XLSTM_FOR_CUDA(count)
 #endif
@@ -67,7 +80,8 @@ void recurrence_forward(int cell, int dtype, std::array<std::int64_t, 4> sizes, 
   args.raw = pointer(raw), args.checkpoints = pointer(checkpoints);
   py::gil_scoped_release unlocked;
 #ifdef XLSTM_BUILD_CUDA
-  xlstm::recurrence_forward_cuda(args, static_cast<DType>(for_cuda[0]), pointer(for_cuda[1]));
+  xlstm::recurrence_forward_cuda(args, teams_of(deal, for_teams), static_cast<DType>(for_cuda[0]),
+                                 pointer(for_cuda[1]));
 #else
   xlstm::recurrence_forward_cpu(args);
 #endif
@@ -89,7 +103,7 @@ void recurrence_backward(int cell, int dtype, std::array<std::int64_t, 4> sizes,
 #ifdef XLSTM_BUILD_CUDA
   xlstm::recurrence_backward_cuda(
       args, {pointer(for_cuda[2]), pointer(for_cuda[3]), pointer(for_cuda[4])},
-      static_cast<DType>(for_cuda[0]), pointer(for_cuda[1]));
+      teams_of(deal, for_teams), static_cast<DType>(for_cuda[0]), pointer(for_cuda[1]));
 #else
   xlstm::recurrence_backward_cpu(args);
 #endif
@@ -264,26 +278,30 @@ py::dict cells() {
 
 #ifdef XLSTM_BUILD_CUDA
 
-// [{"name": ..., "arch": ..., "memory_bytes": ...}]
+// [{"name": ..., "arch": ..., "memory_bytes": ..., ...}]
 py::list devices() {
   py::list found;
   for (const xlstm::CudaDevice& device : xlstm::cuda_devices()) {
     found.append(py::dict(py::arg("name") = device.name, py::arg("arch") = device.arch,
-                          py::arg("memory_bytes") = device.memory_bytes));
+                          py::arg("memory_bytes") = device.memory_bytes,
+                          py::arg("multiprocessors") = device.multiprocessors,
+                          py::arg("shared_bytes") = device.shared_bytes));
   }
   return found;
 }
 
-// [{"direction": ..., "operand": dtype code, "D": ..., ...}]
+// [{"team": ..., "direction": ..., "operand": dtype code, "D": ..., ...}]
 py::list recurrence_launch_shapes() {
   py::list found;
-  for (const xlstm::RecurrenceLaunchShape& shape : xlstm::recurrence_launch_shapes()) {
-    found.append(py::dict(py::arg("direction") = shape.forward ? "forward" : "backward",
-                          py::arg("operand") = static_cast<int>(shape.operand),
-                          py::arg("D") = shape.D, py::arg("threads") = shape.threads,
-                          py::arg("fragments") = shape.fragments, py::arg("held") = shape.held,
-                          py::arg("shared_bytes") = shape.shared_bytes));
-  }
+  const auto add = [&](bool team, const xlstm::RecurrenceLaunchShape& shape) {
+    found.append(py::dict(
+        py::arg("team") = team, py::arg("direction") = shape.forward ? "forward" : "backward",
+        py::arg("operand") = static_cast<int>(shape.operand), py::arg("D") = shape.D,
+        py::arg("threads") = shape.threads, py::arg("fragments") = shape.fragments,
+        py::arg("held") = shape.held, py::arg("shared_bytes") = shape.shared_bytes));
+  };
+  for (const auto& shape : xlstm::recurrence_launch_shapes()) add(false, shape);
+  for (const auto& shape : xlstm::recurrence_team_shapes()) add(true, shape);
   return found;
 }
 

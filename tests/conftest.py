@@ -27,7 +27,7 @@ hypothesis.settings.load_profile("fixed")
 
 
 # The emulator takes its time. These run all of a kernel, and are what a fast run has of it.
-QUICK_ON_EMULATOR = {"test_dtypes", "test_packed_sequences", "test_slstm_options"}
+QUICK_ON_EMULATOR = {"test_dtypes", "test_packed_sequences", "test_slstm_options", "test_teams"}
 
 
 @pytest.hookimpl(tryfirst=True)

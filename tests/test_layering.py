@@ -25,7 +25,7 @@ HELPERS = r"{op}\.(?!(api|op|reference|cpu|cuda|triton)$)\w+"
 # {op} is the operation's own folder. The first match counts.
 MAY_IMPORT = {
     r"__init__": r"backends|cells|nn|compat|replace|ops\.\w+",
-    r"__main__": r"|backends",
+    r"__main__": r"|backends|ops\.recurrence\.launch",
     r"backends": r"_cpu|_cuda",
     r"library|memory|gemm": r"backends",
     r"arguments": r"(?!)",
@@ -85,6 +85,7 @@ LONG_FUNCTIONS = {
     # Kernels, whose set-up and loop share what is in registers.
     "csrc/cuda/recurrence_backward.cu:__launch_bounds__": "matrix, units, chunks in reverse, steps",
     "csrc/cuda/recurrence_forward.cu:__launch_bounds__": "matrix, bias, units, steps",
+    "csrc/cuda/recurrence_team_backward.cu:__launch_bounds__": "matrix, work, unit, steps",
     "distill/__main__.py:_add_demo": "one add_argument after the other",
     **{
         f"xlstm_kernels/ops/mlstm/{kernel}": "a kernel's parameters stand one on a line"

@@ -1,14 +1,10 @@
-"""The CUDA kernels of the recurrence: each launch shape, what they refuse, what nvcc made of them,
-and on a device streams and graphs. The operation's other tests run them on the emulator too."""
+"""The CUDA kernels of the recurrence: each launch shape, what they refuse, and on a device streams
+and graphs. The operation's other tests run them on the emulator too."""
 
 from __future__ import annotations
 
 import importlib.util
-import re
-import shutil
-import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +14,8 @@ import xlstm_kernels as xk
 from xlstm_kernels.backends import CUDA_EMULATOR, load_cuda
 from xlstm_kernels.cells import CELLS
 from xlstm_kernels.memory import CPU_DTYPES
-from xlstm_kernels.ops.recurrence import cuda, op
+from xlstm_kernels.ops.recurrence import cuda, launch, op
+from xlstm_kernels.ops.recurrence.launch import BACKWARD, FORWARD, Chip, launch_shape
 from xlstm_kernels.testing import (
     RecurrenceCase,
     check_recurrence,
@@ -29,13 +26,6 @@ from xlstm_kernels.testing import (
 )
 
 CUDA_EXTENSION = importlib.util.find_spec("xlstm_kernels._cuda")
-TRITON = importlib.util.find_spec("triton")
-# Triton brings one where CUDA's own tools are not on PATH.
-CUOBJDUMP = shutil.which("cuobjdump") or (
-    TRITON
-    and TRITON.origin
-    and shutil.which("cuobjdump", path=str(Path(TRITON.origin).parent / "backends/nvidia/bin"))
-)
 emulated = pytest.mark.skipif(
     CUDA_EMULATOR is None, reason="the emulator is built by `make emulated`"
 )
@@ -44,11 +34,29 @@ gpu = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.skipif(CUDA_EXTENSION is None, reason="xlstm_kernels._cuda is not built"),
 ]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # A head of each launch shape, with units to spare, in two tiles of sequences.
 EVERY_SHAPE = [
-    {"B": 9, "T": 18, "H": 2, "D": D, "dtype": dtype}
-    for D in (20, 56, 100)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    {"B": 9, "T": 18, "H": 2, "D": D, "dtype": dtype} for D in (20, 56, 100) for dtype in DTYPES
+]
+# Chips that are too small for what one block could do: for heads of 20 units, several teams at a
+# time and one after another's work; for wider ones, blocks of 16 units and of 32, and R of which
+# some is in shared and some in global memory.
+SMALL = {"D": 20, "B": 9, "T": 5}
+TEAMS = [
+    (Chip("9.0", 8, 8 << 10), SMALL),
+    (Chip("9.0", 6, 8 << 10), SMALL | {"T": 35, "H": 3}),
+    (Chip("9.0", 2, 8 << 10), SMALL | {"lengths": (0, 5, 0, 33, 17, 0, 2, 0, 1, 4)}),
+    (Chip("9.0", 2, 8 << 10), SMALL | {"B": 0}),
+    (Chip("9.0", 2, 8 << 10), SMALL | {"T": 0}),
+    (launch.EMULATED, {"D": 136, "T": 4}),
+    (Chip("9.0", 9, 24 << 10), {"D": 280, "T": 3, "H": 1}),
+    (Chip("9.0", 11, 8 << 10), {"D": 328, "T": 2, "H": 1}),
+]
+TEAMS_ON_A_DEVICE = [
+    {"B": B, "H": H, "D": D, "dtype": dtype}
+    for B, H, D in ((9, 2, 136), (70, 3, 300), (3, 1, 1000))
+    for dtype in DTYPES
 ]
 
 
@@ -57,21 +65,95 @@ def test_every_launch_shape(case):
     check_recurrence(case)
 
 
+def on_small_chips(teams):
+    """pytest parameters: each of `teams` in each dtype and for each cell."""
+    found = [
+        pytest.param(
+            chip, *case.values, id=f"{case.id}-SMs{chip.multiprocessors}", marks=case.marks
+        )
+        for chip, variant in teams
+        for dtype in DTYPES
+        for case in on_every_backend(variant | {"dtype": dtype}, backends=["cuda"])
+    ]
+    return pytest.mark.parametrize(("chip", "case"), found)
+
+
+@on_small_chips(TEAMS[:1])
+def test_teams(chip, case, monkeypatch):
+    monkeypatch.setattr(cuda, "EMULATED", chip)
+    check_recurrence(case)
+
+
+@on_small_chips(TEAMS[1:])
+def test_more_teams(chip, case, monkeypatch):
+    monkeypatch.setattr(cuda, "EMULATED", chip)
+    check_recurrence(case)
+
+
 @emulated
-def test_widths_are_those_of_the_kernels():
-    """What `supports` promises of shared memory is what launches take."""
-    found: dict[torch.dtype, dict[int, int]] = {}
+def test_a_team_gives_the_same_bits_again(monkeypatch):
+    monkeypatch.setattr(cuda, "EMULATED", TEAMS[1][0])
+    case = RecurrenceCase("slstm", "cuda", **SMALL | {"T": 20})
+    inputs = recurrence_inputs(case)
+    first, second = (run_recurrence(case, inputs, "cuda") for _ in range(2))
+    for name, result in first.items():
+        assert torch.equal(result, second[name]), name
+
+
+def test_every_kind_of_team_is_among_those_tested():
+    deals = [
+        launch_shape(
+            way,
+            case.D,
+            torch.bfloat16 if dtype is torch.bfloat16 else torch.float32,
+            case.sequences,
+            case.H,
+            chip,
+        )
+        for chip, variant in TEAMS
+        for dtype in DTYPES
+        for case in [RecurrenceCase("lstm", "cuda", **variant | {"dtype": dtype})]
+        for way in (FORWARD, BACKWARD)
+        if case.sequences
+    ]
+    assert all(deal.is_team for deal in deals)
+    assert {deal.units for deal in deals} == set(launch.TEAM_UNITS)
+    assert any(deal.teams > 1 for deal in deals) and any(deal.rounds > 1 for deal in deals)
+    assert {(deal.near > 0, deal.far > 0) for deal in deals} >= {
+        (False, False),
+        (True, False),
+        (False, True),
+        (True, True),
+    }
+
+
+@emulated
+def test_launches_are_those_of_the_kernels():
+    """What is asked for, in shared memory and in threads, is what kernels take."""
     for shape in load_cuda(emulated=True).recurrence_launch_shapes():
-        widths = found.setdefault(CPU_DTYPES[shape["operand"]], {})
-        widths[shape["D"]] = max(widths.get(shape["D"], 0), shape["shared_bytes"])
-    assert found == cuda.SHARED_BYTES
+        way = FORWARD if shape["direction"] == "forward" else BACKWARD
+        if shape["team"]:
+            assert shape["D"] == way.units and shape["threads"] == launch.TEAM_THREADS
+            assert shape["shared_bytes"] == way.sums_bytes and shape["held"] == launch.HELD
+            continue
+        deal = launch_shape(way, shape["D"], CPU_DTYPES[shape["operand"]], 1, 1, launch.EMULATED)
+        assert (deal.units, deal.threads) == (shape["D"], shape["threads"])
+        assert deal.shared_bytes == shape["shared_bytes"]
+
+
+@emulated
+def test_the_emulated_chip_is_the_emulators():
+    [device] = load_cuda(emulated=True).devices()
+    chip = launch.EMULATED
+    assert device["multiprocessors"] == chip.multiprocessors
+    assert device["shared_bytes"] == chip.shared_bytes
 
 
 @emulated
 @pytest.mark.parametrize(
     ("D", "dtype", "text"),
     [
-        (129, torch.float32, "R of a head must fit one block: D at most 128"),
+        (513, torch.float32, "D must be at most 512 on this device, it has 16 multiprocessors"),
         (2, torch.float64, "x must be float32, bfloat16 or float16, got torch.float64"),
     ],
 )
@@ -101,32 +183,8 @@ def test_forward_and_backward_on_different_backends(case):
             assert relative_error(part, want) < 1e-5, pair
 
 
-@pytest.mark.skipif(CUDA_EXTENSION is None, reason="xlstm_kernels._cuda is not built: no nvcc")
-@pytest.mark.skipif(not CUOBJDUMP, reason="there is no cuobjdump on PATH, nor Triton's")
-def test_kernels_hardly_spill_registers():
-    """A spill is a stack frame: no array here would need one. nvcc 13.0 leaves 8 to 24
-    bytes in the kernels that fill the register file, however many fragments they hold."""
-    assert CUDA_EXTENSION is not None and CUDA_EXTENSION.origin is not None
-    usage = subprocess.run(
-        [str(CUOBJDUMP), "-res-usage", CUDA_EXTENSION.origin],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    found = re.findall(r"Function (\S*recurrence\w+):\s+(REG.*)", usage)
-    archs = len(load_cuda().archs())
-    # nvcc 13.0 moves more of this one's loads ahead for sm_100 than its registers hold: 150 to 190
-    # bytes a thread.
-    excused = re.findall(r"\S*recurrence_forward_kernel\S*Li2ELi128\w+", usage)
-    shapes = 2 * sum(map(len, cuda.SHARED_BYTES.values()))
-    assert len(found) == archs * shapes * len(CELLS)
-    frames = {name: int(re.findall(r"STACK:(\d+)", use)[0]) for name, use in found}
-    spilled = [f"{n}: {size} bytes" for n, size in frames.items() if size > 32 and n not in excused]
-    assert not spilled, "\n".join(spilled)
-
-
 @pytest.mark.parametrize("cell", [pytest.param(cell, marks=gpu) for cell in CELLS])
-@pytest.mark.parametrize("variant", EVERY_SHAPE, ids=str)
+@pytest.mark.parametrize("variant", [*EVERY_SHAPE, *TEAMS_ON_A_DEVICE], ids=str)
 def test_on_a_device(cell, variant):
     case = RecurrenceCase(cell, "cuda", **variant | {"T": 65})
     inputs = recurrence_inputs(case)

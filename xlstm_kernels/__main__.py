@@ -1,6 +1,7 @@
 """Says what is installed and what runs here: `python -m xlstm_kernels [--json]`.
 
-Exits with 1 when the CPU kernels do not load.
+Exits with 1 when the CPU kernels do not load. `--launch-table` says instead how the CUDA recurrence
+is launched on a chip, which need not be here.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 
 from . import __version__, available_backends
 from .backends import UNAVAILABLE, Backend, load_cpu, load_cuda
+from .ops.recurrence.launch import CHIPS, launch_table
 
 
 def cpu_report() -> dict[str, Any]:
@@ -84,12 +86,45 @@ def lines(entry: dict[str, Any], indent: str = "") -> list[str]:
     return text
 
 
-def main() -> int:
+def table(rows: list[dict[str, str]]) -> list[str]:
+    """Rows of text by column, which are those of the longest row."""
+    widest = max(rows, key=len)
+    columns = list(widest)
+    width = {c: max(len(c), *(len(row.get(c, "")) for row in rows)) for c in columns}
+    return [
+        "  ".join(f"{row.get(c, ''):{width[c]}}" for c in columns).rstrip()
+        for row in [{c: c for c in columns}, *rows]
+    ]
+
+
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m xlstm_kernels", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the same as JSON")
-    as_json = parser.parse_args().json
+    parser.add_argument("--launch-table", action="store_true", help="launches of xk.slstm, xk.lstm")
+    chip = parser.add_argument_group("with --launch-table")
+    chip.add_argument("--capability", choices=CHIPS, default="9.0", help="of the chip (9.0)")
+    chip.add_argument("--sms", type=positive, metavar="N", help="its multiprocessors")
+    chip.add_argument("--batch", type=positive, metavar="B", default=16, help="sequences (16)")
+    chip.add_argument("--heads", type=positive, metavar="H", help="heads (as many as 768 / D)")
+    return parser
+
+
+def main() -> int:
+    options = parser().parse_args()
+    if options.launch_table:
+        chip = CHIPS[options.capability]
+        chip = chip._replace(multiprocessors=options.sms or chip.multiprocessors)
+        rows = launch_table(chip, options.batch, options.heads)
+        print(json.dumps(rows, indent=2) if options.json else "\n".join(table(rows)))
+        return 0
     found = report()
-    print(json.dumps(found, indent=2) if as_json else "\n".join(lines(found)))
+    print(json.dumps(found, indent=2) if options.json else "\n".join(lines(found)))
     return 1 if "why_not" in found["_cpu"] else 0
 
 

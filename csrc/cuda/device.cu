@@ -24,9 +24,10 @@ std::vector<CudaDevice> cuda_devices() {
   for (int device = 0; device < count; ++device) {
     cudaDeviceProp properties;
     check(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
-    devices.push_back({properties.name,
-                       std::to_string(properties.major) + std::to_string(properties.minor),
-                       static_cast<std::int64_t>(properties.totalGlobalMem)});
+    devices.push_back(
+        {properties.name, std::to_string(properties.major) + std::to_string(properties.minor),
+         static_cast<std::int64_t>(properties.totalGlobalMem), properties.multiProcessorCount,
+         static_cast<std::int64_t>(properties.sharedMemPerBlockOptin)});
   }
   return devices;
 }

@@ -11,6 +11,8 @@ struct CudaDevice {
   std::string name;
   std::string arch;  // compute capability, "90"
   std::int64_t memory_bytes;
+  int multiprocessors;
+  std::int64_t shared_bytes;  // that a block may have
 };
 
 std::vector<std::string> cuda_archs();   // of this build, "90a"; the last one as PTX too

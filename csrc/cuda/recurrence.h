@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/host_device.h"
 #include "cuda/element.h"
 #include "cuda/mma.h"
 #include "cuda/shared.h"
@@ -27,7 +28,7 @@ constexpr int kColumns = 8;    // sequences of a block
 constexpr int kTileWords = 8;  // of a row of a product's operands
 constexpr int kPadWords = 4;   // rows of shared memory start four banks apart
 
-inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+XLSTM_HD std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // The launch shapes: for operands of kPerWord elements a word, and heads of up to kWidth units.
 template <bool kForward, int kPerWord, int kWidth>
@@ -41,8 +42,8 @@ struct RecurrenceShape {
   // Those in registers. Found by compiling: with more, registers spill.
   static constexpr int kHeld = kWidth < 128
                                    ? kTiles - (!kForward && kPerWord == 1 ? kWidth / 16 : 0)
-                               : kForward ? (kPerWord == 1 ? 6 : 10)
-                                          : (kPerWord == 1 ? 20 : 24);
+                               : kForward ? (kPerWord == 1 ? 6 : 8)
+                                          : (kPerWord == 1 ? 18 : 24);
   // Splitting R again at each step takes less room than both parts, which the compiler would keep.
   static constexpr bool kSplitEachStep = kPerWord == 1 && (!kForward || kWidth >= 128);
   // Fetching x a step ahead; where a product takes long, it hides the latency as well.
@@ -92,16 +93,22 @@ __device__ __forceinline__ std::uint32_t pack_word(const float (&x)[kPerWord]) {
   }
 }
 
+// x as a sum of two.
+__device__ __forceinline__ void store_parts(bf16* high, bf16* low, float x) {
+  bf16 nearest;
+  store(&nearest, x);
+  *high = nearest;
+  store(low, x - load(&nearest));
+}
+
 // Element `at` of a row of right operands.
 template <class Shape, int kPerWord>
 __device__ __forceinline__ void store_operand(std::uint32_t* row, int at, float x) {
   if constexpr (kPerWord == 1) {
     row[at] = __float_as_uint(x);
   } else {
-    bf16 high;
-    store(&high, x);
-    reinterpret_cast<bf16*>(row)[at] = high;
-    store(reinterpret_cast<bf16*>(row + Shape::kPlaneWords) + at, x - load(&high));
+    bf16* const high = reinterpret_cast<bf16*>(row) + at;
+    store_parts(high, high + 2 * Shape::kPlaneWords, x);
   }
 }
 
@@ -127,21 +134,18 @@ struct ProductSum {
     return kPerWord == 1 ? parts[0][at] : parts[0][at] + parts[1][at];
   }
 
-  // Adds a b; the right operand's second part is `plane_words` behind the first. `short_r`: a has no
-  // second part.
-  __device__ __forceinline__ void add(const std::uint32_t (&a)[4], const std::uint32_t* b_at,
-                                      int plane_words, bool short_r) {
-    const std::uint32_t b[2] = {b_at[0], b_at[4]};
+  // Adds a b; where b is in two parts, b[1] is the second. `short_r`: a has no second part.
+  __device__ __forceinline__ void add(const std::uint32_t (&a)[4],
+                                      const std::uint32_t (&b)[kPerWord][2], bool short_r) {
     if constexpr (kPerWord == 2) {
-      const std::uint32_t b_low[2] = {b_at[plane_words], b_at[plane_words + 4]};
-      mma_bf16(parts[0], a, b);
-      mma_bf16(parts[1], a, b_low);
+      mma_bf16(parts[0], a, b[0]);
+      mma_bf16(parts[1], a, b[1]);
     } else {
       std::uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
 #pragma unroll
       for (int w = 0; w < 4; ++w) split(a[w], a_high[w], a_low[w]);
 #pragma unroll
-      for (int w = 0; w < 2; ++w) split(b[w], b_high[w], b_low[w]);
+      for (int w = 0; w < 2; ++w) split(b[0][w], b_high[w], b_low[w]);
       float product[4]{};
       if (!short_r) mma_tf32(product, a_low, b_high);
       mma_tf32(product, a_high, b_low);
@@ -163,6 +167,44 @@ struct alignas(16) FragmentWords {
   std::uint32_t w[4];
 };
 
+// element(word, at): element `at` of a word.
+template <int kPerWord, class F>
+__device__ __forceinline__ FragmentWords make_fragment(F element) {
+  FragmentWords words;
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    float x[kPerWord];
+#pragma unroll
+    for (int at = 0; at < kPerWord; ++at) x[at] = element(w, at);
+    words.w[w] = pack_word<kPerWord>(x);
+  }
+  return words;
+}
+
+// A fragment in registers. kSplitEachStep: what is computed of it is not kept there as well.
+template <bool kSplitEachStep>
+__device__ __forceinline__ FragmentWords kept(FragmentWords words) {
+  if (kSplitEachStep) {
+#pragma unroll
+    for (int w = 0; w < 4; ++w) opaque(words.w[w]);
+  }
+  return words;
+}
+
+// held[i] = fragment(i). A loop: nvcc would otherwise find the places of all elements before it fetches
+// the first, and keep more than registers hold.
+template <int kHeld, class F>
+__device__ __forceinline__ void fill_held(FragmentWords (&held)[kHeld], F fragment) {
+#pragma unroll 1
+  for (int i = 0; i < kHeld; ++i) {
+    const FragmentWords words = fragment(i);
+#pragma unroll
+    for (int at = 0; at < kHeld; ++at) {
+      if (at == i) held[at] = words;
+    }
+  }
+}
+
 // R's fragments of one thread: the first in registers, the others in shared memory.
 template <class Shape>
 struct Matrix {
@@ -175,34 +217,13 @@ struct Matrix {
   __device__ __forceinline__ void fill(Shared& shared, F element) {
     spare = kSpilled ? shared.take<FragmentWords>(kSpilled * Shape::kThreads) : nullptr;
     const auto fragment = [&](int tile) {
-      FragmentWords words;
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        float x[kPerWord];
-#pragma unroll
-        for (int at = 0; at < kPerWord; ++at) x[at] = element(tile, w, at);
-        words.w[w] = pack_word<kPerWord>(x);
-      }
-      return words;
+      return make_fragment<kPerWord>([&](int w, int at) { return element(tile, w, at); });
     };
-#pragma unroll
-    for (int tile = 0; tile < Shape::kHeld; ++tile) held[tile] = fragment(tile);
+    fill_held(held, fragment);
 #pragma unroll 1
     for (int tile = 0; tile < kSpilled; ++tile) {
       spare[tile * Shape::kThreads + threadIdx.x] = fragment(Shape::kHeld + tile);
     }
-  }
-
-  __device__ __forceinline__ FragmentWords at(int tile) const {
-    if (tile < Shape::kHeld) {
-      FragmentWords words = held[tile];
-      if (Shape::kSplitEachStep) {
-#pragma unroll
-        for (int w = 0; w < 4; ++w) opaque(words.w[w]);
-      }
-      return words;
-    }
-    return spare[(tile - Shape::kHeld) * Shape::kThreads + threadIdx.x];
   }
 
   // sums[m] += row tile m of R times the operand rows.
@@ -211,13 +232,29 @@ struct Matrix {
                                            bool short_r,
                                            ProductSum<kPerWord> (&sums)[Shape::kRowTiles]) const {
     const std::uint32_t* row = rows + lane.group * Shape::kRowWords + lane.part;
+    const auto multiply_column = [&](int k, auto fragment_of) {
+      std::uint32_t b[kPerWord][2];
 #pragma unroll
-    for (int k = 0; k < Shape::kDepth; ++k) {
+      for (int part = 0; part < kPerWord; ++part) {
+        const std::uint32_t* from = row + k * kTileWords + part * Shape::kPlaneWords;
+        b[part][0] = from[0], b[part][1] = from[4];
+      }
 #pragma unroll
       for (int m = 0; m < Shape::kRowTiles; ++m) {
-        const FragmentWords a = at(k * Shape::kRowTiles + m);
-        sums[m].add(a.w, row + k * kTileWords, Shape::kPlaneWords, short_r);
+        sums[m].add(fragment_of(k * Shape::kRowTiles + m).w, b, short_r);
       }
+    };
+    constexpr int kInRegisters = Shape::kHeld / Shape::kRowTiles;
+#pragma unroll
+    for (int k = 0; k < kInRegisters; ++k) {
+      multiply_column(k, [&](int tile) { return kept<Shape::kSplitEachStep>(held[tile]); });
+    }
+    // Not unrolled to the end: nvcc would fetch more ahead than registers hold.
+#pragma unroll 2
+    for (int k = kInRegisters; k < Shape::kDepth; ++k) {
+      multiply_column(k, [&](int tile) {
+        return spare[(tile - Shape::kHeld) * Shape::kThreads + threadIdx.x];
+      });
     }
   }
 };
@@ -259,12 +296,10 @@ struct Column {
   std::int64_t token;  // the first, in (B, T, ...)
 };
 
-// The head and the sequences of a block: tile `blockIdx.x / H` of them.
-struct BlockOfWork {
-  __device__ explicit BlockOfWork(const Recurrence& args)
-      : head(static_cast<int>(blockIdx.x % args.H)),
-        first(static_cast<int>(blockIdx.x / args.H) * kColumns),
-        longest(0) {
+// A head and tile `tile` of the sequences.
+struct Work {
+  __device__ Work(const Recurrence& args, int head, int tile)
+      : head(head), first(tile * kColumns), longest(0) {
     for (int column = 0; column < kColumns; ++column) {
       const int length = Sequence(args, first + column).length;
       longest = length > longest ? length : longest;

@@ -9,142 +9,19 @@
 //   block. Nothing is added in an order that depends on timing.
 #include "cells/cells.h"
 #include "cuda/kernel_launch.h"
-#include "cuda/recurrence.h"
 #include "cuda/recurrence_launch.h"
+#include "cuda/recurrence_unit.h"
 
 namespace xlstm {
 namespace {
-
-using XLSTM_ISA::CellOptions;
-
-// One unit of one sequence; `at` is the unit's place among H x D.
-template <class Cell>
-struct UnitGrad {
-  static constexpr int kStates = Cell::kStates;
-
-  __device__ __forceinline__ void start(const RecurrenceBackward& args, const Column& column,
-                                        int head, int unit) {
-    end = unit < args.D ? column.length : 0;
-    const std::int64_t at = (column.b * args.H + head) * args.D + unit;
-    const bool given = args.dlast && unit < args.D && column.b < args.B;
-#pragma unroll
-    for (int s = 0; s < kStates; ++s) {
-      d[s] =
-          given ? static_cast<const float*>(args.dlast)[s * args.B * args.H * args.D + at] : 0.0f;
-    }
-  }
-
-  __device__ __forceinline__ void load_raw(const RecurrenceBackward& args, const Column& column,
-                                           std::int64_t at, int t, float (&to)[kGates]) const {
-    const std::int64_t width = args.H * args.D;
-    const float* from =
-        static_cast<const float*>(args.raw) + (column.token + t) * kGates * width + at;
-#pragma unroll
-    for (int g = 0; g < kGates; ++g) to[g] = from[g * width];
-  }
-
-  // Writes the states before each step of [begin, stop) to `to`, and h before it to h_prev.
-  __device__ __forceinline__ void recompute(const RecurrenceBackward& args, void* h_prev,
-                                            const Column& column, std::int64_t at, int begin,
-                                            int stop, float* to, const CellOptions& options) const {
-    if (begin >= end) return;
-    const std::int64_t width = args.H * args.D;
-    float state[kStates], next[kStates], gates[kGates], aux[Cell::kAux];
-    const std::int64_t row = Sequence(args, column.b).checkpoint(args, begin);
-    const float* from = static_cast<const float*>(args.checkpoints) + row * kStates * width + at;
-#pragma unroll
-    for (int s = 0; s < kStates; ++s) state[s] = from[s * width];
-#pragma unroll 1
-    for (int t = begin; t < stop && t < end; ++t) {
-      if (h_prev) {
-        store_element(h_prev, (column.token + t) * width + at, args.dtype, state[0]);
-      }
-      load_raw(args, column, at, t, gates);
-#pragma unroll
-      for (int s = 1; s < kStates; ++s, to += 4 * blockDim.x) *to = state[s];
-      Cell::template step<false>(gates, state, next, aux, options);
-#pragma unroll
-      for (int s = 0; s < kStates; ++s) state[s] = next[s];
-    }
-  }
-
-  // What step t will need from memory; the states before it from `from`.
-  __device__ __forceinline__ void fetch(const RecurrenceBackward& args, const Column& column,
-                                        int head, int unit, int t, const float* from) {
-    if (t >= end) return;
-    load_raw(args, column, head * args.D + unit, t, raw);
-    prev[0] = 0.0f;  // step reads h through R alone
-#pragma unroll
-    for (int s = 1; s < kStates; ++s) prev[s] = from[(s - 1) * 4 * blockDim.x];
-    dh = 0.0f;
-    if (!args.dh) return;
-    const std::int64_t first =
-        Sequence(args, column.b).offset(args, args.dh_stride[0], args.dh_stride[1]);
-    dh = load_element(args.dh, first + t * args.dh_stride[1] + head * args.dh_stride[2] + unit,
-                      args.dtype);
-  }
-
-  // draw of step t, from d of the states after it; d becomes that of the states before, but for R^T draw.
-  __device__ __forceinline__ void step(const RecurrenceBackward& args, const Column& column,
-                                       std::int64_t at, int t, const CellOptions& options,
-                                       float (&draw)[kGates]) {
-#pragma unroll
-    for (int g = 0; g < kGates; ++g) draw[g] = 0.0f;
-    if (t >= end) return;
-    float next[kStates], aux[Cell::kAux];
-    Cell::template step<true>(raw, prev, next, aux, options);
-    d[0] += dh;
-    Cell::step_grad(prev, next, aux, d, draw);
-    const std::int64_t width = args.H * args.D;
-    const std::int64_t to = (column.token + t) * kGates * width + at;
-#pragma unroll
-    for (int g = 0; g < kGates; ++g) {
-      store_element(args.dx, to + g * width, args.dtype, draw[g]);
-    }
-  }
-
-  // R^T draw of step t, as the gradient of the h before it.
-  __device__ __forceinline__ void receive(int t, float product, float bound) {
-    if (t >= end) return;
-    d[0] = product > bound ? bound : product < -bound ? -bound : product;
-  }
-
-  __device__ __forceinline__ void finish(const RecurrenceBackward& args, const Column& column,
-                                         int head, int unit) const {
-    if (!args.dstate || unit >= args.D || column.b >= args.B) return;
-    const std::int64_t at = (column.b * args.H + head) * args.D + unit;
-#pragma unroll
-    for (int s = 0; s < kStates; ++s) {
-      static_cast<float*>(args.dstate)[s * args.B * args.H * args.D + at] = d[s];
-    }
-  }
-
-  int end;           // steps of this unit: none where it only fills up the shape
-  float d[kStates];  // gradient of the states after the step in hand
-  float raw[kGates], prev[kStates], dh;
-};
-
-// Sums over the columns, and writes this block's part of db.
-__device__ __forceinline__ void store_db(const RecurrenceBackward& args,
-                                         const RecurrenceScratch& scratch, const BlockOfWork& work,
-                                         const Lane& lane, int unit, float (&db)[kGates]) {
-#pragma unroll
-  for (int g = 0; g < kGates; ++g) {
-    db[g] += __shfl_xor_sync(0xffffffffu, db[g], 1);
-    db[g] += __shfl_xor_sync(0xffffffffu, db[g], 2);
-    if (!scratch.db_parts || lane.part != 0 || unit >= args.D) continue;
-    const std::int64_t row =
-        static_cast<std::int64_t>(work.first / kColumns * kGates + g) * args.H + work.head;
-    static_cast<float*>(scratch.db_parts)[row * args.D + unit] = db[g];
-  }
-}
 
 template <class Cell, int kPerWord, int kWidth>
 __global__ void __launch_bounds__(RecurrenceShape<false, kPerWord, kWidth>::kThreads, 1)
     recurrence_backward_kernel(RecurrenceBackward args, RecurrenceScratch scratch, bool short_r) {
   using Shape = RecurrenceShape<false, kPerWord, kWidth>;
   Shared shared;
-  const BlockOfWork work(args);
+  const int heads = static_cast<int>(args.H), at_work = static_cast<int>(blockIdx.x);
+  const Work work(args, at_work % heads, at_work / heads);
   const Lane lane;
   const int first_unit = lane.warp * Shape::kUnits + lane.group;
   const float bound = static_cast<float>(args.clip_grad);
@@ -172,7 +49,7 @@ __global__ void __launch_bounds__(RecurrenceShape<false, kPerWord, kWidth>::kThr
     return static_cast<float*>(scratch.states) + (blockIdx.x * kCheckpointInterval + slot) * step +
            e * Shape::kThreads + threadIdx.x;
   };
-  UnitGrad<Cell> units[4];
+  UnitGrad<Cell, 4> units[4];
 #pragma unroll
   for (int e = 0; e < 4; ++e) units[e].start(args, columns[e % 2], work.head, unit_of(e));
   float db[2][kGates]{};
@@ -216,8 +93,10 @@ __global__ void __launch_bounds__(RecurrenceShape<false, kPerWord, kWidth>::kThr
   }
 #pragma unroll
   for (int e = 0; e < 4; ++e) units[e].finish(args, columns[e % 2], work.head, unit_of(e));
-  store_db(args, scratch, work, lane, unit_of(0), db[0]);
-  store_db(args, scratch, work, lane, unit_of(2), db[1]);
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    store_db(args, scratch, work.first / kColumns, work.head, lane, unit_of(2 * row), db[row]);
+  }
 }
 
 template <class Cell, int kPerWord>
@@ -235,7 +114,8 @@ void run_backward(const RecurrenceBackward& args, const RecurrenceScratch& scrat
 }  // namespace
 
 void recurrence_backward_cuda(const RecurrenceBackward& args, const RecurrenceScratch& scratch,
-                              DType r_digits, void* stream) {
+                              const RecurrenceTeams& teams, DType r_digits, void* stream) {
+  if (teams.units > 0) return recurrence_team_backward_cuda(args, scratch, teams, r_digits, stream);
   XLSTM_ISA::dispatch_cell(args.cell, [&](auto cell) {
     if (r_digits == DType::kBFloat16) {
       run_backward<decltype(cell), 2>(args, scratch, r_digits, stream);

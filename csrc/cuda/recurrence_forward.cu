@@ -7,96 +7,19 @@
 //   the states before every kCheckpointInterval-th step.
 #include "cells/cells.h"
 #include "cuda/kernel_launch.h"
-#include "cuda/recurrence.h"
 #include "cuda/recurrence_launch.h"
+#include "cuda/recurrence_unit.h"
 
 namespace xlstm {
 namespace {
-
-using XLSTM_ISA::CellOptions;
-
-// One unit of one sequence; `at` is the unit's place among H x D.
-template <class Cell>
-struct Unit {
-  static constexpr int kStates = Cell::kStates;
-
-  __device__ __forceinline__ Unit(const RecurrenceForward& args, const BlockOfWork& work,
-                                  int column, int unit)
-      : column(args, work.first + column), end(unit < args.D ? this->column.length : 0) {
-    const Sequence sequence(args, this->column.b);
-    x_at = sequence.offset(args, args.x_stride[0], args.x_stride[1]) +
-           work.head * args.x_stride[3] + unit;
-    const bool given = args.state && unit < args.D && this->column.b < args.B;
-    const std::int64_t at = state_offset(args, work.head * args.D + unit);
-#pragma unroll
-    for (int s = 0; s < kStates; ++s) {
-      state[s] =
-          given ? static_cast<const float*>(args.state)[at + s * args.B * args.H * args.D] : 0.0f;
-    }
-  }
-
-  __device__ __forceinline__ std::int64_t state_offset(const Recurrence& args,
-                                                       std::int64_t at) const {
-    return column.b * args.H * args.D + at;
-  }
-
-  __device__ __forceinline__ void fetch(const RecurrenceForward& args, int t) {
-    if (t >= end) return;
-    const std::int64_t from = x_at + t * args.x_stride[1];
-#pragma unroll
-    for (int g = 0; g < kGates; ++g) {
-      x[g] = load_element(args.x, from + g * args.x_stride[2], args.dtype);
-    }
-  }
-
-  // From R h, and this step's x.
-  __device__ __forceinline__ void step(const RecurrenceForward& args, int t, std::int64_t at,
-                                       const float (&product)[kGates], const float (&x_t)[kGates],
-                                       const float (&b)[kGates], const CellOptions& options) {
-    if (t >= end) return;
-    const std::int64_t width = args.H * args.D, token = column.token + t;
-    if (args.checkpoints && t % kCheckpointInterval == 0) {
-      const std::int64_t row = Sequence(args, column.b).checkpoint(args, t);
-      float* to = static_cast<float*>(args.checkpoints) + row * kStates * width + at;
-#pragma unroll
-      for (int s = 0; s < kStates; ++s) to[s * width] = state[s];
-    }
-    float raw[kGates], next[kStates], aux[Cell::kAux];
-#pragma unroll
-    for (int g = 0; g < kGates; ++g) raw[g] = product[g] + x_t[g] + b[g];
-    if (args.raw) {
-      float* to = static_cast<float*>(args.raw) + token * kGates * width + at;
-#pragma unroll
-      for (int g = 0; g < kGates; ++g) to[g * width] = raw[g];
-    }
-    Cell::template step<false>(raw, state, next, aux, options);
-#pragma unroll
-    for (int s = 0; s < kStates; ++s) state[s] = next[s];
-    store_element(args.h, token * width + at, args.dtype, next[0]);
-  }
-
-  __device__ __forceinline__ void finish(const RecurrenceForward& args, std::int64_t at) const {
-    if (column.b >= args.B) return;
-#pragma unroll
-    for (int s = 0; s < kStates; ++s) {
-      const std::int64_t plane = s * args.B * args.H * args.D;
-      static_cast<float*>(args.last)[plane + state_offset(args, at)] = state[s];
-    }
-  }
-
-  Column column;
-  int end;            // steps of this unit: none where it only fills up the shape
-  std::int64_t x_at;  // of gate i at time 0
-  float state[kStates];
-  float x[kGates]{};  // fetched last
-};
 
 template <class Cell, int kPerWord, int kWidth>
 __global__ void __launch_bounds__(RecurrenceShape<true, kPerWord, kWidth>::kThreads, 1)
     recurrence_forward_kernel(RecurrenceForward args, bool short_r) {
   using Shape = RecurrenceShape<true, kPerWord, kWidth>;
   Shared shared;
-  const BlockOfWork work(args);
+  const int heads = static_cast<int>(args.H), at_work = static_cast<int>(blockIdx.x);
+  const Work work(args, at_work % heads, at_work / heads);
   const Lane lane;
   const int unit = lane.warp * Shape::kUnits + lane.group;
   CellOptions options;
@@ -186,7 +109,9 @@ std::vector<RecurrenceLaunchShape> recurrence_launch_shapes() {
   return shapes;
 }
 
-void recurrence_forward_cuda(const RecurrenceForward& args, DType r_digits, void* stream) {
+void recurrence_forward_cuda(const RecurrenceForward& args, const RecurrenceTeams& teams,
+                             DType r_digits, void* stream) {
+  if (teams.units > 0) return recurrence_team_forward_cuda(args, teams, r_digits, stream);
   XLSTM_ISA::dispatch_cell(args.cell, [&](auto cell) {
     if (r_digits == DType::kBFloat16) {
       run_forward<decltype(cell), 2>(args, r_digits, stream);

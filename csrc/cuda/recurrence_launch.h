@@ -9,9 +9,20 @@ namespace xlstm {
 
 // What the backward writes besides, for its own use and for the product that gives dR.
 struct RecurrenceScratch {
-  void* states;    // (blocks, kCheckpointInterval, S - 1, width, 8) float32
+  void* states;    // (blocks, kCheckpointInterval, S - 1, units and sequences of a block) float32
   void* h_prev;    // (B, T, H, D) dtype, contiguous: h before each step; null: dR is not wanted
-  void* db_parts;  // (blocks / H, G, H, D) float32; null: db is not wanted
+  void* db_parts;  // (tiles of sequences, of teams twice, G, H, D) float32; null: not wanted
+};
+
+// How a head is dealt to a team of blocks (recurrence_team.h).
+struct RecurrenceTeams {
+  int units;        // of the head, in a block; 0: no teams, a block has all of a head
+  int teams;        // at work at a time
+  int tiles;        // products of 16 rows that a warp adds up for one of its sums
+  int near;         // fragments of R of a thread in shared memory
+  unsigned* flags;  // (teams, blocks of a team), zeros
+  void* exchange;   // (teams, 2, slices, tiles, 32, words of an operand), zeros
+  void* far;        // (teams, blocks of a team, fragments, threads, 4) words: the rest of R
 };
 
 // Heads of up to `D` units in blocks of `threads`; fragments of R in all and in registers.
@@ -22,11 +33,20 @@ struct RecurrenceLaunchShape {
 };
 
 std::vector<RecurrenceLaunchShape> recurrence_launch_shapes();
+// Of teams: D is a warp's units, shared_bytes those of the sums; fragments, which depend on the head's
+// width, are not counted.
+std::vector<RecurrenceLaunchShape> recurrence_team_shapes();
 
 // `r_digits`: the dtype that r had before, which has all the digits there are. `stream` is a
 // cudaStream_t of the current device. dr and db of the arguments are not read.
-void recurrence_forward_cuda(const RecurrenceForward& args, DType r_digits, void* stream);
+void recurrence_forward_cuda(const RecurrenceForward& args, const RecurrenceTeams& teams,
+                             DType r_digits, void* stream);
 void recurrence_backward_cuda(const RecurrenceBackward& args, const RecurrenceScratch& scratch,
-                              DType r_digits, void* stream);
+                              const RecurrenceTeams& teams, DType r_digits, void* stream);
+// Those of the two that run where there are teams.
+void recurrence_team_forward_cuda(const RecurrenceForward& args, const RecurrenceTeams& teams,
+                                  DType r_digits, void* stream);
+void recurrence_team_backward_cuda(const RecurrenceBackward& args, const RecurrenceScratch& scratch,
+                                   const RecurrenceTeams& teams, DType r_digits, void* stream);
 
 }  // namespace xlstm

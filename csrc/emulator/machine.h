@@ -16,6 +16,7 @@ namespace xlstm::emulator {
 
 constexpr int kWarpThreads = 32;
 constexpr unsigned kMaxBlockThreads = 1024;
+constexpr int kMultiprocessors = 16;
 constexpr std::size_t kMaxSharedBytes = std::size_t{227}
                                         << 10;  // of an H100, as its properties say
 constexpr std::size_t kDefaultSharedBytes = std::size_t{48} << 10;

@@ -45,12 +45,18 @@ XLSTM_INDEX(gridDim, launch->grid)
 #undef XLSTM_INDEX
 
 using cudaStream_t = struct CUstream_st*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorCooperativeLaunchTooLarge = 720
+};
 
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess                     ? "no error"
-         : error == cudaErrorInvalidConfiguration ? "invalid configuration argument"
-                                                  : "invalid argument";
+  return error == cudaSuccess                          ? "no error"
+         : error == cudaErrorInvalidConfiguration      ? "invalid configuration argument"
+         : error == cudaErrorCooperativeLaunchTooLarge ? "too many blocks in cooperative launch"
+                                                       : "invalid argument";
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
@@ -58,6 +64,8 @@ struct cudaDeviceProp {
   char name[256] = "emulator";
   int major = 9, minor = 0;
   std::size_t totalGlobalMem = std::size_t{1} << 30;
+  int multiProcessorCount = xlstm::emulator::kMultiprocessors;
+  std::size_t sharedMemPerBlockOptin = xlstm::emulator::kMaxSharedBytes;
 };
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
@@ -127,6 +135,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     return cudaErrorInvalidConfiguration;
   }
   if (launch.shared_bytes > max_shared_bytes(kernel)) return cudaErrorInvalidValue;
+  // One block at a time on each multiprocessor: what more it could take depends on registers.
+  if (launch.cooperative && launch.grid.size() > xlstm::emulator::kMultiprocessors) {
+    return cudaErrorCooperativeLaunchTooLarge;
+  }
   launch.kernel = [kernel, params = std::tuple<Params...>(std::forward<Args>(args)...)] {
     std::apply(kernel, params);
   };

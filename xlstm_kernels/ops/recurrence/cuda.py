@@ -1,8 +1,8 @@
 """The recurrence in CUDA C++: check, allocate, launch, return.
 
-One block of threads holds R of one head, and no block waits for another. Gates, sums and states are
-float32, and so is the accuracy of R h, but for bfloat16 r: there h and the gates' gradients keep 16
-bits as operands. dR is a product of what x's dtype leaves of them.
+How heads are dealt to blocks is in `launch.py`. Gates, sums and states are float32, and so is the
+accuracy of R h, but for bfloat16 r: there h and the gates' gradients keep 16 bits as operands. dR
+is a product of what x's dtype leaves of them.
 """
 
 from __future__ import annotations
@@ -12,17 +12,10 @@ from torch import Tensor
 
 from ...backends import cuda_refuses
 from ...cells import compute_dtype
-from ...memory import address, dense_rows, dtype_code, launching, plain
+from ...memory import CPU_DTYPES, address, dense_rows, dtype_code, launching, plain
 from .arguments import CELL_INDEX, starts_of
+from .launch import BACKWARD, COLUMNS, EMULATED, FORWARD, Chip, Launch, launch_shape, widest
 from .shapes import CHECKPOINT_INTERVAL, last_shape, saved_shapes
-
-# Widths of heads that csrc/cuda/recurrence.h has launch shapes for, and the shared memory that the
-# larger of forward and backward takes; a test holds the two lists together.
-SHARED_BYTES = {
-    torch.float32: {32: 10496, 64: 24832, 128: 221440},
-    torch.bfloat16: {32: 8704, 64: 16896, 128: 66048},
-}
-COLUMNS = 8  # sequences of a block
 
 
 def supports(x_BTGHD: Tensor, r_GHDE: Tensor, cell: str) -> str | None:
@@ -30,14 +23,10 @@ def supports(x_BTGHD: Tensor, r_GHDE: Tensor, cell: str) -> str | None:
         return why
     if x_BTGHD.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"x must be float32, bfloat16 or float16, got {x_BTGHD.dtype}"
-    D, widths = x_BTGHD.shape[-1], SHARED_BYTES[_operand(r_GHDE)]
-    if max(widths) < D:
-        return f"R of a head must fit one block: D at most {max(widths)}"
-    if x_BTGHD.device.type == "cuda":
-        device = torch.cuda.get_device_properties(x_BTGHD.device)
-        has = device.shared_memory_per_block_optin  # type: ignore[attr-defined]
-        if has < (needs := widths[_width(r_GHDE)]):
-            return f"D = {D} takes {needs} bytes of shared memory a block, the device has {has}"
+    chip = _chip(x_BTGHD.device)
+    if x_BTGHD.shape[-1] > widest(chip):
+        has = f"it has {chip.multiprocessors} multiprocessors"
+        return f"D must be at most {widest(chip)} on this device, {has}"
     return None
 
 
@@ -66,6 +55,8 @@ def forward(
     state_SBHD = plain(state_SBHD, dtype)
     if last[1] == 0:
         return [h_BTHD, last_SBHD, *saved]
+    deal = launch_shape(FORWARD, D, _operand(r_digits), last[1], H, _chip(x_BTGHD.device))
+    mail, far = _exchange(deal, x_BTGHD)
     with launching(x_BTGHD) as (kernels, stream):
         kernels.recurrence_forward(
             CELL_INDEX[cell],
@@ -82,6 +73,7 @@ def forward(
             address(last_SBHD),
             *([address(t) for t in saved] if save else (0, 0)),
             (r_digits, stream),
+            *_teams(deal, mail, far),
         )
     return [h_BTHD, last_SBHD, *saved]
 
@@ -109,13 +101,15 @@ def backward(
     if last[1] == 0:
         db_GHD = raw_BTGHD.new_zeros(r_GHDE.shape[:3] if want_b else (0,))
         return dx_BTGHD, dr_GHDE.zero_(), db_GHD, dstate_SBHD
-    r_digits, width = _digits(r_GHDE), _width(r_GHDE)
-    r_GHDE, dlast_SBHD = plain(r_GHDE, dtype), plain(dlast_SBHD, dtype)
+    r_digits, r_GHDE = _digits(r_GHDE), plain(r_GHDE, dtype)
+    dlast_SBHD = plain(dlast_SBHD, dtype)
     dh_BTHD, starts = dense_rows(dh_BTHD), starts_of(cu_seqlens, T, cell)
-    tiles = -(-last[1] // COLUMNS)
-    states = raw_BTGHD.new_empty((tiles * H, CHECKPOINT_INTERVAL, last[0] - 1, width * COLUMNS))
+    deal = launch_shape(BACKWARD, D, _operand(r_digits), last[1], H, _chip(raw_BTGHD.device))
+    mail, far = _exchange(deal, raw_BTGHD)
+    states = raw_BTGHD.new_empty((deal.blocks, CHECKPOINT_INTERVAL, last[0] - 1, deal.places))
     h_prev_BTHD = like_x.new_empty((B, T, H, D) if want_r else (0,))
-    db_parts = raw_BTGHD.new_empty((tiles, G, H, D) if want_b else (0,))
+    db_rows = -(-last[1] // COLUMNS) * (2 if deal.is_team else 1)
+    db_parts = raw_BTGHD.new_empty((db_rows, G, H, D) if want_b else (0,))
     with launching(raw_BTGHD) as (kernels, stream):
         kernels.recurrence_backward(
             CELL_INDEX[cell],
@@ -139,6 +133,7 @@ def backward(
                 address(h_prev_BTHD) if want_r else 0,
                 address(db_parts) if want_b else 0,
             ),
+            *_teams(deal, mail, far),
         )
     if want_r:
         _multiply_outer(dx_BTGHD, h_prev_BTHD, dr_GHDE)
@@ -158,13 +153,42 @@ def _multiply_outer(draw_BTGHD: Tensor, h_prev_BTHD: Tensor, dr_GHDE: Tensor) ->
             torch.bmm(draw_HDN.to(dr_HDE.dtype), h_prev_HNE.to(dr_HDE.dtype), out=dr_HDE)
 
 
-def _operand(r_GHDE: Tensor) -> torch.dtype:
+def _chip(device: torch.device) -> Chip:
+    if device.type == "cpu":
+        return EMULATED
+    has = torch.cuda.get_device_properties(device)
+    return Chip(
+        f"{has.major}.{has.minor}",
+        has.multi_processor_count,
+        has.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+    )
+
+
+def _exchange(deal: Launch, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The flags of a launch's teams with what goes through their exchange, zero both; and room for
+    what of R is in global memory."""
+    flags = _flag_words(deal)
+    mail = like.new_zeros(flags + deal.teams * 2 * deal.slot_words, dtype=torch.int32)
+    far = like.new_empty(deal.blocks * deal.far * deal.threads * 4, dtype=torch.int32)
+    return mail, far
+
+
+def _teams(deal: Launch, mail: Tensor, far: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The members of RecurrenceTeams; its units are 0 where a block has all of a head."""
+    first = address(mail)
+    units = deal.units if deal.is_team else 0
+    addresses = (first, first + 4 * _flag_words(deal), address(far))
+    return (units, deal.teams, deal.tiles, deal.near), addresses
+
+
+def _flag_words(deal: Launch) -> int:
+    return -(-deal.blocks // 4) * 4  # what follows them is read 16 bytes at a time
+
+
+def _operand(r_digits: int) -> torch.dtype:
     """What the operands of a matrix product are kept in."""
-    return torch.bfloat16 if r_GHDE.dtype is torch.bfloat16 else torch.float32
-
-
-def _width(r_GHDE: Tensor) -> int:
-    return next(width for width in SHARED_BYTES[_operand(r_GHDE)] if r_GHDE.shape[-1] <= width)
+    digits = CPU_DTYPES[r_digits]
+    return digits if digits is torch.bfloat16 else torch.float32
 
 
 def _digits(r_GHDE: Tensor) -> int:

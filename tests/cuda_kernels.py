@@ -1,0 +1,318 @@
+"""What nvcc made of the CUDA kernels, and what a step of the recurrence should take:
+
+    python tests/cuda_kernels.py docs/kernels.md      # `make kernels`
+
+writes the tables. Registers, spills and instructions are read from the extension with cuobjdump;
+times are a model's, of a chip that need not be here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from xlstm_kernels.cells import CELLS
+from xlstm_kernels.ops.recurrence.launch import (
+    BACKWARD,
+    BLOCK_BYTES,
+    CHIPS,
+    COLUMNS,
+    FORWARD,
+    Chip,
+    Direction,
+    Launch,
+    launch_shape,
+)
+
+# Instructions of SASS, by what they are for. A spill is a store to local memory.
+INSTRUCTIONS = {
+    "mma": r"[HQ]G?MMA|UTCHMMA",
+    "async": r"LDGSTS|UBLKCP|UTMALDG|SYNCS",
+    "acquire": r"LD\.?G?\S*\.STRONG\.(?:GPU|SYS)",
+    "spills": r"STL",
+}
+# Registers and threads of a multiprocessor, and shared memory beside what each block may have, KiB.
+REGISTERS, THREADS, MAX_BLOCKS = 65536, 2048, 32
+SHARED_OF_CHIP_KIB = {"8.0": 164, "9.0": 228, "10.0": 228}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel as compiled for one architecture. `template`: its arguments, "LSTM, 2, 128"."""
+
+    name: str
+    template: str
+    arch: str
+    registers: int
+    stack_bytes: int
+    mangled: str
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.name}<{self.template}> for {self.arch}"
+
+    @property
+    def capability(self) -> str:
+        digits = self.arch.removeprefix("sm_").rstrip("af")
+        return f"{digits[:-1]}.{digits[-1]}"
+
+
+def extension() -> Path | None:
+    found = importlib.util.find_spec("xlstm_kernels._cuda")
+    return Path(found.origin) if found and found.origin else None
+
+
+def cuobjdump() -> str | None:
+    """CUDA's own, or Triton's where that is not on PATH."""
+    triton = importlib.util.find_spec("triton")
+    beside = Path(triton.origin).parent / "backends/nvidia/bin" if triton and triton.origin else ""
+    return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=str(beside))
+
+
+def missing() -> str | None:
+    """Why there is nothing to look at, or None."""
+    if extension() is None:
+        return "xlstm_kernels._cuda is not built: no nvcc"
+    return None if cuobjdump() else "there is no cuobjdump on PATH, nor Triton's"
+
+
+def resources() -> list[Kernel]:
+    """All of the extension, of every architecture, without what only SASS says."""
+    found = [
+        (arch, *row)
+        for arch, text in _by_arch(_dump("-res-usage"))
+        for row in re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", text)
+    ]
+    names = _read_names([mangled for _, mangled, _, _ in found])
+    return [
+        Kernel(*name, arch, int(registers), int(stack), mangled)
+        for name, (arch, mangled, registers, stack) in zip(names, found, strict=True)
+    ]
+
+
+def kernels() -> list[Kernel]:
+    """All of the extension, of every architecture."""
+    counts = {}
+    for arch, text in _by_arch(_dump("-sass")):
+        for function in re.split(r"\n\s*Function : ", text)[1:]:
+            mangled, body = function.split("\n", 1)
+            counts[arch, mangled.strip()] = {
+                what: len(re.findall(rf"(?m)^\s+/\*\w+\*/\s+(?:@\S+\s+)?(?:{pattern})", body))
+                for what, pattern in INSTRUCTIONS.items()
+            }
+    found = [replace(kernel, counts=counts[kernel.arch, kernel.mangled]) for kernel in resources()]
+    return sorted(found, key=lambda kernel: (kernel.name, kernel.template, kernel.arch))
+
+
+def _dump(what: str) -> str:
+    tool, path = cuobjdump(), extension()
+    assert tool is not None and path is not None
+    # It looks for nvdisasm on PATH.
+    environment = {"PATH": f"{Path(tool).parent}:/usr/bin:/bin"}
+    return subprocess.run(
+        [tool, what, path], capture_output=True, text=True, check=True, env=environment
+    ).stdout
+
+
+def _by_arch(text: str) -> Iterator[tuple[str, str]]:
+    for part in re.split(r"\narch = ", text)[1:]:
+        arch, rest = part.split("\n", 1)
+        yield arch.strip(), rest
+
+
+def _read_names(mangled: list[str]) -> list[tuple[str, str]]:
+    """("recurrence_forward", "LSTM, 2, 128") of each."""
+    plain = subprocess.run(
+        ["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True
+    ).stdout
+    names = []
+    for line in plain.splitlines():
+        line = re.sub(r"xlstm::|\(anonymous namespace\)::|generic::|\((?:int|bool)\)", "", line)
+        match = re.match(r"(?:void )?(\w+?)(?:_kernel)?(?:<(.*)>)?\(", line)
+        assert match, line
+        names.append((match[1], match[2] or ""))
+    return names
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a launch: what it computes and moves, and what the model says it takes."""
+
+    gflop: float
+    moved_bytes: int  # to and from global memory but for the exchange, with what a gradient needs
+    blocks_per_sm: int
+    time_us: float
+
+
+# The model, in cycles of 1.8 GHz: latencies and rates of a Hopper multiprocessor. Of the exchange:
+# a store, a flag, a load and the wait for the slowest block, through L2.
+CLOCK_GHZ = 1.8
+MMA_LATENCY, MMA_ISSUE = 33, 6  # of one product; between two of one tensor core
+POINTWISE_LATENCY = {"slstm": 220, "lstm": 140}
+SFU_PER_UNIT = {"slstm": 6, "lstm": 5}
+ALU_PER_UNIT = {"slstm": 45, "lstm": 30}
+SFU_RATE, ALU_RATE, SHARED_RATE, L2_RATE = 16, 128, 128, 64  # a cycle; the last two in bytes
+BARRIER, EXCHANGE = 60, 1620
+CELL_TYPES = {"slstm": "SLSTM<false>", "lstm": "LSTM"}  # csrc/cells/list.h
+BACKWARD_POINTWISE = 1.6  # recomputed, and differentiated
+
+
+def predict(
+    way: Direction,
+    cell: str,
+    D: int,
+    operand: torch.dtype,
+    B: int,
+    H: int,
+    chip: Chip,
+    registers: int,
+) -> Step:
+    """A step of the launch for B sequences of H heads."""
+    launch = launch_shape(way, D, operand, B, H, chip)
+    per_word = 4 // operand.itemsize
+    chained = 1 if per_word == 2 else 3  # products that wait for one another
+    at_once = 2 if per_word == 2 else 3  # of one fragment
+    width = launch.units * launch.parts * way.per_unit if not launch.is_team else D * way.per_unit
+    products = launch.tiles or -(-width // (8 * per_word))
+    warps = launch.threads // 32
+    mma = max(
+        products * (MMA_LATENCY if chained == 1 else 4) + (chained - 1) * MMA_LATENCY,
+        products * way.row_tiles * at_once * max(1, warps / 4) * MMA_ISSUE,
+    )
+    shared_read = launch.threads * 16 * launch.near / SHARED_RATE
+    if not launch.is_team:
+        operands = 4 * COLUMNS * width // per_word * per_word
+        shared_read = (launch.shared_bytes - 2 * operands + warps * operands) / SHARED_RATE
+    units = launch.units * COLUMNS
+    function = CELLS[cell].function
+    pointwise = POINTWISE_LATENCY[function] + units * (
+        SFU_PER_UNIT[function] / SFU_RATE + ALU_PER_UNIT[function] / ALU_RATE
+    )
+    if way is BACKWARD:
+        pointwise *= BACKWARD_POINTWISE
+    cycles = max(mma, shared_read) + pointwise + BARRIER
+    if launch.is_team:
+        read = warps * products * 32 * 8 * per_word + launch.far * launch.threads * 16
+        cycles += EXCHANGE + BARRIER + read / L2_RATE
+    states = CELLS[cell].states
+    element = operand.itemsize
+    per_unit = (
+        element * 5 + 16 + 4 * states / 16
+        if way is FORWARD
+        else element * 6 + 32 + 4 * states / 16 + 8 * (states - 1)
+    )
+    return Step(
+        2e-9 * 4 * D * D * H * B,
+        round(per_unit * D * H * B),
+        min(
+            REGISTERS // (-(-registers // 8) * 8 * launch.threads),
+            THREADS // launch.threads,
+            (SHARED_OF_CHIP_KIB[chip.capability] << 10) // (launch.shared_bytes + 1024),
+            MAX_BLOCKS,
+        ),
+        launch.rounds * cycles / CLOCK_GHZ / 1e3,
+    )
+
+
+INTRODUCTION = """# CUDA kernels, as compiled
+
+Written by `make kernels`: do not edit. Registers and bytes of stack of a thread (stack is what
+spills) and numbers of instructions, as nvcc {nvcc} left them in `xlstm_kernels._cuda`. `mma`:
+matrix products on tensor cores; `async`: copies that a thread does not wait for; `acquire`: reads
+of another block's flag; `spills`: stores to the stack. `tests/test_cuda_kernels.py` holds them to
+budgets.
+"""
+MODEL = """
+## What a step of the recurrence should take
+
+B = 16, H = max(1, 768 / D), on an H100 (132 multiprocessors). **Predicted, not measured**:
+latencies and rates of one multiprocessor, in `tests/cuda_kernels.py`, added along the longest path
+of a step. `moved` is what global memory sees with all that a gradient needs, less a team's
+exchange.
+"""
+
+
+def document(found: list[Kernel]) -> str:
+    nvcc = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\S+),", nvcc)
+    text = [INTRODUCTION.format(nvcc=release[1] if release else "")]
+    archs = sorted({kernel.arch for kernel in found}, key=lambda arch: int(arch[3:].rstrip("af")))
+    columns = ["registers", "stack", *INSTRUCTIONS]
+    for arch in archs:
+        rows = [
+            [f"`{k.name}`", k.template, k.registers, k.stack_bytes, *k.counts.values()]
+            for k in found
+            if k.arch == arch
+        ]
+        text += [f"\n## {arch}\n", *markdown(["kernel", "template", *columns], rows)]
+    text += [MODEL, *markdown(*predictions(found))]
+    return "\n".join(text) + "\n"
+
+
+def predictions(found: list[Kernel]) -> tuple[list[str], list[list[object]]]:
+    """Header and rows: of each direction, cell, operand and width."""
+    chip, rows = CHIPS["9.0"], []
+    for name, way in (("forward", FORWARD), ("backward", BACKWARD)):
+        for cell in ("slstm", "lstm"):
+            for operand in BLOCK_BYTES:
+                for D in (32, 64, 128, 256, 512, 768, 1024):
+                    H = max(1, 768 // D)
+                    launch = launch_shape(way, D, operand, 16, H, chip)
+                    kernel = _kernel(name, cell, operand, launch)
+                    registers = next(
+                        k.registers
+                        for k in found
+                        if k.capability == chip.capability and (k.name, k.template) == kernel
+                    )
+                    step = predict(way, cell, D, operand, 16, H, chip, registers)
+                    rows.append(
+                        [
+                            *(name, cell, str(operand).removeprefix("torch."), D, H),
+                            *(f"{launch.blocks} x {launch.threads}", launch.shared_bytes),
+                            *(step.blocks_per_sm, f"{1e3 * step.gflop:.3g}", step.moved_bytes),
+                            f"{step.time_us:.2f}",
+                        ]
+                    )
+    header = ["direction", "cell", "r", "D", "H", "blocks x threads", "shared bytes"]
+    header += ["blocks an SM", "Mflop", "moved bytes", "us a step, predicted"]
+    return header, rows
+
+
+def _kernel(direction: str, cell: str, operand: torch.dtype, launch: Launch) -> tuple[str, str]:
+    """Name and template of the kernel that is launched."""
+    width = () if launch.is_team else (str(launch.units),)
+    template = (CELL_TYPES[cell], str(4 // operand.itemsize), *width)
+    return f"recurrence_{'team_' * launch.is_team}{direction}", ", ".join(template)
+
+
+def markdown(header: list[str], rows: list[list[object]]) -> list[str]:
+    return [
+        "| " + " | ".join(map(str, row)) + " |" for row in [header, ["---"] * len(header), *rows]
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("file", type=Path)
+    file = parser.parse_args().file
+    if why := missing():
+        print(f"kernels: skipped, {file} stays as it is: {why}", file=sys.stderr)
+        return 0
+    found = kernels()
+    file.write_text(document(found))
+    spilled = [kernel for kernel in found if kernel.stack_bytes]
+    print(f"{file}: {len(found)} kernels, {len(spilled)} of them spill")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
