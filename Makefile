@@ -24,7 +24,7 @@ EMULATED = build/emulated
 BUILD_EMULATED = XLSTM_EMULATED=1 XLSTM_SANITIZE=$(2) $(PYTHON) setup.py --quiet build_ext \
   --build-lib $(EMULATED)/$(1) --build-temp $(EMULATED)/$(1)/temp
 
-.PHONY: help install demo ci check test test-fast test-isas test-compat emulated sanitize sanitize-emulated gpu lint format bench clean
+.PHONY: help install demo ci check test test-fast test-isas test-compat emulated sanitize sanitize-emulated kernels gpu lint format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -81,12 +81,14 @@ $(COMPAT):
 test-compat: $(COMPAT)  ## what we stand in for and replace, against the packages themselves
 	PYTHONPATH=$(COMPAT) $(PARALLEL) tests/test_compat.py tests/test_replace*.py
 
-# What no other target can: the CUDA module's and Triton's kernels as compiled for the GPU at hand.
-gpu:  ## on a machine with a GPU: its tests, natively, and what it measures
+kernels:  ## what nvcc made of the CUDA kernels, and what they should take, into docs/kernels.md
 	$(PYTHON) setup.py --quiet build_ext --inplace
-	TRITON_INTERPRET=0 $(PYTEST) -m gpu
-	TRITON_INTERPRET=0 $(PYTEST) -k triton $(OP_TESTS)
-	$(PYTHON) -m benchmarks run --save
+	$(PYTHON) tests/cuda_kernels.py docs/kernels.md
+
+# What no other target can: the CUDA module's and Triton's kernels as compiled for the GPU at hand.
+# `make gpu GPU="--op slstm --budget-s 540"` does a part, and what it did is not done again.
+gpu:  ## on a machine with a GPU: its tests, natively, and what it measures
+	$(PYTHON) -m benchmarks.gpu $(GPU)
 
 # The kernels alone are instrumented; torch is not looked at.
 sanitize-emulated:  ## the CUDA kernels' tests on builds with AddressSanitizer and ThreadSanitizer

@@ -39,10 +39,11 @@ class Machine:
         return re.sub(r"[^a-z0-9]+", "-", plain).strip("-") or "unknown"
 
 
-def describe() -> Machine:
+def describe(gpu: str | None = None) -> Machine:
+    """This machine, by its CPU or by its GPU's name."""
     return Machine(
-        device="CPU",
-        name=_cpu_name(),
+        device="GPU" if gpu else "CPU",
+        name=gpu or _cpu_name(),
         threads=torch.get_num_threads(),
         isa=_instruction_set(),
         torch=torch.__version__,
