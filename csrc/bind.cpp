@@ -194,14 +194,15 @@ void mlstm_step(std::array<int, 6> kinds, std::array<std::int64_t, 5> sizes,
 
 using Strides = std::array<std::int64_t, 2>;
 
-// `numbers` in the order of the fields that they fill.
-void fill(xlstm::RowLoss& args, std::array<int, 3> kinds, Strides rows, std::int64_t V,
+// `kinds`, `numbers` and `results` in the order of the fields that they fill.
+void fill(xlstm::RowLoss& args, std::array<int, 4> kinds, Strides rows, std::int64_t V,
           Address student, Strides student_stride, Address labels, std::int64_t ignore_index,
-          Address row_weight, std::array<double, 7> numbers, std::array<Address, 3> results,
+          Address row_weight, std::array<double, 7> numbers, std::array<Address, 4> results,
           Strides grad_stride) {
   args.divergence = static_cast<xlstm::Divergence>(kinds[0]);
   args.reduction = static_cast<xlstm::Reduction>(kinds[1]);
   args.student_dtype = static_cast<DType>(kinds[2]);
+  args.phase = static_cast<xlstm::Phase>(kinds[3]);
   args.V_student = V, args.student = pointer(student);
   for (int axis = 0; axis < 2; ++axis) {
     args.rows[axis] = rows[axis];
@@ -214,12 +215,12 @@ void fill(xlstm::RowLoss& args, std::array<int, 3> kinds, Strides rows, std::int
   args.kl_weight = numbers[2], args.ce_weight = numbers[3];
   args.label_smoothing = numbers[4], args.z_loss = numbers[5], args.softcap = numbers[6];
   args.row_loss = pointer(results[0]), args.loss = pointer(results[1]);
-  args.grad = pointer(results[2]);
+  args.grad = pointer(results[2]), args.sums = pointer<xlstm::RowSums>(results[3]);
 }
 
-void kl_div(std::array<int, 3> kinds, Strides rows, std::int64_t V, Address student,
+void kl_div(std::array<int, 4> kinds, Strides rows, std::int64_t V, Address student,
             Strides student_stride, Address labels, std::int64_t ignore_index, Address row_weight,
-            std::array<double, 7> numbers, std::array<Address, 3> results, Strides grad_stride,
+            std::array<double, 7> numbers, std::array<Address, 4> results, Strides grad_stride,
             int teacher_dtype, std::int64_t V_teacher, Address teacher, Strides teacher_stride,
             double teacher_softcap) {
   xlstm::KlDiv args;
@@ -233,16 +234,18 @@ void kl_div(std::array<int, 3> kinds, Strides rows, std::int64_t V, Address stud
   xlstm::kl_div_cpu(args);
 }
 
-void topk_kl_div(std::array<int, 3> kinds, Strides rows, std::int64_t V, Address student,
+void topk_kl_div(std::array<int, 4> kinds, Strides rows, std::int64_t V, Address student,
                  Strides student_stride, Address labels, std::int64_t ignore_index,
-                 Address row_weight, std::array<double, 7> numbers, std::array<Address, 3> results,
-                 Strides grad_stride, int support, std::int64_t K, std::array<Address, 3> target) {
+                 Address row_weight, std::array<double, 7> numbers, std::array<Address, 4> results,
+                 Strides grad_stride, int support, std::array<std::int64_t, 3> sizes,
+                 std::array<Address, 4> target) {
   xlstm::TopkKlDiv args;
   fill(args, kinds, rows, V, student, student_stride, labels, ignore_index, row_weight, numbers,
        results, grad_stride);
-  args.support = static_cast<xlstm::Support>(support), args.K = K;
+  args.support = static_cast<xlstm::Support>(support);
+  args.V = sizes[0], args.first = sizes[1], args.K = sizes[2];
   args.logprobs = pointer(target[0]), args.ids = pointer<const std::int64_t>(target[1]);
-  args.tail_logmass = pointer(target[2]);
+  args.tail_logmass = pointer(target[2]), args.z_words = pointer<double>(target[3]);
   py::gil_scoped_release unlocked;
   xlstm::topk_kl_div_cpu(args);
 }

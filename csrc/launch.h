@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "cells/list.h"
 #include "common/dtype.h"
@@ -115,6 +116,24 @@ enum class Divergence : int {
 // Mean is over the rows whose label is not ignored, all rows without labels; batch mean over all rows.
 enum class Reduction : int { kNone = 0, kSum = 1, kMean = 2, kBatchMean = 3 };
 
+// What the loss of a row asks of all its logits. Processes that hold some of the columns each find their
+// part; a row's shift is the largest of theirs, a sum the sum of theirs, scaled by 2^(theirs - the row's).
+struct RowSums {
+  static constexpr double kMasked = -std::numeric_limits<double>::infinity();
+  double shift_s = kMasked, shift_t = kMasked;  // the largest z log2(e) / T
+  double shift_hard = kMasked;  // the largest z log2(e), where the hard label has its own softmax
+  double stray = kMasked;       // as a shift: KL(a|b)'s largest a where b is masked
+  double sum_s = 0, sum_t = 0;  // of 2^(z log2(e) / T - shift)
+  double excess = 0, gap = 0;   // sum_s - sum_t, exactly; what makes the divergence of them
+  double sum_hard = 0;          // of 2^(z log2(e) - shift_hard)
+  double z_label = 0;           // the label's logit
+  double z_all = 0, words = 0;  // the sum and the number of the logits that are not masked
+  double mixed = 0, slope = 0;  // mixtures: the divergence, and sum q h
+};
+// What one call does, where columns are split: every process finds its sums, then, for a mixture of p and
+// q, its part of mixed and slope, then the loss and its columns of the gradient.
+enum class Phase : int { kWhole = 0, kSums = 1, kMixed = 2, kLoss = 3 };
+
 // Rows of student logits: a divergence from a target, mixed with hard-label cross-entropy, and the
 // gradient to the student. Row n is at (n / rows[1], n % rows[1]) by two strides, so a shifted
 // (B, T, V) view needs no copy.
@@ -122,13 +141,17 @@ struct RowLoss {
   Divergence divergence;
   Reduction reduction;
   DType student_dtype;
+  Phase phase;
+  RowSums* sums;         // (N), of the row from kMixed on; null for kWhole
   std::int64_t rows[2];  // N is their product
   std::int64_t V_student;
   const void* student;  // rows of V_student, contiguous
   std::int64_t student_stride[2];
-  const std::int64_t* labels;  // (N) or null; in [0, V_student) or ignore_index
-  std::int64_t ignore_index;   // rows with this label give loss 0 and gradient 0
-  const void* row_weight;      // (N) compute type of the student, or null for ones
+  // (N) or null; in [0, V_student) or ignore_index; another negative number for a split row's label
+  // that another process has
+  const std::int64_t* labels;
+  std::int64_t ignore_index;  // rows with this label give loss 0 and gradient 0
+  const void* row_weight;     // (N) compute type of the student, or null for ones
   double temperature, mix, kl_weight, ce_weight, label_smoothing, z_loss;
   double softcap;  // z counts as softcap tanh(z / softcap); 0: as z
   void* row_loss;  // (N) compute type of the student: weighted loss of each row
@@ -158,11 +181,12 @@ enum class Support : int {
 // The target is what a teacher says of K words.
 struct TopkKlDiv : RowLoss {
   Support support;
+  std::int64_t V, first;  // student's columns are [first, first + V_student) of V
   std::int64_t K;
-  const void* logprobs;  // (N, K) compute type of the student, contiguous, at temperature 1
-  const std::int64_t*
-      ids;  // (N, K) contiguous; in [0, V_student), or -1 for none; repeated ones add
+  const void* logprobs;      // (N, K) compute type of the student, contiguous, at temperature 1
+  const std::int64_t* ids;   // (N, K) contiguous; in [0, V), or -1 for none; repeated ones add
   const void* tail_logmass;  // (N) compute, or null: what the words inside leave of 1
+  double* z_words;           // (N, K) beside sums: the ids' logits, 0 for those of other processes
 };
 
 // x[n, v] *= scale[n] in place: a loss's gradient by its rows, times the gradient that reaches the rows.

@@ -7,12 +7,18 @@ from itertools import pairwise
 from numbers import Real
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
 def check_is_tensor(function: str, argument: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{function}: {argument} must be a tensor, got {type(value).__name__}")
+    if type(value).__name__ == "DTensor":  # its module is torch's to import
+        raise TypeError(
+            f"{function}: {argument} must be a plain tensor, got a DTensor; pass this rank's part,"
+            " its to_local()"
+        )
     if value.layout is not torch.strided:
         raise TypeError(f"{function}: {argument} must be a dense tensor, got {value.layout}")
 
@@ -99,3 +105,22 @@ def token_starts(function: str, cu_seqlens: Tensor, T: int) -> list[int]:
     if starts[0] != 0 or starts[-1] != T or any(a > b for a, b in pairwise(starts)):
         raise ValueError(f"{function}: cu_seqlens must rise from 0 to T = {T}, got {starts}")
     return starts
+
+
+def check_process_group(function: str, argument: str, group: object) -> None:
+    """A group that this process is in; None is the default group."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            f"{function}: torch.distributed must be initialised, which `init_process_group` does,"
+            " got a process without a default group"
+        )
+    outside = dist.GroupMember.NON_GROUP_MEMBER  # what new_group returns there
+    if not (group is None or isinstance(group, dist.ProcessGroup) or group == outside):
+        raise TypeError(
+            f"{function}: {argument} must be a ProcessGroup, got {type(group).__name__}"
+        )
+    if dist.get_rank(group) < 0:  # type: ignore[arg-type]  # what it is was seen to
+        raise RuntimeError(
+            f"{function}: {argument} must hold this rank,"
+            f" got a group without rank {dist.get_rank()}"
+        )

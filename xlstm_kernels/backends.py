@@ -71,9 +71,10 @@ class Op:
     """One operation and the modules that implement it, in `auto`'s order of preference.
 
     A backend module has ``supports(*call) -> str | None`` (the reason why not), ``forward`` and
-    ``backward``. It is imported here but imports its extension (``_cpu``, ``_cuda``, triton) only
-    when it runs. ``reference`` needs no module: plain torch runs every call. `functions` are the
-    public functions that end in this operation; None: the one of the same name.
+    ``backward``; one that can work over the ranks of a process group has OVER_RANKS = True. It is
+    imported here but imports its extension (``_cpu``, ``_cuda``, triton) only when it runs.
+    ``reference`` needs no module: plain torch runs every call. `functions` are the public functions
+    that end in this operation; None: the one of the same name.
     """
 
     name: str
@@ -83,10 +84,12 @@ class Op:
     def __post_init__(self) -> None:
         OPS[self.name] = self
 
-    def resolve(self, backend: str, *call: Any, function: str | None = None) -> Backend:
-        """The backend that runs `call`; raises, in the name of `function` (the operation where
-        None), when a named one cannot. Plain Python over shapes, dtypes and devices, so that
-        torch.compile folds it."""
+    def resolve(
+        self, backend: str, *call: Any, function: str | None = None, over_ranks: bool = False
+    ) -> Backend:
+        """The backend that runs `call`, over several processes or in one; raises, in the name of
+        `function` (the operation where None), when a named one cannot. Plain Python over shapes,
+        dtypes and devices, so that torch.compile folds it."""
         if backend == "reference":
             return Backend.REFERENCE
         transformed = _transformed()
@@ -94,7 +97,7 @@ class Op:
             if transformed:
                 return Backend.REFERENCE
             for candidate, module in self.table.items():
-                if UNAVAILABLE[candidate] is None and module.supports(*call) is None:
+                if UNAVAILABLE[candidate] is None and _refusal(module, call, over_ranks) is None:
                     return candidate
             return Backend.REFERENCE
         function = function or self.name
@@ -103,12 +106,15 @@ class Op:
         if why is None and transformed:
             why = "torch.func and forward-mode derivatives need backend='reference'"
         if why is None:
-            why = self.table[named].supports(*call)
+            why = _refusal(self.table[named], call, over_ranks)
         if why is not None:
             raise NotImplementedError(
                 f"{function}: backend {backend!r} cannot run this call: {why}"
             )
         return named
+
+    def module(self, backend: str) -> ModuleType:
+        return self.table[Backend(backend)]
 
     def why_not(self, backend: Backend) -> str | None:
         """Why `backend` can run no call of this operation here, or None."""
@@ -117,6 +123,12 @@ class Op:
         if backend not in self.table:
             return f"it has no {backend.value} backend"
         return UNAVAILABLE[backend]
+
+
+def _refusal(module: ModuleType, call: tuple[Any, ...], over_ranks: bool) -> str | None:
+    if over_ranks and not getattr(module, "OVER_RANKS", False):
+        return "it takes no process_group"
+    return module.supports(*call)
 
 
 def _transformed() -> bool:

@@ -26,13 +26,6 @@ namespace {
 // Blocks are asked of memory this many elements early: two streams of one core at full bandwidth.
 constexpr int kAhead = 2048;
 
-// The sums of a row over its blocks, relative to the row's own largest logit.
-struct RowSums {
-  double shift_s = -kInfinity, shift_t = -kInfinity;
-  double sum_s = 0, sum_t = 0, excess = 0, gap = 0, stray = -kInfinity;
-  double mixed = 0, slope = 0;  // mixtures: the divergence, sum q h
-};
-
 // How a block's e become the row's p and q.
 struct Weights {
   double drop_s, drop_t, s, t, apart;  // apart: s - t, exact where the two are nearly equal
@@ -56,12 +49,19 @@ class Row {
 
   double run(std::int64_t n, std::int64_t next, char* g, double scale) {
     const Logits s = student_at(args_, n), t = teacher_at(n);
-    if (g || kMixed) {
+    const Phase phase = args_.phase;
+    const bool given = phase == Phase::kMixed || phase == Phase::kLoss;
+    const std::int64_t label = args_.labels ? args_.labels[n] : 0;
+    if (g || (kMixed && phase != Phase::kSums && phase != Phase::kLoss)) {
       read<true>(s, t, student_at(args_, next), teacher_at(next));
-    } else {
+    } else if (!given) {  // the loss itself is in the sums
       read<false>(s, t, student_at(args_, next), teacher_at(next));
     }
-    RowSums sums = total();
+    RowSums sums = given ? args_.sums[n] : total(s, label);
+    if (phase == Phase::kSums) {
+      args_.sums[n] = sums;
+      return 0;
+    }
     constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
     if (std::isnan(sums.sum_s) || std::isnan(sums.sum_t) || std::isnan(scale)) {
       if (g) fill(s, g, kNaN);
@@ -71,11 +71,15 @@ class Row {
       if (g) fill(s, g, 0.0);
       return 0;
     }
-    student_.total(count_, sums.shift_s, sums.sum_s);
-    if constexpr (kMixed) g ? mix<true>(sums) : mix<false>(sums);
-    const double D = divergence(sums);
-    const std::int64_t label = args_.labels ? args_.labels[n] : 0;
-    const double row_loss = loss(s, label, D);  // before g overwrites s
+    student_.total(sums, sums.shift_s, sums.sum_s);
+    if constexpr (kMixed) {
+      mix(sums, g != nullptr);
+      if (phase == Phase::kMixed) {
+        args_.sums[n] = sums;
+        return 0;
+      }
+    }
+    const double D = divergence(sums), row_loss = loss(D);
     if (g == nullptr) return row_loss;
     if (kReverse && std::isinf(D) && args_.kl_weight != 0) {
       fill(s, g, kNaN);
@@ -138,7 +142,7 @@ class Row {
     if (kReverse && t.least == -kInfinity) block.stray = largest_stray(s, scale_, t, count);
   }
 
-  RowSums total() const {
+  RowSums total(const Logits& s, std::int64_t label) const {
     RowSums row;
     for (std::int64_t i = 0; i < count_; ++i) {
       const Block<C>& block = blocks_[i];
@@ -157,6 +161,7 @@ class Row {
       if (!kReverse && w_t > 0) row.gap += w_t * (block.gap + (drop_t - drop_s) * block.sum_t);
       if (kReverse && w_s > 0) row.gap += w_s * (block.gap + (drop_s - drop_t) * block.sum_s);
     }
+    student_.add_to(row, s, count_, label);
     return row;
   }
 
@@ -177,8 +182,16 @@ class Row {
     return by;
   }
 
+  // The mixture's part of the sums, unless they have it already, and slopes where e_t was.
+  void mix(RowSums& sums, bool keep) {
+    const bool known = args_.phase == Phase::kLoss;
+    if (known && !keep) return;
+    RowSums own = sums;
+    keep ? mix_blocks<true>(own) : mix_blocks<false>(own);
+    if (!known) sums = own;
+  }
   template <bool kKeep>
-  void mix(RowSums& sums) {
+  void mix_blocks(RowSums& sums) {
     const std::int64_t V = args_.V_student > args_.V_teacher ? args_.V_student : args_.V_teacher;
     by_.far = !(plain_divergence(sums) < 1);  // about where most of q has little of p
     for (std::int64_t i = 0; i < count_; ++i) {
@@ -204,12 +217,10 @@ class Row {
     return kl < 0 ? 0 : kl;
   }
 
-  double loss(const Logits& s, std::int64_t label, double D) const {
+  double loss(double D) const {
     const double T = args_.temperature;
     double sum = args_.kl_weight == 0 ? 0 : args_.kl_weight * T * T * D;
-    if (args_.ce_weight != 0) {
-      sum += args_.ce_weight * student_.cross_entropy(static_cast<double>(s.at<C>(label)));
-    }
+    if (args_.ce_weight != 0) sum += args_.ce_weight * student_.cross_entropy();
     return sum;
   }
 

@@ -36,7 +36,8 @@ inline double reduction_scale(const RowLoss& args, const char* function) {
   for (std::int64_t n = 0; n < N; ++n) {
     if (ignored(args, n)) continue;
     ++valid;
-    if (args.labels && (args.labels[n] < 0 || args.labels[n] >= args.V_student)) {
+    if (args.phase == Phase::kWhole && args.labels &&
+        (args.labels[n] < 0 || args.labels[n] >= args.V_student)) {
       throw std::invalid_argument(
           std::string(function) + ": labels must be in [0, " + std::to_string(args.V_student) +
           ") or ignore_index = " + std::to_string(args.ignore_index) + ", got " +

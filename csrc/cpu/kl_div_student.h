@@ -30,32 +30,37 @@ class Student {
     if (smooth_) add_mean(s, hard_[begin / kBlock], count);
   }
 
-  // Once the row's blocks are added. At temperature 1 its softmax is the divergence's: `sum` of
-  // 2^(u - shift).
-  void total(std::int64_t blocks, double shift, double sum) {
+  // What the blocks that were added are to the row's sums. label: negative where they do not have it.
+  void add_to(RowSums& sums, const Logits& s, std::int64_t blocks, std::int64_t label) const {
     if (args_.ce_weight == 0) return;
-    shift_ = shift, sum_ = sum;
-    if (own_) {
-      shift_ = -kInfinity, sum_ = 0;
-      for (std::int64_t i = 0; i < blocks; ++i) {
-        if (!hard_[i].masked) shift_ = std::fmax(shift_, hard_[i].shift.octaves);
-      }
-      for (std::int64_t i = 0; i < blocks; ++i) sum_ += hard_[i].sum * weight(hard_[i]);
+    if (label >= 0) sums.z_label = static_cast<double>(s.at<C>(label));
+    for (std::int64_t i = 0; own_ && i < blocks; ++i) {
+      if (!hard_[i].masked) sums.shift_hard = std::fmax(sums.shift_hard, hard_[i].shift.octaves);
     }
-    words_ = mean_ = 0;
+    for (std::int64_t i = 0; own_ && i < blocks; ++i) {
+      sums.sum_hard += hard_[i].sum * weight(hard_[i], sums.shift_hard);
+    }
     for (std::int64_t i = 0; smooth_ && i < blocks; ++i) {
-      words_ += hard_[i].words, mean_ += hard_[i].total;
+      sums.words += hard_[i].words, sums.z_all += hard_[i].total;
     }
-    if (smooth_) mean_ /= words_;
+  }
+
+  // Once the row's sums are known. At temperature 1 its softmax is the divergence's: `sum` of
+  // 2^(u - shift).
+  void total(const RowSums& sums, double shift, double sum) {
+    if (args_.ce_weight == 0) return;
+    shift_ = own_ ? sums.shift_hard : shift, sum_ = own_ ? sums.sum_hard : sum;
+    z_label_ = sums.z_label, words_ = sums.words;
+    if (smooth_) mean_ = sums.z_all / words_;
     log_sum_ = std::log(sum_) + kLn2 * shift_;
   }
 
-  double cross_entropy(double z_label) const {
+  double cross_entropy() const {
     constexpr C kScale = static_cast<C>(kLog2E);
     const double smoothing = args_.label_smoothing;
     // From differences, which are small where logits are large.
-    double loss = std::log(sum_) - kLn2 * (z_label * kScale - shift_);
-    if (smooth_) loss += smoothing * (z_label - mean_);
+    double loss = std::log(sum_) - kLn2 * (z_label_ * kScale - shift_);
+    if (smooth_) loss += smoothing * (z_label_ - mean_);
     return args_.z_loss == 0 ? loss : loss + args_.z_loss * log_sum_ * log_sum_;
   }
 
@@ -72,7 +77,8 @@ class Student {
   // Where the hard-label part has a softmax of its own, that part of the gradient of element v.
   double own(double scale, std::int64_t v) const {
     if (!own_) return 0;
-    return scale * slope() * weight(hard_[v / kBlock]) / sum_ * static_cast<double>(keep_[v]);
+    return scale * slope() * weight(hard_[v / kBlock], shift_) / sum_ *
+           static_cast<double>(keep_[v]);
   }
   // Whether the gradient of a block needs more than e_s and what was kept.
   bool plain() const { return !own_ && !smooth_ && args_.softcap == 0; }
@@ -113,8 +119,8 @@ class Student {
   };
 
   double slope() const { return args_.ce_weight * (1 + 2 * args_.z_loss * log_sum_); }
-  double weight(const Hard& block) const {
-    return block.masked ? 1 : std::exp2(block.shift.octaves - shift_);
+  static double weight(const Hard& block, double shift) {
+    return block.masked ? 1 : std::exp2(block.shift.octaves - shift);
   }
 
   template <bool kKeep>
@@ -151,7 +157,7 @@ class Student {
   // What the hard label and the softcap make of a block of the gradient in stage_.
   void finish(std::int64_t begin, const Logits& s, int count, double scale, std::int64_t label) {
     if (own_) {
-      const C c = static_cast<C>(scale * slope() * weight(hard_[begin / kBlock]) / sum_);
+      const C c = static_cast<C>(scale * slope() * weight(hard_[begin / kBlock], shift_) / sum_);
       for (int j = 0; j < count; ++j) stage_[j] += keep_[begin + j] * c;
     }
     if (label >= 0) stage_[label] -= static_cast<C>(label_share(scale));
@@ -171,7 +177,7 @@ class Student {
   Scratch scratch_;
   Hard* hard_;
   C *keep_, *stage_, *again_;
-  double shift_ = 0, sum_ = 1, log_sum_ = 0, mean_ = 0, words_ = 1;
+  double shift_ = 0, sum_ = 1, log_sum_ = 0, z_label_ = 0, mean_ = 0, words_ = 1;
 };
 
 }  // namespace xlstm::XLSTM_ISA

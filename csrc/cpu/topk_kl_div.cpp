@@ -106,9 +106,17 @@ class Row {
 
   double run(std::int64_t n, std::int64_t next, char* g, double scale) {
     const Logits s = student_at(args_, n);
-    gather(n);
-    read(s, student_at(args_, next));
-    total();
+    const bool given = args_.phase == Phase::kLoss;
+    const std::int64_t label = args_.labels ? args_.labels[n] : 0;
+    gather(n, given);
+    if (g || !given) read(s, student_at(args_, next));
+    const RowSums sums = given ? args_.sums[n] : add_blocks(s, label);
+    if (args_.phase == Phase::kSums) {
+      args_.sums[n] = sums;
+      tell_words(n);
+      return 0;
+    }
+    total(sums);
     const bool known = teacher(n);
     if (std::isnan(sum_) || std::isnan(scale) || std::isnan(tail_.p)) {
       if (g) fill(s, g, kNaN);
@@ -118,14 +126,10 @@ class Row {
       if (g) fill(s, g, 0.0);
       return 0;
     }
-    student_.total(count_, shift_, sum_);
-    const double D = divergence();
-    const std::int64_t label = args_.labels ? args_.labels[n] : 0;
-    const double T = args_.temperature;
+    student_.total(sums, shift_, sum_);
+    const double D = divergence(), T = args_.temperature;
     double loss = args_.kl_weight == 0 ? 0 : args_.kl_weight * T * T * D;
-    if (args_.ce_weight != 0) {
-      loss += args_.ce_weight * student_.cross_entropy(static_cast<double>(s.at<C>(label)));
-    }
+    if (args_.ce_weight != 0) loss += args_.ce_weight * student_.cross_entropy();
     if (g == nullptr) return loss;
     if (args_.divergence == Divergence::kReverse && std::isinf(D) && args_.kl_weight != 0) {
       fill(s, g, kNaN);
@@ -140,8 +144,8 @@ class Row {
     return args_.support == Support::kTail || args_.support == Support::kTruncated;
   }
 
-  // The words inside, each once, by id; log_p is the logarithm of their mass.
-  void gather(std::int64_t n) {
+  // The words inside, each once, by id; log_p is the logarithm of their mass, z given for all or none.
+  void gather(std::int64_t n, bool given) {
     const std::int64_t* ids = args_.ids + n * args_.K;
     const C* logprobs = static_cast<const C*>(args_.logprobs) + n * args_.K;
     order_.clear(), inside_.clear();
@@ -151,9 +155,10 @@ class Row {
     std::sort(order_.begin(), order_.end());
     for (const std::uint64_t word : order_) {
       const std::int64_t id = static_cast<std::int64_t>(word >> 32);
-      const double log_p = static_cast<double>(logprobs[word & 0xffffffff]);
+      const std::int64_t k = word & 0xffffffff;
+      const double log_p = static_cast<double>(logprobs[k]);
       if (inside_.empty() || inside_.back().id != id) {
-        inside_.push_back({id, 0, log_p, 0, 0, 0, 0});
+        inside_.push_back({id, given ? args_.z_words[n * args_.K + k] : 0, log_p, 0, 0, 0, 0});
         continue;
       }
       double& sum = inside_.back().log_p;
@@ -162,10 +167,24 @@ class Row {
     }
   }
 
+  void tell_words(std::int64_t n) const {
+    std::size_t i = 0;
+    for (const std::uint64_t word : order_) {
+      if (inside_[i].id != static_cast<std::int64_t>(word >> 32)) ++i;
+      args_.z_words[n * args_.K + (word & 0xffffffff)] = inside_[i].z;
+    }
+  }
+
+  // Whether an id's logit is among these columns.
+  bool held(std::int64_t id) const {
+    return id >= args_.first && id < args_.first + args_.V_student;
+  }
+
   void read(const Logits& s, const Logits& next) {
     const int bytes = size_of(s.dtype);
     count_ = (s.V + kBlock - 1) / kBlock;
     std::size_t word = 0;
+    while (word < inside_.size() && inside_[word].id < args_.first) ++word;
     for (std::int64_t i = 0; i < count_; ++i) {
       const std::int64_t begin = i * kBlock, ahead = begin + kAhead;
       const int count = padded<C>(size_of_block(s.V - begin));
@@ -185,27 +204,34 @@ class Row {
 
   // Takes the words inside out of a block, from the `word`-th on.
   Staged<C> mask(const Staged<C>& all, std::int64_t begin, int count, std::size_t& word) {
-    const auto here = [&] { return word < inside_.size() && inside_[word].id < begin + kBlock; };
+    const std::int64_t end = args_.first + std::min(begin + kBlock, args_.V_student);
+    const auto here = [&] { return word < inside_.size() && inside_[word].id < end; };
     if (!here()) return all;
     std::memcpy(masked_, all.z, count * sizeof(C));
     for (; here(); ++word) {
-      C& z = masked_[inside_[word].id - begin];
+      C& z = masked_[inside_[word].id - args_.first - begin];
       inside_[word].z = static_cast<double>(z);
       z = kMasked<C>;
     }
     return restage(static_cast<const C*>(masked_), count, masked_, [](Vec<C> z) { return z; });
   }
 
-  // The student's sums: of the whole row, and outside, by octaves of the largest logit.
-  void total() {
-    shift_ = -kInfinity, sum_ = 0;
-    double outside = 0;
+  // The student's sums of what is outside; shifts are octaves of the largest logit.
+  RowSums add_blocks(const Logits& s, std::int64_t label) const {
+    RowSums sums;
     for (std::int64_t i = 0; i < count_; ++i) {
-      if (!blocks_[i].masked) shift_ = std::fmax(shift_, blocks_[i].shift.octaves);
+      if (!blocks_[i].masked) sums.shift_s = std::fmax(sums.shift_s, blocks_[i].shift.octaves);
     }
-    tail_shift_ = shift_;
-    for (std::int64_t i = 0; i < count_; ++i) outside += blocks_[i].sum * weight(blocks_[i]);
-    tail_sum_ = outside;
+    for (std::int64_t i = 0; i < count_; ++i) {
+      sums.sum_s += blocks_[i].sum * weight(blocks_[i], sums.shift_s);
+    }
+    student_.add_to(sums, s, count_, label);
+    return sums;
+  }
+
+  // Of the whole row, from those of what is outside.
+  void total(const RowSums& sums) {
+    shift_ = tail_shift_ = sums.shift_s, tail_sum_ = sums.sum_s;
     const double scale = static_cast<double>(scale_);
     for (const Outcome& o : inside_) {
       if (o.z != -kInfinity) shift_ = std::fmax(shift_, o.z * scale);
@@ -260,7 +286,7 @@ class Row {
 
   // ln(n (r / n)^(1/T)) of the n words outside.
   double log_tail(std::int64_t n, double left, double T) const {
-    const double words = static_cast<double>(args_.V_student - std::int64_t(inside_.size()));
+    const double words = static_cast<double>(args_.V - std::int64_t(inside_.size()));
     if (words == 0) return -kInfinity;
     const C* given = static_cast<const C*>(args_.tail_logmass);
     if (given == nullptr && left <= 0) return -kInfinity;
@@ -297,21 +323,23 @@ class Row {
     const double hard = soft * std::exp2(tail_shift_ - shift_) / sum_;
     for (std::int64_t begin = 0; begin < s.V; begin += kBlock) {
       const Outside<C>& block = blocks_[begin / kBlock];
-      const C b = static_cast<C>(block.masked ? 0 : (tail + hard) * weight(block));
+      const C b = static_cast<C>(block.masked ? 0 : (tail + hard) * weight(block, tail_shift_));
       const C* e = keep_ + begin;
       student_.template write<Form::kAlone>(begin, s, g, e, e, C(0), b, scale, label);
     }
     for (const Outcome& o : inside_) {
-      double part = kl * o.slope + student_.own(scale, o.id);
+      if (!held(o.id)) continue;
+      const std::int64_t column = o.id - args_.first;
+      double part = kl * o.slope + student_.own(scale, column);
       if (o.z == -kInfinity) {
         part = 0;
       } else {
         part += soft * o.q * part_ - student_.word_share(scale);
-        if (o.id == label && args_.ce_weight != 0) part -= student_.label_share(scale);
+        if (column == label && args_.ce_weight != 0) part -= student_.label_share(scale);
         const double t = args_.softcap == 0 ? 0 : o.z / args_.softcap;
         part *= 1 - t * t;
       }
-      store_one(s, g, o.id, part);
+      store_one(s, g, column, part);
     }
   }
 
@@ -323,8 +351,8 @@ class Row {
     });
   }
 
-  double weight(const Outside<C>& block) const {
-    return block.masked ? 1 : std::exp2(block.shift.octaves - tail_shift_);
+  static double weight(const Outside<C>& block, double shift) {
+    return block.masked ? 1 : std::exp2(block.shift.octaves - shift);
   }
 
   const TopkKlDiv& args_;
@@ -346,10 +374,10 @@ void check_ids(const TopkKlDiv& args) {
   for (std::int64_t n = 0; n < N; ++n) {
     for (std::int64_t k = 0; k < args.K; ++k) {
       const std::int64_t id = args.ids[n * args.K + k];
-      if (id >= -1 && id < args.V_student) continue;
-      throw std::invalid_argument("topk_kl_div: topk_ids must be in [0, " +
-                                  std::to_string(args.V_student) + ") or -1 for none, got " +
-                                  std::to_string(id) + " at row " + std::to_string(n));
+      if (id >= -1 && id < args.V) continue;
+      throw std::invalid_argument("topk_kl_div: topk_ids must be in [0, " + std::to_string(args.V) +
+                                  ") or -1 for none, got " + std::to_string(id) + " at row " +
+                                  std::to_string(n));
     }
   }
 }

@@ -11,7 +11,9 @@ from ...backends import load_cpu
 from ...cells import compute_dtype
 from ...memory import address, dtype_code, fresh_cpu, plain, refused_by_cpu
 from .options import DIVERGENCES, REDUCTIONS, Options
+from .ranks import Split
 
+OVER_RANKS = True
 Rows = tuple[int, int]
 
 
@@ -19,33 +21,19 @@ def supports(student: Tensor, teacher: Tensor) -> str | None:
     return refused_by_cpu(student_logits=student, teacher_logits=teacher)
 
 
-def forward(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    row_weight: Tensor | None,
-    *call: Any,
-) -> list[Tensor]:
-    *options, want_grad = call
+def forward(student: Tensor, *call: Any, split: Split | None = None) -> list[Tensor]:
+    *call_, want_grad = call
     grad = fresh_cpu(student.shape, student.dtype) if want_grad else None
-    if row_strides(student, teacher) is None:
-        student, teacher = student.contiguous(), teacher.contiguous()
-    loss = _launch(student, teacher, labels, row_weight, Options(*options), grad)
+    loss = _launch(student, *call_, grad=grad, split=split)
     return [loss] if grad is None else [loss, grad]
 
 
-def overwrite(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    row_weight: Tensor | None,
-    *options: Any,
-) -> Tensor:
+def overwrite(student: Tensor, teacher: Tensor, *call: Any, split: Split | None = None) -> Tensor:
     if row_strides(student, teacher) is None:
-        loss, grad = forward(student, teacher, labels, row_weight, *options, True)
+        loss, grad = forward(student, teacher, *call, True, split=split)
         student.copy_(grad)
         return loss
-    return _launch(student, teacher, labels, row_weight, Options(*options), student)
+    return _launch(student, teacher, *call, grad=student, split=split)
 
 
 def scale(grad: Tensor, factor: Tensor) -> None:
@@ -92,21 +80,26 @@ def _launch(
     teacher: Tensor,
     labels: Tensor | None,
     row_weight: Tensor | None,
-    options: Options,
+    *options: Any,
     grad: Tensor | None,
+    split: Split | None,
 ) -> Tensor:
+    if row_strides(student, teacher) is None:
+        student, teacher = student.contiguous(), teacher.contiguous()
     logits = (student, teacher) if grad is None else (student, teacher, grad)
     found = row_strides(*logits)
-    assert found is not None  # forward and overwrite have seen to it
+    assert found is not None  # a gradient of its own is contiguous
     rows, strides = found
-    call = StudentCall(student, strides[0], rows, labels, row_weight, options, grad, strides[-1])
+    call = StudentCall(
+        student, strides[0], rows, labels, row_weight, Options(*options), grad, strides[-1], split
+    )
     load_cpu().kl_div(
         *call.arguments(),
         dtype_code(teacher),
         teacher.shape[-1],
         address(teacher),
         strides[1],
-        options.teacher_softcap or 0.0,
+        call.options.teacher_softcap or 0.0,
     )
     return call.loss
 
@@ -124,11 +117,12 @@ class StudentCall:
         options: Options,
         grad: Tensor | None,
         grad_stride: Rows,
+        split: Split | None,
     ):
         dtype = compute_dtype(student.dtype)
         self.student, self.stride, self.rows, self.options = student, stride, rows, options
         self.labels, self.row_weight = plain(labels, torch.int64), plain(row_weight, dtype)
-        self.grad, self.grad_stride = grad, grad_stride
+        self.grad, self.grad_stride, self.split = grad, grad_stride, split
         self.row_loss = torch.empty(student.shape[:-1], dtype=dtype)
         self.reduced = options.reduction != "none"
         self.loss = torch.empty((), dtype=dtype) if self.reduced else self.row_loss
@@ -141,6 +135,7 @@ class StudentCall:
             DIVERGENCES.index(options.divergence),
             REDUCTIONS.index(options.reduction),
             dtype_code(self.student),
+            0 if self.split is None else self.split.phase,
         )
         numbers = (
             options.temperature,
@@ -150,6 +145,12 @@ class StudentCall:
             options.label_smoothing,
             options.z_loss,
             options.softcap or 0.0,
+        )
+        results = (
+            address(self.row_loss),
+            address(self.loss) if self.reduced else 0,
+            address(grad),
+            address(None if self.split is None else self.split.sums),
         )
         return (
             kinds,
@@ -161,6 +162,6 @@ class StudentCall:
             options.ignore_index,
             address(self.row_weight),
             numbers,
-            (address(self.row_loss), address(self.loss) if self.reduced else 0, address(grad)),
+            results,
             self.grad_stride if grad is not None else (0, 0),
         )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...cells import compute_dtype, no_autocast
 from .options import Options
+from .rows import valid_rows
 
 
 def forward(
@@ -30,7 +31,7 @@ def forward(
         dtype = compute_dtype(student.dtype)
         student_V = capped(student.to(dtype), options.softcap)
         teacher_V = capped(teacher.to(dtype), options.teacher_softcap)
-        valid, labels = valid_rows("kl_div", student, labels, options.ignore_index)
+        valid = valid_rows("kl_div", student, labels, student.shape[-1], options.ignore_index)
         student_V, teacher_V = _same_width(student_V, teacher_V)
         skip = ~valid | masked(student_V) | masked(teacher_V)
         weight = None if row_weight is None else row_weight.to(dtype)
@@ -67,26 +68,6 @@ def _same_width(student_V: Tensor, teacher_V: Tensor) -> tuple[Tensor, Tensor]:
     return student_V, teacher_V
 
 
-def valid_rows(
-    function: str, student: Tensor, labels: Tensor | None, ignore_index: int
-) -> tuple[Tensor, Tensor | None]:
-    """Which rows are not ignored, and the labels as int64."""
-    if labels is None:
-        return torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device), None
-    labels = labels.to(torch.int64)
-    valid = labels != ignore_index
-    V = student.shape[-1]
-    outside = valid & ((labels < 0) | (labels >= V))
-    readable = not (torch.compiler.is_compiling() or labels.is_meta)
-    if readable and bool(outside.any()):
-        row = int(outside.flatten().nonzero()[0])
-        raise ValueError(
-            f"{function}: labels must be in [0, {V}) or ignore_index = {ignore_index},"
-            f" got {int(labels.flatten()[row])} at row {row}"
-        )
-    return valid, labels
-
-
 def masked(logits_V: Tensor) -> Tensor:
     return (logits_V == float("-inf")).all(dim=-1)
 
@@ -118,7 +99,7 @@ def _kl(log_a: Tensor, log_b: Tensor, b: Tensor) -> Tensor:
 
 
 def cross_entropy(logits_V: Tensor, labels: Tensor, skip: Tensor, options: Options) -> Tensor:
-    index = labels.masked_fill(skip, 0).unsqueeze(-1)
+    index = labels.to(torch.int64).masked_fill(skip, 0).unsqueeze(-1)
     if options.label_smoothing == 0 and options.z_loss == 0:
         return -F.log_softmax(logits_V, dim=-1).gather(-1, index).squeeze(-1)
     lse = torch.logsumexp(logits_V, dim=-1)

@@ -68,3 +68,37 @@ def check_beside(
             f"{function}: {name} must not require a gradient, which goes to the student alone;"
             f" pass {name}.detach()"
         )
+
+
+def valid_rows(
+    function: str, student: Tensor, labels: Tensor | None, V: int, ignore_index: int
+) -> Tensor:
+    """Which rows of `student` are not ignored. A label out of range is an error."""
+    if labels is None:
+        return torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
+    labels = labels.to(torch.int64)
+    valid = labels != ignore_index
+    outside = valid & ((labels < 0) | (labels >= V))
+    readable = not (torch.compiler.is_compiling() or labels.is_meta)
+    if readable and bool(outside.any()):
+        row = int(outside.flatten().nonzero()[0])
+        raise ValueError(
+            f"{function}: labels must be in [0, {V}) or ignore_index = {ignore_index},"
+            f" got {int(labels.flatten()[row])} at row {row}"
+        )
+    return valid
+
+
+def weigh_rows(
+    row_weight: Tensor | None, reduction: str, valid: Tensor, dtype: torch.dtype
+) -> Tensor | None:
+    """The weights of rows with the reduction's factor in them; None for ones."""
+    weight = None if row_weight is None else row_weight.to(dtype)
+    rows = {"mean": int(valid.sum()), "batchmean": valid.numel()}.get(reduction, 1)
+    if rows <= 1:
+        return weight
+    return valid.new_full(valid.shape, 1 / rows, dtype=dtype) if weight is None else weight / rows
+
+
+def sum_rows(loss: Tensor) -> Tensor:
+    return loss.sum(dtype=torch.float64).to(loss.dtype)

@@ -4,11 +4,12 @@ backend."""
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..kl_div.options import Options, check_options, plain
 from . import op, reference
-from .arguments import check_inputs
+from .arguments import check_inputs, find_shard
 from .autograd import linear_loss
 from .inputs import Inputs, Settings
 
@@ -35,6 +36,7 @@ def linear_kl_div(
     row_weight: Tensor | None = None,
     reduction: str = "mean",
     chunk_rows: int | None = None,
+    process_group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """`xk.kl_div` of the logits ``hidden weight^T + bias`` of two heads, which are never all there.
@@ -55,6 +57,13 @@ def linear_kl_div(
             softcap, teacher_softcap, ignore_index, row_weight, reduction: as in `xk.kl_div`.
         chunk_rows: rows of a chunk, which decide memory and speed; results differ by rounding
             alone. None: as ops/linear_kl_div/plan.py says, 128 to 512.
+        process_group: where given, the vocabulary is split over its ranks, as in `xk.kl_div`: the
+            weights and biases are this rank's rows of them; all else is the same on every rank, and
+            so is the gradient of student_hidden, which the ranks add up: no other sum over them
+            is needed. In each chunk of rows they exchange what they do for `xk.kl_div`, and that
+            gradient once, while the weight's is computed. The ranks go backward together where the
+            gradients are computed there: a second time, for float16, and for reduction "none"
+            where weight or bias requires one.
         backend: "auto", or one of "reference", "cpu"; a named backend runs or raises.
 
     Returns:
@@ -66,6 +75,7 @@ def linear_kl_div(
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
         NotImplementedError: the named backend cannot run this call; the message says why.
+        RuntimeError: process_group without `torch.distributed`, or without this rank.
 
     Example:
         >>> import torch, xlstm_kernels as xk
@@ -92,7 +102,8 @@ def linear_kl_div(
         reduction=reduction,
     )
     inputs = Inputs(*student, *teacher, None, None, None, labels, row_weight)
-    return _linear_loss("linear_kl_div", inputs, Settings(options), chunk_rows, backend)
+    how = chunk_rows, process_group, backend
+    return _linear_loss("linear_kl_div", inputs, Settings(options), *how)
 
 
 def linear_topk_kl_div(
@@ -117,6 +128,7 @@ def linear_topk_kl_div(
     row_weight: Tensor | None = None,
     reduction: str = "mean",
     chunk_rows: int | None = None,
+    process_group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """`xk.topk_kl_div` of the logits ``hidden weight^T + bias``, which are never all there.
@@ -127,7 +139,7 @@ def linear_topk_kl_div(
         topk_logprobs, topk_ids, support, tail_logmass: as in `xk.topk_kl_div`.
         labels, divergence, beta, temperature, ce_weight, kl_weight, label_smoothing, z_loss,
             softcap, ignore_index, row_weight, reduction: as in `xk.kl_div`.
-        chunk_rows, backend: as in `xk.linear_kl_div`.
+        chunk_rows, process_group, backend: as in `xk.linear_kl_div`.
 
     Returns:
         The loss, (...) for reduction "none", as `xk.linear_kl_div` does.
@@ -155,8 +167,8 @@ def linear_topk_kl_div(
     student = student_hidden, student_weight, student_bias
     words = topk_logprobs, topk_ids, tail_logmass
     inputs = Inputs(*student, None, None, None, *words, labels, row_weight)
-    settings = Settings(options, support)
-    return _linear_loss("linear_topk_kl_div", inputs, settings, chunk_rows, backend)
+    how = chunk_rows, process_group, backend
+    return _linear_loss("linear_topk_kl_div", inputs, Settings(options, support), *how)
 
 
 def linear_cross_entropy(
@@ -172,6 +184,7 @@ def linear_cross_entropy(
     row_weight: Tensor | None = None,
     reduction: str = "mean",
     chunk_rows: int | None = None,
+    process_group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Cross-entropy of the logits ``hidden weight^T + bias``, which are never all there.
@@ -182,7 +195,7 @@ def linear_cross_entropy(
         hidden: (..., E), weight: (V, E), bias: (V,). The gradient goes to those that require one.
         labels: (...) integers in [0, V) or ignore_index.
         label_smoothing, z_loss, softcap, ignore_index, row_weight, reduction: as in `xk.kl_div`.
-        chunk_rows, backend: as in `xk.linear_kl_div`.
+        chunk_rows, process_group, backend: as in `xk.linear_kl_div`.
 
     Returns:
         The loss, (...) for reduction "none", as `xk.linear_kl_div` does. No row left gives 0.
@@ -204,19 +217,27 @@ def linear_cross_entropy(
         reduction=reduction,
     )
     inputs = Inputs(hidden, weight, bias, *(None,) * 6, labels, row_weight)
-    return _linear_loss("linear_cross_entropy", inputs, Settings(options), chunk_rows, backend)
+    how = chunk_rows, process_group, backend
+    return _linear_loss("linear_cross_entropy", inputs, Settings(options), *how)
 
 
 def _linear_loss(
-    function: str, inputs: Inputs, settings: Settings, chunk_rows: int | None, backend: str
+    function: str,
+    inputs: Inputs,
+    settings: Settings,
+    chunk_rows: int | None,
+    process_group: dist.ProcessGroup | None,
+    backend: str,
 ) -> Tensor:
     check_options(function, settings.options)
     check_inputs(function, inputs, settings, chunk_rows)
     inputs = _cast(inputs)
-    chosen = op.LINEAR_KL_DIV.resolve(backend, inputs, function=function)
+    over_ranks = process_group is not None
+    chosen = op.LINEAR_KL_DIV.resolve(backend, inputs, function=function, over_ranks=over_ranks)
+    settings = settings._replace(chunk_rows=chunk_rows or 0)
+    settings = settings._replace(shard=find_shard(function, inputs, settings, process_group))
     if chosen == "reference":
         return reference.forward(inputs, settings)
-    settings = settings._replace(chunk_rows=chunk_rows or 0)
     return linear_loss(inputs, settings, chosen.value)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ...arguments import check_is_positive, check_is_tensor, check_tensor
+from ..kl_div import ranks
 from ..kl_div.rows import check_beside, check_labels_and_weight
 from ..topk_kl_div.arguments import check_support, check_target
-from .inputs import Inputs, Settings
+from .inputs import DIFFERENTIABLE, Inputs, Settings
 
 # By public function: the names of hidden states, weight and bias, and the teacher's.
 NAMES = {
@@ -46,6 +48,27 @@ def check_inputs(function: str, inputs: Inputs, settings: Settings, chunk_rows: 
     check_beside(function, "row_weight", inputs.row_weight, inputs.hidden, whose=whose)
     if chunk_rows is not None:
         check_is_positive(function, "chunk_rows", chunk_rows)
+
+
+def find_shard(
+    function: str, inputs: Inputs, settings: Settings, group: dist.ProcessGroup | None
+) -> ranks.Shard | None:
+    """None without a group."""
+    if group is None:
+        return None
+    facts = {
+        "bytes of an element of hidden states": inputs.hidden.dtype.itemsize,
+        "bytes of an element of the weight": inputs.weight.dtype.itemsize,
+        "K": 0 if inputs.topk_ids is None else inputs.topk_ids.shape[-1],
+    }
+    for name, part in zip(NAMES[function][0], DIFFERENTIABLE, strict=True):
+        tensor = getattr(inputs, part)
+        wanted = torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+        facts[f"{name}.requires_grad"] = int(wanted)
+    teacher = inputs.teacher_weight
+    widths = inputs.weight.shape[0], None if teacher is None else teacher.shape[0]
+    call = *settings.options, settings.support, settings.chunk_rows
+    return ranks.find_shard(function, group, inputs.hidden, *widths, call, facts)
 
 
 def _check_head(

@@ -31,8 +31,11 @@ def linear_loss(inputs: Inputs, settings: Settings, backend: str) -> Tensor:
 
 
 def _forward(inputs: Inputs, settings: Settings, wanted: list[bool], backend: str) -> list[Tensor]:
-    options, *others = settings
-    return op.forward(*inputs, *options, *others, wanted, backend)
+    options, *others, shard = settings
+    call = *inputs, *options, *others, wanted
+    if shard is None:
+        return op.forward(*call, backend)
+    return op.LINEAR_KL_DIV.module(backend).forward(*call, shard=shard)
 
 
 def _at_once(inputs: Inputs, settings: Settings, wanted: list[bool]) -> bool:

@@ -15,9 +15,12 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ...cells import compute_dtype, no_autocast
+from ..kl_div.ranks import Shard, exchange
+from ..kl_div.rows import sum_rows, weigh_rows
 from .inputs import Inputs, Settings, valid_rows
 from .plan import blocks, plan_rows
 
@@ -44,16 +47,14 @@ def run(inputs: Inputs, settings: Settings, wanted: list[bool], machine: Machine
 def _run(inputs: Inputs, settings: Settings, wanted: list[bool], machine: Machine) -> list[Tensor]:
     options, dtype = settings.options, compute_dtype(inputs.hidden.dtype)
     leading, grad = inputs.hidden.shape[:-1], any(wanted)
-    valid, N = valid_rows(inputs, options.ignore_index), leading.numel()
-    scale = _reduction_scale(options.reduction, N, valid)
-    weight_N = None if inputs.row_weight is None else inputs.row_weight.to(dtype).reshape(N)
-    if scale != 1:
-        weight_N = torch.full((N,), scale, dtype=dtype) if weight_N is None else weight_N * scale
+    valid, N = valid_rows(inputs, settings), leading.numel()
+    weight = weigh_rows(inputs.row_weight, options.reduction, valid, dtype)
+    weight_N = None if weight is None else weight.reshape(N)
     labels_N = None if inputs.labels is None else inputs.labels.reshape(N)
     student = Head(inputs.hidden, inputs.weight, inputs.bias, N, machine)
-    gradients = Gradients(student, inputs, wanted)
-    rows_per_chunk = settings.chunk_rows or plan_rows(inputs, wanted[1])
-    chunks = list(_chunks(_kept(valid, weight_N, N), N, rows_per_chunk))
+    gradients = Gradients(student, inputs, wanted, settings.shard)
+    rows_per_chunk = settings.chunk_rows or plan_rows(inputs, wanted[1], settings.shard)
+    chunks = list(_chunks(_kept(valid.reshape(N), weight_N), N, rows_per_chunk))
     size = max((count for _, count in chunks), default=0)
     target = Target(inputs, settings, N, machine)
     z, spare = _buffers(student, target, size, dtype, grad, machine)
@@ -67,7 +68,7 @@ def _run(inputs: Inputs, settings: Settings, wanted: list[bool], machine: Machin
         if grad:
             gradients.add(rows, x, z_CV, spare[:count])
     reduced = options.reduction != "none"
-    loss = loss_N.sum(dtype=torch.float64).to(dtype) if reduced else loss_N.reshape(leading)
+    loss = sum_rows(loss_N) if reduced else loss_N.reshape(leading)
     return [loss, *gradients.finish()]
 
 
@@ -108,7 +109,7 @@ class Target:
 
     def __init__(self, inputs: Inputs, settings: Settings, N: int, machine: Machine):
         options = settings.options._replace(reduction="none")
-        self.head, self.words = None, None
+        self.head, self.words, self.shard = None, None, settings.shard
         self.kernel, self.options = machine.kl_div, tuple(options)
         if options.kl_weight == 0:  # nobody asks what the teacher says
             return
@@ -146,15 +147,20 @@ class Target:
             self.head.logits(self.head.take(rows), others[0])
         else:
             others = (z_CV,)
-        call = z_CV, *others, labels, weight, *self.options
-        return self.kernel.overwrite(*call) if grad else self.kernel.forward(*call, False)[0]
+        call, how = (z_CV, *others, labels, weight, *self.options), {}
+        if self.shard is not None:
+            parts = z_CV, others, labels, weight, self.options
+            call, how["split"] = exchange(self.kernel, self.shard, *parts)
+        if grad:
+            return self.kernel.overwrite(*call, **how)
+        return self.kernel.forward(*call, False, **how)[0]
 
 
 class Gradients:
     """What chunks add up to."""
 
-    def __init__(self, head: Head, inputs: Inputs, wanted: list[bool]):
-        self.head, self.inputs = head, inputs
+    def __init__(self, head: Head, inputs: Inputs, wanted: list[bool], shard: Shard | None):
+        self.head, self.inputs, self.shard = head, inputs, shard
         want_hidden, want_weight, want_bias = wanted
         dtype = compute_dtype(inputs.hidden.dtype)
         self.dhidden = self.dbias = self.dweight = None
@@ -183,15 +189,20 @@ class Gradients:
         if dz_CV.dtype != self.head.dtype:
             rounded = spare.view(self.head.dtype)[:, : dz_CV.shape[1]]
             dz_CV = rounded.copy_(dz_CV)
-        multiply = self.head.machine.multiply
+        multiply, summing = self.head.machine.multiply, None
         if self.dhidden is not None:
             dx_CE = torch.empty(x_CE.shape, dtype=compute_dtype(self.dhidden.dtype))
             for i, (block, weight) in enumerate(self.head.blocks()):
                 multiply(dx_CE, dz_CV[:, block], weight, i > 0)
-            self.dhidden[rows] = dx_CE.to(self.dhidden.dtype)
+            if self.shard is not None:  # while the weight's product runs
+                summing = dist.all_reduce(dx_CE, group=self.shard.group, async_op=True)
         if self.dweight is not None:
             for block, total in self.sums:
                 multiply(total, dz_CV[:, block].mT, x_CE, self.begun)
+        if summing is not None:
+            summing.wait()
+        if self.dhidden is not None:
+            self.dhidden[rows] = dx_CE.to(self.dhidden.dtype)
         self.begun = True
 
     def finish(self) -> list[Tensor]:
@@ -211,19 +222,9 @@ class Gradients:
         return found
 
 
-def _reduction_scale(reduction: str, N: int, valid: Tensor | None) -> float:
-    if reduction == "mean":
-        return 1 / max(1, N if valid is None else int(valid.sum()))
-    return 1 / max(1, N) if reduction == "batchmean" else 1.0
-
-
-def _kept(valid: Tensor | None, weight_N: Tensor | None, N: int) -> Tensor | None:
+def _kept(valid_N: Tensor, weight_N: Tensor | None) -> Tensor | None:
     """Indices of the rows that count, None for all."""
-    if valid is None and weight_N is None:
-        return None
-    kept = torch.ones(N, dtype=torch.bool) if valid is None else valid.reshape(N)
-    if weight_N is not None:
-        kept = kept & (weight_N != 0)
+    kept = valid_N if weight_N is None else valid_N & (weight_N != 0)
     return None if bool(kept.all()) else kept.nonzero().squeeze(1)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from ..kl_div import options
+from ..kl_div import options, rows
+from ..kl_div.ranks import Shard
 from ..topk_kl_div.arguments import check_ids
 
 
@@ -37,14 +37,16 @@ class Inputs(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """`support` is that of topk_kl_div. chunk_rows 0 leaves the choice to plan.py."""
+    """`support` is that of topk_kl_div. chunk_rows 0 leaves the choice to plan.py. With a shard the
+    heads are this rank's rows of them."""
 
     options: options.Options
     support: str = "tail"
     chunk_rows: int = 0
+    shard: Shard | None = None
 
 
-# The same for torch.library, options one by one.
+# The same for torch.library, options one by one; no shard.
 SCHEMA = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor? teacher_hidden, Tensor? teacher_weight,"
     " Tensor? teacher_bias, Tensor? topk_logprobs, Tensor? topk_ids, Tensor? tail_logmass,"
@@ -54,20 +56,10 @@ SCHEMA = (
 DIFFERENTIABLE = ("hidden", "weight", "bias")
 
 
-def valid_rows(inputs: Inputs, ignore_index: int) -> Tensor | None:
-    """Which rows are not ignored, None for all. A label or a word out of range is an error."""
+def valid_rows(inputs: Inputs, settings: Settings) -> Tensor:
+    """Which rows are not ignored. A label or a word out of range is an error."""
+    function, ignore_index = inputs.function, settings.options.ignore_index
+    V = inputs.weight.shape[0] if settings.shard is None else settings.shard.V
     if inputs.topk_ids is not None:
-        check_ids(inputs.function, inputs.topk_ids, inputs.weight.shape[0])
-    if inputs.labels is None:
-        return None
-    labels, V = inputs.labels.to(torch.int64), inputs.weight.shape[0]
-    valid = labels != ignore_index
-    outside = valid & ((labels < 0) | (labels >= V))
-    readable = not (torch.compiler.is_compiling() or labels.is_meta)
-    if readable and bool(outside.any()):
-        row = int(outside.flatten().nonzero()[0])
-        raise ValueError(
-            f"{inputs.function}: labels must be in [0, {V}) or ignore_index = {ignore_index},"
-            f" got {int(labels.flatten()[row])} at row {row}"
-        )
-    return valid
+        check_ids(function, inputs.topk_ids, V)
+    return rows.valid_rows(function, inputs.hidden, inputs.labels, V, ignore_index)

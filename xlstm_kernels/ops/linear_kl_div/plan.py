@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ...cells import compute_dtype
+from ..kl_div.ranks import Shard
 from .inputs import Inputs
 
 # Of 16-bit products with V = 128256 and E = 1024, on one core with matrix units: 385 GFLOP/s for 64
@@ -27,12 +28,14 @@ LEAST_BYTES = 64 << 20  # logits of no consequence
 BLOCK_BYTES = 40 << 20
 
 
-def plan_rows(inputs: Inputs, want_weight: bool) -> int:
-    """Rows of a chunk."""
+def plan_rows(inputs: Inputs, want_weight: bool, shard: Shard | None) -> int:
+    """Rows of a chunk, the same on all ranks of a shard."""
     N, itemsize = inputs.hidden.shape[:-1].numel(), inputs.hidden.dtype.itemsize
     sum_itemsize = compute_dtype(inputs.hidden.dtype).itemsize
     (V, E), weight_dtype = inputs.weight.shape, inputs.weight.dtype
     teacher_V = 0 if inputs.teacher_weight is None else inputs.teacher_weight.shape[0]
+    if shard is not None:
+        V, teacher_V = max(shard.widths), max(shard.teacher_widths) if teacher_V else 0
     budget = EAGER_SHARE * EAGER_TENSORS * N * V * itemsize
     if want_weight and weight_dtype.itemsize != sum_itemsize:
         budget -= sum_itemsize * V * E + BLOCK_BYTES

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...cells import compute_dtype, no_autocast
+from ..kl_div import ranks
 from ..kl_div import reference as kl_div
 from ..topk_kl_div import reference as topk_kl_div
 from .inputs import Inputs, Settings, valid_rows
@@ -16,16 +17,18 @@ from .inputs import Inputs, Settings, valid_rows
 
 def forward(inputs: Inputs, settings: Settings) -> Tensor:
     """The loss in the compute dtype: a scalar, or the leading shape for reduction "none"."""
-    options, hard = settings.options, (inputs.labels, inputs.row_weight)
+    options, hard, shard = settings.options, (inputs.labels, inputs.row_weight), settings.shard
     with no_autocast(inputs.hidden.device):
-        valid_rows(inputs, options.ignore_index)
-        student = _logits(inputs.hidden, inputs.weight, inputs.bias)
+        valid_rows(inputs, settings)
+        hidden = ranks.enter(inputs.hidden, shard)
+        student = ranks.whole(_logits(hidden, inputs.weight, inputs.bias), shard)
         if inputs.topk_logprobs is not None and inputs.topk_ids is not None:
             target = inputs.topk_logprobs, inputs.topk_ids, inputs.tail_logmass
             return topk_kl_div.forward(student, *target, *hard, options, settings.support)
         teacher = student.detach()  # whatever it is, nobody asks
         if inputs.teacher_hidden is not None and inputs.teacher_weight is not None:
             teacher = _logits(inputs.teacher_hidden, inputs.teacher_weight, inputs.teacher_bias)
+            teacher = ranks.whole(teacher, shard, teacher=True)
         return kl_div.forward(student, teacher, *hard, options)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...arguments import check_is_tensor, check_tensor, count_sequences
+from ...arguments import check_is_tensor, check_process_group, check_tensor, count_sequences
 from ...backends import Backend
 from ...cells import MLSTMState
 from . import context_parallel, op, reference
@@ -145,15 +145,7 @@ def mlstm_context_parallel(
     function = "mlstm_context_parallel"
     _check(function, q, k, v, i, f, state, None)
     make_options(function, q.shape[-1], input_gate, normalizer, scale, eps, chunk_size)
-    if not (dist.is_available() and dist.is_initialized()):
-        raise RuntimeError(
-            f"{function}: torch.distributed must be initialised, which `init_process_group` does,"
-            " got a process without a default group"
-        )
-    if dist.get_rank(group) < 0:
-        raise RuntimeError(
-            f"{function}: group must hold this rank, got a group without rank {dist.get_rank()}"
-        )
+    check_process_group(function, "group", group)
     initial = None if state is None else MLSTMState(*state)
     tokens, before, last = context_parallel.exchange((q, k, v, i, f), initial, input_gate, group)
     h, _ = mlstm(
