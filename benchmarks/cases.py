@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from . import kl_div, linear_kl_div, mlstm, models, recurrence
+from . import attention, kl_div, linear_kl_div, mlstm, models, recurrence
 from .problem import FORWARD, FORWARD_BACKWARD, Case
 
 OPS = (
     "mlstm", "mlstm_step", "slstm", "lstm", "kl_div", "topk_kl_div", "linear_kl_div",
-    "linear_topk_kl_div", "linear_cross_entropy", "replace",
+    "linear_topk_kl_div", "linear_cross_entropy", "sliding_window_attention", "replace",
 )  # fmt: skip
 
 # (B, T, H, K, V)
@@ -29,6 +29,9 @@ WORDS = ((1024, 32000, 256),)
 # (N, E, V)
 HEADS = ((1024, 1024, 32000),)
 
+# (B, T, H, D, window)
+WINDOWS = ((1, 4096, 8, 64, 512),)
+
 # (B, T, D)
 LOOPS = ((8, 512, 128),)
 TORCH_LAYERS = ((1, 512, 256), (8, 512, 256))
@@ -47,6 +50,7 @@ QUICK_STEPS = ((2, 16),)
 QUICK_LOGITS = ((16, 500),)
 QUICK_WORDS = ((16, 500, 20),)
 QUICK_HEADS = ((16, 24, 500),)
+QUICK_WINDOWS = ((2, 300, 2, 16, 64),)
 QUICK_LOOPS = ((2, 9, 16),)
 QUICK_TORCH_LAYERS = ((2, 9, 16),)
 QUICK_BLOCKS = ((2, 9, 32, 2),)
@@ -83,6 +87,9 @@ def cases(quick: bool = False) -> list[Case]:
         for head in QUICK_HEADS if quick else HEADS:
             for dtype in (torch.float32, torch.bfloat16):
                 found.append(linear_kl_div.loss_and_gradients(op, *head, dtype))
+    for window in QUICK_WINDOWS if quick else WINDOWS:
+        for dtype in (torch.float32, torch.bfloat16):
+            found += [attention.sequence(window, dtype, d) for d in (FORWARD, FORWARD_BACKWARD)]
     for loop in QUICK_LOOPS if quick else LOOPS:
         found += [models.python_loop(loop, d) for d in (FORWARD, FORWARD_BACKWARD)]
     for layer in QUICK_TORCH_LAYERS if quick else TORCH_LAYERS:

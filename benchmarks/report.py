@@ -18,6 +18,7 @@ GROUPS = {
     "speed-recurrence": ("slstm", "lstm"),
     "speed-kl_div": ("kl_div", "topk_kl_div"),
     "speed-linear_kl_div": ("linear_kl_div", "linear_topk_kl_div", "linear_cross_entropy"),
+    "speed-attention": ("sliding_window_attention",),
     "speed-replace": ("replace",),
 }
 TITLES = {
@@ -25,10 +26,11 @@ TITLES = {
     "speed-recurrence": "Recurrent cells",
     "speed-kl_div": "Losses over logits, with the gradient",
     "speed-linear_kl_div": "Losses from hidden states, with all gradients",
+    "speed-attention": "Sliding-window attention",
     "speed-replace": "Models before and after replace_layers",
 }
 # Whose tables say what memory a call takes, too.
-MEMORY = {"speed-linear_kl_div", "speed-replace"}
+MEMORY = {"speed-linear_kl_div", "speed-attention", "speed-replace"}
 NOT_MEASURED = "Not measured yet.\n"
 HOW_SCALING = "Each point in a process of its own; memory is the peak beyond the inputs."
 CEILINGS = {"memory": "copy", "compute": "sgemm"}

@@ -13,6 +13,12 @@ from .ops.linear_kl_div import linear_cross_entropy, linear_kl_div, linear_topk_
 from .ops.mlstm import mlstm, mlstm_combine, mlstm_context_parallel
 from .ops.mlstm_step import mlstm_step
 from .ops.recurrence import lstm, slstm
+from .ops.sliding_window_attention import (
+    SlidingWindowCache,
+    sliding_window_attention,
+    sliding_window_attention_step,
+    sliding_window_cache,
+)
 from .ops.topk_kl_div import XLSTM_RECIPE, topk_kl_div
 from .replace import replace_layers, restore_layers
 
@@ -23,6 +29,7 @@ __all__ = [
     "LSTMState",
     "MLSTMState",
     "SLSTMState",
+    "SlidingWindowCache",
     "available_backends",
     "kl_div",
     "linear_cross_entropy",
@@ -36,6 +43,9 @@ __all__ = [
     "nn",
     "replace_layers",
     "restore_layers",
+    "sliding_window_attention",
+    "sliding_window_attention_step",
+    "sliding_window_cache",
     "slstm",
     "topk_kl_div",
 ]
