@@ -3,13 +3,23 @@
 import pytest
 import torch
 
-from xlstm_kernels.backends import Backend
+from xlstm_kernels.backends import TRITON_INTERPRETED, Backend
 from xlstm_kernels.cells import CELLS
 from xlstm_kernels.ops.recurrence.op import RECURRENCE
 from xlstm_kernels.testing import RecurrenceCase
 
 # All of them: conftest.py skips those that cannot run here, with the reason.
 BACKENDS = [backend.value for backend in RECURRENCE.table]
+# In Triton's interpreter a step of a head takes 40 ms. What tests/test_recurrence_triton.py has is
+# fast; what takes more steps than these tells no more, and is left out.
+SLOW = {"triton"} if TRITON_INTERPRETED else set()
+MOST_STEPS = 100
+ON_CPU = pytest.mark.skipif(not TRITON_INTERPRETED, reason="triton: tensors are on the CPU")
+EACH_BACKEND = [
+    pytest.param(b, marks=[pytest.mark.slow, ON_CPU] if b == "triton" else []) for b in BACKENDS
+]
+# What hypothesis draws would take minutes there.
+SWIFT_BACKENDS = [backend for backend in BACKENDS if backend != "triton"]
 SLSTM_CELLS = [cell for cell in CELLS if CELLS[cell].function == "slstm"]
 
 
@@ -17,13 +27,16 @@ def on_every_backend(*variants: dict, cells=CELLS, backends=BACKENDS) -> list:
     """pytest parameters: each variant for each cell and backend; skipped, with its reason, where a
     backend refuses the call."""
     cases = [RecurrenceCase(c, b, **v) for v in variants for c in cells for b in backends]
-    return [pytest.param(case, id=str(case), marks=_refused(case)) for case in cases]
+    cases = [c for c in cases if c.backend not in SLOW or c.T * c.H * (c.B // 9 + 1) <= MOST_STEPS]
+    return [pytest.param(case, id=str(case), marks=_marks(case)) for case in cases]
 
 
-def _refused(case: RecurrenceCase) -> tuple:
+def _marks(case: RecurrenceCase) -> list:
+    slow = [pytest.mark.slow] if case.backend in SLOW else []
     if case.backend == "reference":
-        return ()
+        return slow
     x_BTGHD = torch.empty(1, 1, 4, 1, case.D, dtype=case.dtype)
     r_GHDE = torch.empty(4, 1, case.D, case.D, dtype=case.weight_dtype or case.dtype)
     why = RECURRENCE.table[Backend(case.backend)].supports(x_BTGHD, r_GHDE, case.cell)
-    return () if why is None else pytest.mark.skip(reason=f"backend {case.backend!r}: {why}")
+    refused = [] if why is None else [pytest.mark.skip(reason=f"backend {case.backend!r}: {why}")]
+    return slow + refused

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     # A step takes the options of a sequence, and its gradient is that of a short one.
     r"ops\.(?P<op>mlstm_step)\.(api|arguments)": r"{op}\.(op|reference|arguments|shapes)"
     r"|ops\.mlstm\.(api|arguments)|backends|cells|arguments",
-    r"ops\.mlstm_step\.triton_kernel": r"ops\.mlstm\.triton_tiles",
+    r"ops\.mlstm_step\.triton_kernel": r"ops\.mlstm\.triton_tiles|cells\.triton_math",
     # Another target of the same rows of student logits.
     r"ops\.(?P<op>topk_kl_div)\.cpu": rf"{HELPERS}|ops\.kl_div\.(cpu|options|ranks)"
     r"|cells|backends|memory",
@@ -99,6 +99,7 @@ LONG_FUNCTIONS = {
             "triton_states.py:states_kernel",
         )
     },
+    "xlstm_kernels/ops/recurrence/triton_backward.py:backward_kernel": "parameters one on a line",
 }
 
 

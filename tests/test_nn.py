@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from layer_cases import assert_near, seeded, with_gradients
-from recurrence_cases import BACKENDS
+from recurrence_cases import EACH_BACKEND
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -21,7 +21,7 @@ SEQUENCE_LAYERS = {
     "lstm_heads": lambda **options: xk.nn.LSTM(6, 8, 4, **options),
 }
 EVERY_LAYER = pytest.mark.parametrize("name", SEQUENCE_LAYERS)
-EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
+EVERY_BACKEND = pytest.mark.parametrize("backend", EACH_BACKEND)
 
 
 @EVERY_LAYER

@@ -5,12 +5,12 @@ import re
 import pytest
 import torch
 from layer_cases import assert_near, seeded, with_gradients
-from recurrence_cases import BACKENDS
+from recurrence_cases import EACH_BACKEND
 from torch import nn
 
 import xlstm_kernels as xk
 
-EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
+EVERY_BACKEND = pytest.mark.parametrize("backend", EACH_BACKEND)
 
 
 class HandWrittenCell(nn.Module):

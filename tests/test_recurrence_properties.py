@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from recurrence_cases import BACKENDS, SLSTM_CELLS, on_every_backend
+from recurrence_cases import EACH_BACKEND, SLSTM_CELLS, SWIFT_BACKENDS, on_every_backend
 
 import xlstm_kernels as xk
 from xlstm_kernels.cells import CELLS
@@ -20,7 +20,8 @@ from xlstm_kernels.testing import (
 )
 
 EVERY_CELL = pytest.mark.parametrize("cell", CELLS)
-EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
+EVERY_SWIFT_BACKEND = pytest.mark.parametrize("backend", SWIFT_BACKENDS)
+EVERY_BACKEND = pytest.mark.parametrize("backend", EACH_BACKEND)
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16])
 
 
@@ -57,7 +58,7 @@ def assert_close(got: torch.Tensor, want: torch.Tensor, name: str) -> None:
     assert relative_error(got, want) <= (4 * eps if eps > 1e-4 else 1e-5), name
 
 
-@EVERY_BACKEND
+@EVERY_SWIFT_BACKEND
 @EVERY_CELL
 @given(T=st.integers(2, 40), data=st.data())
 def test_split_anywhere(cell, backend, T, data):
@@ -78,7 +79,7 @@ def test_split_anywhere(cell, backend, T, data):
         assert_close(got[name], want[name], name)
 
 
-@EVERY_BACKEND
+@EVERY_SWIFT_BACKEND
 @EVERY_CELL
 @given(T=st.integers(1, 40), data=st.data(), dtype=DTYPES)
 def test_causal(cell, backend, T, data, dtype):
@@ -94,7 +95,7 @@ def test_causal(cell, backend, T, data, dtype):
     assert not torch.equal(h_changed[:, t], h[:, t])
 
 
-@EVERY_BACKEND
+@EVERY_SWIFT_BACKEND
 @EVERY_CELL
 @given(B=st.integers(1, 9), H=st.integers(1, 5), data=st.data())
 def test_sequences_and_heads_are_independent(cell, backend, B, H, data):
@@ -116,7 +117,7 @@ def test_sequences_and_heads_are_independent(cell, backend, B, H, data):
         assert torch.equal(got[name], expected), name
 
 
-@EVERY_BACKEND
+@EVERY_SWIFT_BACKEND
 @EVERY_CELL
 @given(lengths=st.lists(st.integers(0, 35), max_size=8).map(tuple), dtype=DTYPES)
 @example(lengths=(), dtype=torch.float32)
@@ -147,7 +148,7 @@ def test_packed_equals_loop_over_sequences(cell, backend, lengths, dtype):
         assert_close(got[name], want[name], name)
 
 
-@EVERY_BACKEND
+@EVERY_SWIFT_BACKEND
 @EVERY_CELL
 @given(
     gates=st.sampled_from([None, 20.0, 50.0, 100.0, 1e4]),

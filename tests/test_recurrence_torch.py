@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from recurrence_cases import BACKENDS, on_every_backend
+from recurrence_cases import BACKENDS, EACH_BACKEND, on_every_backend
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import xlstm_kernels as xk
@@ -13,7 +13,7 @@ from xlstm_kernels.ops.recurrence import op
 from xlstm_kernels.testing import RecurrenceCase, call_recurrence, recurrence_inputs
 
 FUNCTIONS = {"slstm": xk.slstm, "lstm": xk.lstm}
-EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
+EVERY_BACKEND = pytest.mark.parametrize("backend", EACH_BACKEND)
 EVERY_CELL = pytest.mark.parametrize("cell", CELLS)
 EVERY_FUNCTION = pytest.mark.parametrize("name", FUNCTIONS)
 
@@ -112,7 +112,7 @@ def test_without_gradient(cell, backend):
             assert not got.requires_grad and not got_last.h.requires_grad
 
 
-@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("backend", ["reference", *EACH_BACKEND])
 @EVERY_CELL
 def test_autocast_leaves_the_recurrence_alone(cell, backend):
     case = RecurrenceCase(cell, backend)
@@ -248,7 +248,7 @@ def test_errors_of_slstm_options(options, text):
         xk.slstm(X, R, **options)
 
 
-@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("backend", ["reference", *EACH_BACKEND])
 @EVERY_FUNCTION
 @pytest.mark.parametrize("starts", [[0, 2], [1, 3], [0, 2, 1, 3], [0, 4, 3], [0, -1, 3], [0]])
 def test_wrong_offsets_are_refused_before_they_index(name, backend, starts):

@@ -130,8 +130,37 @@ def step(dtype: str, c_dtype: str, K: int, V: int, T: int, kept: str) -> None:
         mlstm_step.update(*call, torch.zeros_like(v), index, save, *options)
 
 
-RUNS = {"mlstm": run, "mlstm_step": step}
+def recurrence(
+    cell: str = "slstm",
+    dtype: str = "bfloat16",
+    D: int = 64,
+    B: int = 3,
+    T: int = 40,
+    H: int = 2,
+    packed: bool = False,
+    some: bool = False,
+) -> None:
+    """One forward and backward pass of `xk.slstm` or `xk.lstm`; `some`: without bias, states and
+    the gradients of r and b."""
+    from xlstm_kernels.cells import CELLS
+    from xlstm_kernels.ops.recurrence import triton as backend
+
+    kind, S = getattr(torch, dtype), CELLS[cell].states
+    B = 1 if packed else B
+    x, r = torch.zeros(B, T, 4, H, D, dtype=kind), torch.zeros(4, H, D, D, dtype=kind)
+    b, state = torch.zeros(4, H, D, dtype=kind), torch.zeros(S, B, H, D)
+    starts = torch.tensor([0, T], dtype=torch.int32) if packed else None
+    given = (x, r, None, None) if some else (x, r, b, state)
+    h, last, *saved = backend.forward(*given, starts, cell, 0.0, True)
+    backend.forward(*given, starts, cell, 0.0, False)
+    want = [not some] * 3
+    dlast = None if some else last
+    backend.backward(h, dlast, r, *saved, starts, cell, 0.0, None, x.new_empty(0), want)
+
+
+RUNS = {"mlstm": run, "mlstm_step": step, "recurrence": recurrence}
 
 if __name__ == "__main__":
     asked = json.loads(sys.argv[1])
-    print(json.dumps(compiled(GPUTarget(*asked["target"]), asked["calls"])))
+    rows = compiled(GPUTarget(*asked["target"]), asked["calls"])
+    print(json.dumps(rows, default=str))  # a flag may be a function

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 from typing import TypeVar
 
@@ -39,6 +39,11 @@ def launching(tensor: Tensor) -> Iterator[tuple[ModuleType, int]]:
         return
     with torch.cuda.device(tensor.device):
         yield load_cuda(), torch.cuda.current_stream().cuda_stream
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """The tensor's GPU as the current one, which Triton launches on."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
 def dtype_code(tensor: Tensor) -> int:

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from ...cells.mlstm import LARGEST_EXPONENT
+from ...cells.triton_math import log_sigmoid
 from .shapes import STATE_INTERVAL
 
 INTERVAL = tl.constexpr(STATE_INTERVAL)
@@ -231,19 +232,6 @@ def product(
             y_tile = load_tile(y, at, head, tile_y, d, WIDTH, TILE)
             sums += dot(x_tile, tl.trans(y_tile), DOT)
         return sums
-
-
-@triton.jit
-def log_sigmoid(x):
-    """min(x, 0) - log1p(exp(-|x|)), the logarithm as 2 atanh(s) by its series: s <= 1/3, and a
-    small one keeps its digits."""
-    y = tl.exp(-tl.abs(x))
-    s = y / (2.0 + y)
-    z = s * s
-    series = 1.0 / 15 + z * (1.0 / 17)
-    series = 1.0 / 9 + z * (1.0 / 11 + z * (1.0 / 13 + z * series))
-    series = 1.0 + z * (1.0 / 3 + z * (1.0 / 5 + z * (1.0 / 7 + z * series)))
-    return tl.minimum(x, 0.0) - 2.0 * s * series
 
 
 @triton.jit

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..mlstm.triton_tiles import log_sigmoid, row_scale
+from ...cells.triton_math import log_sigmoid
+from ..mlstm.triton_tiles import row_scale
 
 
 class Rows(NamedTuple):

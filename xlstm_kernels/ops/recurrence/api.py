@@ -39,7 +39,8 @@ def slstm(
         clip_grad: bound on each element of the gradient that flows to h_{t-1} through r.
         cu_seqlens: (S + 1,) int32 token offsets of S packed sequences; B is then 1 and states have
             S rows.
-        backend: "auto", or one of "reference", "cpu", "cuda"; a named backend runs or raises.
+        backend: "auto", or one of "reference", "cpu", "cuda", "triton"; a named backend runs or
+            raises.
 
     Returns:
         h (B, T, H, D) in x's dtype, and the last state: float32, float64 for float64 x. Gates,
@@ -104,7 +105,8 @@ def lstm(
         state: (h, c), each (B, H, D); None is zeros.
         cu_seqlens: (S + 1,) int32 token offsets of S packed sequences; B is then 1 and states have
             S rows.
-        backend: "auto", or one of "reference", "cpu", "cuda"; a named backend runs or raises.
+        backend: "auto", or one of "reference", "cpu", "cuda", "triton"; a named backend runs or
+            raises.
 
     Returns:
         h (B, T, H, D) in x's dtype, and the last state: float32, float64 for float64 x.

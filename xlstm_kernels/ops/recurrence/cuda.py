@@ -15,6 +15,7 @@ from ...cells import compute_dtype
 from ...memory import CPU_DTYPES, address, dense_rows, dtype_code, launching, plain
 from .arguments import CELL_INDEX, starts_of
 from .launch import BACKWARD, COLUMNS, EMULATED, FORWARD, Chip, Launch, launch_shape, widest
+from .products import multiply_outer
 from .shapes import CHECKPOINT_INTERVAL, last_shape, saved_shapes
 
 
@@ -136,21 +137,8 @@ def backward(
             *_teams(deal, mail, far),
         )
     if want_r:
-        _multiply_outer(dx_BTGHD, h_prev_BTHD, dr_GHDE)
+        multiply_outer(dx_BTGHD, h_prev_BTHD, dr_GHDE)
     return dx_BTGHD, dr_GHDE, db_parts.sum(0) if want_b else db_parts, dstate_SBHD
-
-
-def _multiply_outer(draw_BTGHD: Tensor, h_prev_BTHD: Tensor, dr_GHDE: Tensor) -> None:
-    """dR = sum over tokens of draw h_prev^T, summed in float32."""
-    draw_GHDN = draw_BTGHD.flatten(0, 1).permute(1, 2, 3, 0)
-    h_prev_HNE = h_prev_BTHD.flatten(0, 1).transpose(0, 1)
-    for draw_HDN, dr_HDE in zip(draw_GHDN, dr_GHDE, strict=True):
-        if draw_HDN.dtype is dr_HDE.dtype:
-            torch.bmm(draw_HDN, h_prev_HNE, out=dr_HDE)
-        elif draw_HDN.device.type == "cuda":
-            torch.bmm(draw_HDN, h_prev_HNE, out_dtype=dr_HDE.dtype, out=dr_HDE)
-        else:
-            torch.bmm(draw_HDN.to(dr_HDE.dtype), h_prev_HNE.to(dr_HDE.dtype), out=dr_HDE)
 
 
 def _chip(device: torch.device) -> Chip:

@@ -10,11 +10,12 @@ from torch import Tensor
 from ...backends import Backend, Op
 from ...cells import CELLS, compute_dtype
 from ...library import define
-from . import cpu, cuda
+from . import cpu, cuda, triton
 from .shapes import last_shape, saved_shapes
 
 FUNCTIONS = tuple(dict.fromkeys(cell.function for cell in CELLS.values()))
-RECURRENCE = Op("recurrence", {Backend.CPU: cpu, Backend.CUDA: cuda}, FUNCTIONS)
+TABLE = {Backend.CPU: cpu, Backend.CUDA: cuda, Backend.TRITON: triton}
+RECURRENCE = Op("recurrence", TABLE, FUNCTIONS)
 
 
 def _fake_forward(

@@ -1,0 +1,140 @@
+"""The recurrence's Triton kernels in small: every branch of them, fast enough to run while one
+works. The operation's other tests run them too, and are slow there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from recurrence_cases import ON_CPU
+
+import xlstm_kernels as xk
+from xlstm_kernels.backends import UNAVAILABLE, Backend
+from xlstm_kernels.cells import CELLS
+from xlstm_kernels.ops.recurrence import op
+from xlstm_kernels.ops.recurrence import triton as backend
+from xlstm_kernels.testing import (
+    RecurrenceCase,
+    call_recurrence,
+    check_recurrence,
+    check_results,
+    recurrence_inputs,
+    relative_error,
+    run_recurrence,
+)
+
+pytestmark = pytest.mark.skipif(
+    UNAVAILABLE[Backend.TRITON] is not None, reason=f"triton: {UNAVAILABLE[Backend.TRITON]}"
+)
+# One head, two stretches between checkpoints, of which the second is short.
+SMALL = {"B": 2, "T": 18, "H": 1, "D": 5}
+CASES = [
+    *(RecurrenceCase(cell, "triton", **SMALL) for cell in CELLS),
+    *(
+        RecurrenceCase("slstm", "triton", **SMALL | variant)
+        for variant in (
+            {"T": 1, "H": 2, "D": 20, "state": "zero", "bias": False},
+            {"lengths": (3, 0, 17), "n_floor": 1.0, "clip_grad": 0.05},
+            {"T": 3, "B": 9, "dtype": torch.bfloat16, "layout": "head_first"},
+        )
+    ),
+    RecurrenceCase("lstm", "triton", **SMALL | {"T": 3, "dtype": torch.float16}),
+]
+
+
+@ON_CPU
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_small_cases(case):
+    check_recurrence(case)
+
+
+@ON_CPU
+@pytest.mark.parametrize(
+    "launch",
+    [
+        {"dot": "ieee", "rows": 16},
+        {"dot": "tf32"},
+        {"held": False},
+        {"dot": "ieee", "rows": 16, "held": False},
+    ],
+    ids=str,
+)
+def test_other_launches(launch, monkeypatch):
+    """What other chips, dtypes and widths run: operands of one part, R read in every step."""
+    choose = backend.choose
+    monkeypatch.setattr(backend, "choose", lambda *args: choose(*args)._replace(**launch))
+    check_recurrence(RecurrenceCase("lstm", "triton", **SMALL | {"T": 3, "D": 20}))
+
+
+def test_every_cell_has_a_step():
+    from xlstm_kernels.cells.triton_cells import STEPS
+
+    assert list(STEPS) == list(CELLS)
+
+
+@ON_CPU
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_comes_later_changes_no_bit(cell):
+    case = RecurrenceCase(cell, "triton", B=3, T=18, H=1, D=7)
+    inputs = recurrence_inputs(case)
+    h, _ = call_recurrence(case, inputs, "triton")
+    changed = inputs["x"].clone()
+    changed[:, 11:] = 3 - changed[:, 11:]
+    h_changed, _ = call_recurrence(case, inputs | {"x": changed}, "triton")
+    assert torch.equal(h_changed[:, :11], h[:, :11])
+    assert not torch.equal(h_changed[:, 11], h[:, 11])
+
+
+@ON_CPU
+@pytest.mark.slow
+@pytest.mark.parametrize("forward", ["cpu", "triton"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_backward_of_another_backends_forward(cell, forward):
+    """What forward saves belongs to the operation."""
+    case = RecurrenceCase(cell, "triton", **SMALL | {"T": 35})
+    inputs = recurrence_inputs(case)
+    state = torch.stack([inputs[f"{f}0"] for f in CELLS[cell].State._fields])
+    call = (inputs["x"], inputs["r"], inputs["b"], state, None, cell, 0.0, True)
+    h, last, raw, checkpoints = op.forward(*call, forward)
+    given = (h, last, inputs["r"], raw, checkpoints, None, cell, 0.0, None)
+    got, want = (
+        op.backward(*given, inputs["x"].new_empty(0), [True] * 3, by) for by in ("triton", "cpu")
+    )
+    for part, expected in zip(got, want, strict=True):
+        assert relative_error(part, expected) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("D", [20, 64, 100])
+@pytest.mark.parametrize("cell", CELLS)
+def test_on_a_device(cell, D, dtype):
+    case = RecurrenceCase(cell, "triton", B=9, T=65, H=2, D=D, dtype=dtype)
+    inputs = recurrence_inputs(case)
+    got = run_recurrence(case, {name: t.cuda() for name, t in inputs.items()}, "triton")
+    exact = {name: t.double() for name, t in inputs.items()}
+    check_results(
+        {name: t.cpu() for name, t in got.items()},
+        run_recurrence(replace(case, dtype=torch.float64), exact, "reference"),
+        iter([run_recurrence(case, inputs, "reference")]),
+        1.5,
+        None if dtype is torch.float32 else torch.float16,
+    )
+
+
+@ON_CPU
+@pytest.mark.parametrize(
+    ("D", "dtype", "text"),
+    [
+        (129, torch.float32, "a program runs a whole head: D at most 128"),
+        (2, torch.float64, "x must be float32, bfloat16 or float16, got torch.float64"),
+    ],
+)
+def test_what_is_refused_has_a_reason(D, dtype, text):
+    x, r = torch.zeros(1, 3, 4, 1, D, dtype=dtype), torch.zeros(4, 1, D, D, dtype=dtype)
+    why = f"^lstm: backend 'triton' cannot run this call: {text}$"
+    with pytest.raises(NotImplementedError, match=why):
+        xk.lstm(x, r, backend="triton")

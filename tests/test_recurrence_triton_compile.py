@@ -1,0 +1,49 @@
+"""The recurrence's Triton kernels compiled for chips that this machine need not have, within
+budgets: R fits, hardly a register is spilled, and products are on matrix units."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from test_mlstm_triton_compile import CHIPS, compiled, pytestmark  # noqa: F401
+
+from xlstm_kernels.cells import CELLS
+
+# bfloat16 of 64 units but for what they say.
+CALLS: dict[str, dict[str, Any]] = {
+    **{cell: {"cell": cell} for cell in CELLS},
+    "packed": {"packed": True, "some": True},
+    "odd": {"D": 5},
+    "wide": {"D": 128},
+    "float16": {"dtype": "float16"},
+    "float32": {"dtype": "float32"},
+    "float32-narrow": {"dtype": "float32", "D": 20},
+    "float32-wide": {"dtype": "float32", "D": 128},
+}
+
+
+# Bytes a thread: ptxas stops at 128 or 168 registers, where one block more fits, for a few; a
+# narrow head's matrix is read ahead in few warps; a wide one of float32 fits no chip.
+SPILLS = {"float32-narrow": 48, "float32-wide": 40}
+
+
+def check_budgets(chip: str, call: dict[str, Any], spills: int) -> None:
+    rows = compiled(chip, {"op": "recurrence", **call})
+    assert {row["kernel"] for row in rows} == {"forward_kernel", "backward_kernel"}
+    for row in rows:
+        assert row["spills"] <= spills, row
+        assert row["shared"] <= CHIPS[chip][1] * 1024, row
+        if "gfx" not in chip:
+            assert row["mma"], f"no products on matrix units: {row}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("chip", CHIPS)
+def test_kernels_stay_within_the_chip(chip: str, call: str) -> None:
+    check_budgets(chip, CALLS[call], SPILLS.get(call, 24))
+
+
+def test_a_cell_compiles_for_hopper() -> None:
+    check_budgets("sm_90", {"cell": "lstm", "D": 32}, 0)

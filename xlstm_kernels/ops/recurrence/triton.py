@@ -1,0 +1,254 @@
+"""The recurrence in Triton on CUDA and HIP tensors: check, allocate, launch, return.
+
+A program runs one head, and none waits for another. Gates, sums and states are float32, and so is
+the accuracy of R h, but for bfloat16 r: there h and the gates' gradients keep 16 bits as operands.
+dR is a product of what x's dtype leaves of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...backends import TRITON_INTERPRETED, triton_refuses
+from ...cells import CELLS
+from ...memory import dense_rows, on_device, plain
+from .arguments import starts_of
+from .products import multiply_outer
+from .shapes import CHECKPOINT_INTERVAL, last_shape, saved_shapes
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WIDEST = 128
+# Shared memory that a program may have, KiB; 99 on other NVIDIA chips.
+SHARED_KIB = {"sm_80": 163, "sm_87": 163, "sm_90": 227, "sm_100": 227, "sm_103": 227, "hip": 64}
+
+
+class Launch(NamedTuple):
+    """How a program multiplies (triton_tiles.py), its sequences, its width, its warps, and whether
+    it holds R, in shared memory or registers: else it reads `depth` rows of it at a time in every
+    step. `ahead`: steps whose x is loaded before it is needed."""
+
+    dot: str
+    rows: int
+    width: int
+    warps: int
+    held: bool
+    ahead: int
+    depth: int = 16
+
+
+def supports(x_BTGHD: Tensor, r_GHDE: Tensor, cell: str) -> str | None:
+    if x_BTGHD.dtype not in DTYPES:
+        return f"x must be float32, bfloat16 or float16, got {x_BTGHD.dtype}"
+    if x_BTGHD.shape[-1] > WIDEST:
+        return f"a program runs a whole head: D at most {WIDEST}"
+    return triton_refuses("x", x_BTGHD.device)
+
+
+def choose(D: int, r_dtype: torch.dtype, chip: str, backward: bool) -> Launch:
+    """chip: as current_chip() says."""
+    if r_dtype == torch.bfloat16:
+        dot = "bf16_emulated" if chip == "interpreter" else "bf16"
+    elif chip == "hip":
+        dot = "ieee"
+    elif r_dtype == torch.float16 or torch.backends.cuda.matmul.fp32_precision == "tf32":
+        dot = "tf32"
+    else:
+        dot = "tf32x2"
+    width = max(16, 1 << (D - 1).bit_length())
+    r_bytes = 4 * width * width * {"bf16": 2, "tf32x2": 8}.get(dot, 4)
+    room = SHARED_KIB.get(chip, 99) * 1024 - r_bytes
+    # A warp of 32 has 8 units with all their gates.
+    rows, warps, held, ahead = 8, width // 8, room >= 256 * width, min(3, room // (256 * width))
+    if chip == "hip":
+        rows, warps, held, ahead = 16 if dot == "ieee" else 8, width // 16, room >= 0, 3
+    elif chip == "interpreter":
+        held, ahead = True, 1
+    elif width == WIDEST:  # registers would spill
+        warps, ahead = warps if held else warps // 2, 1 if backward else ahead
+    return Launch(dot, rows, width, warps, held, ahead if held else 1)
+
+
+def current_chip() -> str:
+    """A key of SHARED_KIB, another NVIDIA chip's name, or "interpreter"."""
+    if TRITON_INTERPRETED:
+        return "interpreter"
+    from triton.runtime import driver
+
+    target = driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else "hip"
+
+
+def forward(
+    x_BTGHD: Tensor,
+    r_GHDE: Tensor,
+    b_GHD: Tensor | None,
+    state_SBHD: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cell: str,
+    n_floor: float,
+    save: bool,
+) -> list[Tensor]:
+    from .triton_forward import forward_kernel
+
+    B, T, _, H, D = x_BTGHD.shape
+    h_BTHD = x_BTGHD.new_empty((B, T, H, D))
+    last = last_shape(x_BTGHD.shape, cu_seqlens, cell)
+    last_SBHD = x_BTGHD.new_empty(last, dtype=torch.float32)
+    to_save = saved_shapes(x_BTGHD.shape, cu_seqlens, cell) if save else ()
+    saved = [x_BTGHD.new_empty(shape, dtype=torch.float32) for shape in to_save]
+    if save and cu_seqlens is not None:
+        saved[1].zero_()  # its last rows belong to no sequence
+    call = _Call(x_BTGHD, r_GHDE, last[1], T, H, cu_seqlens, cell, False)
+    x_BTGHD = dense_rows(x_BTGHD)
+    raw, checkpoints = saved or (x_BTGHD, last_SBHD)
+    initial = _or(plain(state_SBHD, torch.float32), last_SBHD)
+    call.launch(
+        forward_kernel,
+        _rows(x_BTGHD),
+        call.r,
+        _or(plain(b_GHD, torch.float32), last_SBHD),
+        call.starts,
+        _states(initial),
+        _rows(h_BTHD),
+        _states(last_SBHD),
+        _rows(raw),
+        _states(checkpoints.transpose(0, 1)),
+        call.sizes,
+        n_floor,
+        STEP=call.step,
+        HAS_BIAS=b_GHD is not None,
+        HAS_INITIAL=state_SBHD is not None,
+        SAVE=save,
+    )
+    return [h_BTHD, last_SBHD, *saved]
+
+
+def backward(
+    dh_BTHD: Tensor | None,
+    dlast_SBHD: Tensor | None,
+    r_GHDE: Tensor,
+    raw_BTGHD: Tensor,
+    checkpoints_NSHD: Tensor,
+    cu_seqlens: Tensor | None,
+    cell: str,
+    n_floor: float,
+    clip_grad: float | None,
+    like_x: Tensor,
+    want: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from .triton_backward import Grads, Saved, backward_kernel
+
+    B, T, G, H, D = raw_BTGHD.shape
+    last = last_shape(raw_BTGHD.shape, cu_seqlens, cell)
+    want_r, want_b, want_state = want
+    call = _Call(raw_BTGHD, r_GHDE, last[1], T, H, cu_seqlens, cell, True)
+    dx_BTGHD = like_x.new_empty(raw_BTGHD.shape)
+    dr_GHDE = raw_BTGHD.new_empty(r_GHDE.shape if want_r else (0,))
+    dstate_SBHD = raw_BTGHD.new_empty(last if want_state else (0,))
+    h_prev_BTHD = like_x.new_empty((B, T, H, D) if want_r else (0,) * 4)
+    db_parts = raw_BTGHD.new_empty((call.tiles, G, H, D) if want_b else (0,))
+    programs, launch = call.tiles * H, call.chosen
+    scratch = raw_BTGHD.new_empty(
+        (programs, CHECKPOINT_INTERVAL, last[0] - 1, launch.rows, launch.width)
+    )
+    dh_BTHD = dense_rows(dh_BTHD)
+    unused = checkpoints_NSHD
+    call.launch(
+        backward_kernel,
+        _rows(_or(dh_BTHD, raw_BTGHD)),
+        _states(_or(plain(dlast_SBHD, torch.float32), unused)),
+        call.r,
+        Saved(_rows(raw_BTGHD), _states(checkpoints_NSHD.transpose(0, 1))),
+        call.starts,
+        Grads(
+            _rows(dx_BTGHD),
+            _rows(h_prev_BTHD),
+            db_parts,
+            _states(dstate_SBHD if want_state else unused),
+        ),
+        scratch,
+        call.sizes,
+        n_floor,
+        float("inf") if clip_grad is None else clip_grad,
+        STEP=call.step,
+        STEP_GRAD=call.step_grad,
+        HAS_DH=dh_BTHD is not None,
+        HAS_DLAST=dlast_SBHD is not None,
+        WANT_R=want_r,
+        WANT_B=want_b,
+        WANT_STATE=want_state,
+    )
+    if want_r:
+        multiply_outer(dx_BTGHD, h_prev_BTHD, dr_GHDE)
+    return dx_BTGHD, dr_GHDE, db_parts.sum(0) if want_b else db_parts, dstate_SBHD
+
+
+class _Call:
+    """What both launches are told of the call; B counts sequences."""
+
+    def __init__(
+        self,
+        like_x: Tensor,
+        r_GHDE: Tensor,
+        B: int,
+        T: int,
+        H: int,
+        cu_seqlens: Tensor | None,
+        cell: str,
+        backward: bool,
+    ):
+        from ...cells.triton_cells import STEPS
+        from .triton_tiles import Sizes
+
+        D = r_GHDE.shape[-1]
+        self.device, self.sizes = like_x, Sizes(B, T, H)
+        self.r = r_GHDE if r_GHDE.dtype in DTYPES else r_GHDE.float()
+        self.r = self.r.contiguous()
+        self.chosen = choose(D, self.r.dtype, current_chip(), backward)
+        self.tiles = -(-B // self.chosen.rows)
+        self.starts = _or(starts_of(cu_seqlens, T, cell), like_x)
+        self.step, self.step_grad = STEPS[cell]
+        self.flags = {"STATES": CELLS[cell].states, "D": D, "PACKED": cu_seqlens is not None}
+
+    def launch(self, kernel: Any, *args: Any, **flags: Any) -> None:
+        """A program for each head and tile of sequences."""
+        programs, chosen = self.tiles * self.sizes.H, self.chosen
+        if programs == 0:
+            return
+        with on_device(self.device):
+            kernel[(programs,)](
+                *args,
+                BLOCK_D=chosen.width,
+                ROWS=chosen.rows,
+                INTERVAL=CHECKPOINT_INTERVAL,
+                DOT=chosen.dot,
+                HELD=chosen.held,
+                DEPTH=chosen.depth,
+                AHEAD=chosen.ahead,
+                EMULATED=TRITON_INTERPRETED,
+                num_warps=chosen.warps,
+                **self.flags,
+                **flags,
+            )
+
+
+def _rows(x: Tensor) -> Any:
+    """Of (B, T, G, H, D) or (B, T, H, D)."""
+    from .triton_tiles import Rows
+
+    strides = x.stride() if x.dim() == 5 else (*x.stride()[:2], 0, *x.stride()[2:])
+    return Rows(x, *strides[:4])
+
+
+def _states(states_SBHD: Tensor) -> Any:
+    from .triton_tiles import States
+
+    return States(states_SBHD, states_SBHD.stride(1), states_SBHD.stride(0))
+
+
+def _or(tensor: Tensor | None, unused: Tensor) -> Tensor:
+    """An address for what the kernel does not read."""
+    return unused if tensor is None else tensor
