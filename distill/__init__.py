@@ -1,1 +1,25 @@
 """Distil a larger language model into a smaller recurrent one on the kernels of xlstm_kernels."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distill import stages
+    from distill.hybrid import hybridize, load_student, new_parameters
+
+# Imported when asked for: the command line's --help does not wait for torch and transformers.
+_MODULES = {
+    "hybridize": "distill.hybrid",
+    "load_student": "distill.hybrid",
+    "new_parameters": "distill.hybrid",
+}
+
+__all__ = ["hybridize", "load_student", "new_parameters", "stages"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "stages":
+        return import_module("distill.stages")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'distill' has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)

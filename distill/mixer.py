@@ -1,0 +1,267 @@
+"""The hybrid mixer: an mLSTM over everything and softmax attention over a window, weighed per head.
+
+    h_t = o_t * mLSTM(phi(q), phi(k), v)_t + (1 - o_t) * window(q, k, v)_t
+    mLSTM: S_t = f_t S_{t-1} + i_t phi(k_t) v_t^T,  z_t = f_t z_{t-1} + i_t phi(k_t)
+           phi(q_t) S_t / (phi(q_t) z_t),  i = exp(w_i x_t + b_i),  f = sigmoid(w_f x_t + b_f)
+    o_t = sigmoid(w_o [q_t, k_t, v_t] + b_o), one number a head
+
+Source: Effective Distillation to Hybrid xLSTM Architectures, arXiv 2603.15590, section 3.1. q and k
+come after the position embedding, x is what the attention layer gets, and heads that share keys and
+values (G of them are there) repeat them for the mLSTM alone: the window keeps G.
+"""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import xlstm_kernels as xk
+from distill.errors import DistillError
+
+CHOICES = {
+    "feature_map": ("softmax", "softmax_pair", "elu"),
+    "feature_init": ("identity", "uniform"),
+    "gate_init": ("spread", "constant"),
+    "input_gate": ("exp", "sigmoid"),
+    "output_gate": ("qkv", "x", "bias"),
+    "normalizer": ("plain", "max", "none"),
+}
+
+
+@dataclass(frozen=True)
+class HybridOptions:
+    """What the paper says of the mixer, and a choice for each thing that it leaves open.
+
+    window, sinks: a token sees the last `window` tokens, itself among them, and the first `sinks`.
+        The paper trains with 512 and names 256 for inference; its sinks are 4.
+    feature_map: phi, of each head for itself. "softmax": softmax(W x), the paper's; "softmax_pair":
+        softmax of W x and of -W x side by side, as LoLCATs has it, with twice the state; "elu":
+        elu(x) + 1, nothing learned.
+    feature_init: W. "identity", or "uniform": that of `nn.Linear`. The paper does not say.
+    normalizer: of `xk.mlstm`; the paper's is "plain".
+    input_gate: "exp", the paper's, or "sigmoid".
+    gate_init: both gates' weights on x are 0, and so are the input gate's biases. Those of the
+        forget gate: "spread": from `forget_bias` up to 3 more, evenly over the heads; "constant":
+        `forget_bias`. The paper does not say.
+    forget_bias: 3 keeps half of a token for 14 tokens, 6 for 280.
+    output_gate: what o is computed from: "qkv", the paper's; "x", what "qkv" can be merged into;
+        "bias": nothing, a learned constant a head.
+    output_bias: the first o is its sigmoid. The paper does not say; LoLCATs' is log(0.1 / 0.9).
+    layers: indices of the layers that are replaced, negative ones from the end; None is all.
+    eps: added to the normalizer.
+    backend: of the operations.
+    """
+
+    window: int = 512
+    sinks: int = 4
+    feature_map: str = "softmax"
+    feature_init: str = "identity"
+    normalizer: str = "plain"
+    input_gate: str = "exp"
+    gate_init: str = "spread"
+    forget_bias: float = 3.0
+    output_gate: str = "qkv"
+    output_bias: float = math.log(0.1 / 0.9)
+    layers: tuple[int, ...] | None = None
+    eps: float = 1e-6
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if (got := getattr(self, name)) not in allowed:
+                raise DistillError(
+                    f"hybridize: {name} must be one of {', '.join(allowed)}, got {got!r}"
+                )
+        for name, least in (("window", 1), ("sinks", 0)):
+            got = getattr(self, name)
+            if not isinstance(got, int) or got < least:
+                raise DistillError(
+                    f"hybridize: {name} must be a whole number of at least {least}, got {got!r}"
+                )
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "HybridOptions":
+        """The inverse of `as_dict`; unknown names are refused."""
+        if not isinstance(values, dict):
+            raise DistillError(f"hybridize: options must be a dict, got {values!r}")
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(values.keys() - known):
+            raise DistillError(
+                f"hybridize: options must be among {', '.join(sorted(known))},"
+                f" got {', '.join(unknown)}"
+            )
+        layers = values.get("layers")
+        return cls(**values | {"layers": None if layers is None else tuple(layers)})
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, which has no tuples."""
+        return asdict(self) | {"layers": None if self.layers is None else list(self.layers)}
+
+    def replaced(self, count: int) -> list[int]:
+        """Indices of the replaced layers of a model of `count`, rising."""
+        wanted = range(count) if self.layers is None else self.layers
+        if not wanted:
+            raise DistillError("hybridize: layers must be None or name a layer, got none")
+        for index in wanted:
+            if not -count <= index < count:
+                raise DistillError(
+                    f"hybridize: layers must be indices of {count} layers, got {index}"
+                )
+        return sorted({index % count for index in wanted})
+
+
+class HybridState(NamedTuple):
+    """What a mixer carries from token to token: of constant size, whatever has passed."""
+
+    mlstm: xk.MLSTMState
+    window: Any  # what `xk.sliding_window_cache` made
+
+
+class HybridMixer(nn.Module):
+    """forward(x, q, k, v) -> h: x (B, T, E), q (B, T, H, D), k and v (B, T, G, D), h like q."""
+
+    def __init__(self, width: int, heads: int, head_dim: int, options: HybridOptions):
+        super().__init__()
+        self.options = options
+        self.heads, self.head_dim = heads, head_dim
+        if options.feature_map == "elu":
+            self.feature_q = self.feature_k = None
+        else:
+            self.feature_q = nn.Parameter(torch.empty(heads, head_dim, head_dim))
+            self.feature_k = nn.Parameter(torch.empty(heads, head_dim, head_dim))
+        self.gates = nn.Linear(width, 2 * heads)  # i, f
+        inputs = {"qkv": 3 * head_dim, "x": width}.get(options.output_gate)
+        self.output_weight = None if inputs is None else nn.Parameter(torch.empty(heads, inputs))
+        self.output_bias = nn.Parameter(torch.empty(heads))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        options = self.options
+        for weight_HDE in (self.feature_q, self.feature_k):
+            if weight_HDE is None:
+                continue
+            if options.feature_init == "identity":
+                weight_HDE.copy_(torch.eye(self.head_dim).expand_as(weight_HDE))
+            else:
+                bound = self.head_dim**-0.5
+                nn.init.uniform_(weight_HDE, -bound, bound)
+        nn.init.zeros_(self.gates.weight)
+        spread = 3.0 if options.gate_init == "spread" else 0.0
+        first = options.forget_bias
+        i_H, f_H = self.gates.bias.chunk(2)
+        i_H.zero_()
+        f_H.copy_(torch.linspace(first, first + spread, self.heads))
+        if self.output_weight is not None:
+            nn.init.zeros_(self.output_weight)
+        nn.init.constant_(self.output_bias, options.output_bias)
+
+    def forward(
+        self,
+        x_BTE: Tensor,
+        q_BTHD: Tensor,
+        k_BTGD: Tensor,
+        v_BTGD: Tensor,
+        *,
+        scale: float | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """A whole sequence, or packed ones; `scale` is that of the softmax."""
+        return self._sequence(x_BTE, q_BTHD, k_BTGD, v_BTGD, scale, cu_seqlens)[0]
+
+    def prefill(
+        self, x_BTE: Tensor, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, *, scale: float
+    ) -> tuple[Tensor, HybridState]:
+        """`forward`, and the state after its last token."""
+        h_BTHD, mlstm = self._sequence(x_BTE, q_BTHD, k_BTGD, v_BTGD, scale, None)
+        return h_BTHD, HybridState(mlstm, xk.sliding_window_cache(k_BTGD, v_BTGD, **self._window))
+
+    def _sequence(
+        self,
+        x_BTE: Tensor,
+        q_BTHD: Tensor,
+        k_BTGD: Tensor,
+        v_BTGD: Tensor,
+        scale: float | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, xk.MLSTMState]:
+        where: dict[str, Any] = {"cu_seqlens": cu_seqlens, "backend": self.options.backend}
+        window_BTHD = xk.sliding_window_attention(
+            q_BTHD, k_BTGD, v_BTGD, scale=scale, **self._window, **where
+        )
+        mlstm_inputs, o_BTH1 = self._prepare(x_BTE, q_BTHD, k_BTGD, v_BTGD)
+        h_BTHD, state = xk.mlstm(*mlstm_inputs, **(self._mlstm | where))
+        return torch.lerp(window_BTHD, h_BTHD, o_BTH1), state
+
+    def step(
+        self,
+        x_BTE: Tensor,
+        q_BTHD: Tensor,
+        k_BTGD: Tensor,
+        v_BTGD: Tensor,
+        state: HybridState,
+        *,
+        scale: float,
+    ) -> tuple[Tensor, HybridState]:
+        """`prefill` from a state, token by token; without gradients in the state's storage."""
+        inplace = not torch.is_grad_enabled()
+        mlstm_inputs, o_BTH1 = self._prepare(x_BTE, q_BTHD, k_BTGD, v_BTGD)
+        how = self._mlstm | {"inplace": inplace, "backend": self.options.backend}
+        mlstm, cache = state
+        outputs = []
+        for t in range(q_BTHD.shape[1]):
+            window_BHD, cache = xk.sliding_window_attention_step(
+                q_BTHD[:, t], k_BTGD[:, t], v_BTGD[:, t], cache, scale=scale, inplace=inplace
+            )
+            token: Any = (*(x[:, t] for x in mlstm_inputs), mlstm)
+            h_BHD, mlstm = xk.mlstm_step(*token, **how)
+            outputs.append(torch.lerp(window_BHD, h_BHD, o_BTH1[:, t]))
+        return torch.stack(outputs, dim=1), HybridState(mlstm, cache)
+
+    def _prepare(
+        self, x_BTE: Tensor, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor
+    ) -> tuple[Any, Tensor]:
+        """The mLSTM's q, k, v, i and f, and o."""
+        repeats = self.heads // k_BTGD.shape[2]
+        k_BTHD, v_BTHD = (x.repeat_interleave(repeats, dim=2) for x in (k_BTGD, v_BTGD))
+        i_BTH, f_BTH = self.gates(x_BTE).chunk(2, dim=-1)
+        phi_q, phi_k = self._map(q_BTHD, self.feature_q), self._map(k_BTHD, self.feature_k)
+        o_BTH = self._output_gate(x_BTE, q_BTHD, k_BTHD, v_BTHD)
+        return (phi_q, phi_k, v_BTHD, i_BTH, f_BTH), o_BTH.unsqueeze(-1)
+
+    def _map(self, x_BTHD: Tensor, weight_HDE: Tensor | None) -> Tensor:
+        if weight_HDE is None:
+            return F.elu(x_BTHD) + 1
+        y_BTHE = torch.einsum("bthd,hde->bthe", x_BTHD, weight_HDE)
+        phi_BTHE = y_BTHE.softmax(dim=-1)
+        if self.options.feature_map == "softmax_pair":
+            phi_BTHE = torch.cat((phi_BTHE, (-y_BTHE).softmax(dim=-1)), dim=-1)
+        return phi_BTHE.to(x_BTHD.dtype)  # autocast's softmax is float32
+
+    def _output_gate(self, x_BTE: Tensor, q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:
+        logit_H = self.output_bias
+        if self.output_weight is None:
+            return logit_H.sigmoid().to(q_BTHD.dtype).expand(q_BTHD.shape[:3])
+        if self.options.output_gate == "x":
+            return F.linear(x_BTE, self.output_weight, logit_H).sigmoid()
+        parts = zip((q_BTHD, k_BTHD, v_BTHD), self.output_weight.chunk(3, dim=-1), strict=True)
+        logit_BTH = logit_H + sum(torch.einsum("bthd,hd->bth", x, w) for x, w in parts)
+        return logit_BTH.sigmoid().to(q_BTHD.dtype)
+
+    @property
+    def _window(self) -> dict[str, Any]:
+        return {"window": self.options.window, "sinks": self.options.sinks}
+
+    @property
+    def _mlstm(self) -> dict[str, Any]:
+        options = self.options
+        # 1: a softmax is a scale of its own, and the plain normalizer takes any other out again.
+        return {
+            "scale": 1.0,
+            "input_gate": options.input_gate,
+            "normalizer": options.normalizer,
+            "eps": options.eps,
+        }

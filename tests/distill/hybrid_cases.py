@@ -1,0 +1,59 @@
+"""Tiny teachers of every family that `hybridize` takes."""
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+from distill import hybrid, stages  # noqa: E402 - they import it
+
+__all__ = ["TEACHERS", "families", "hybrid", "make_teacher", "stages", "stir", "tokens"]
+
+VOCAB = 60
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "bos_token_id": 1,
+    "eos_token_id": None,  # so that generation does not end
+    "pad_token_id": 0,
+}
+GROUPED = SIZES | {"num_key_value_heads": 2, "intermediate_size": 48}
+TEACHERS = {
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", SIZES | {"scale_attn_by_inverse_layer_idx": True}),
+    "llama": ("LlamaConfig", "LlamaForCausalLM", GROUPED | {"head_dim": 12}),
+    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", GROUPED),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", GROUPED | {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", GROUPED | {"head_dim": 16}),
+}
+
+
+families = pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=() if f == "llama" else pytest.mark.slow) for f in TEACHERS]
+)
+
+
+def make_teacher(family="llama", **changes):
+    """Weights large enough that attention is not uniform and layers differ; dropout is off."""
+    config, model, sizes = TEACHERS[family]
+    torch.manual_seed(0)
+    teacher = getattr(transformers, model)(getattr(transformers, config)(**sizes | changes))
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return teacher.eval()
+
+
+def stir(student):
+    """Gates and feature maps that depend on what they get, as after training."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in hybrid.new_parameters(student).values():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.3 * noise.to(parameter.dtype))
+    return student
+
+
+def tokens(T, B=2, seed=0):
+    return torch.randint(2, VOCAB, (B, T), generator=torch.Generator().manual_seed(100 * T + seed))
