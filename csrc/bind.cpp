@@ -195,14 +195,15 @@ void mlstm_step(std::array<int, 6> kinds, std::array<std::int64_t, 5> sizes,
 using Strides = std::array<std::int64_t, 2>;
 
 // `kinds`, `numbers` and `results` in the order of the fields that they fill.
-void fill(xlstm::RowLoss& args, std::array<int, 4> kinds, Strides rows, std::int64_t V,
+void fill(xlstm::RowLoss& args, std::array<int, 5> kinds, Strides rows, std::int64_t V,
           Address student, Strides student_stride, Address labels, std::int64_t ignore_index,
           Address row_weight, std::array<double, 7> numbers, std::array<Address, 4> results,
           Strides grad_stride) {
   args.divergence = static_cast<xlstm::Divergence>(kinds[0]);
   args.reduction = static_cast<xlstm::Reduction>(kinds[1]);
   args.student_dtype = static_cast<DType>(kinds[2]);
-  args.phase = static_cast<xlstm::Phase>(kinds[3]);
+  args.grad_dtype = static_cast<DType>(kinds[3]);
+  args.phase = static_cast<xlstm::Phase>(kinds[4]);
   args.V_student = V, args.student = pointer(student);
   for (int axis = 0; axis < 2; ++axis) {
     args.rows[axis] = rows[axis];
@@ -218,7 +219,7 @@ void fill(xlstm::RowLoss& args, std::array<int, 4> kinds, Strides rows, std::int
   args.grad = pointer(results[2]), args.sums = pointer<xlstm::RowSums>(results[3]);
 }
 
-void kl_div(std::array<int, 4> kinds, Strides rows, std::int64_t V, Address student,
+void kl_div(std::array<int, 5> kinds, Strides rows, std::int64_t V, Address student,
             Strides student_stride, Address labels, std::int64_t ignore_index, Address row_weight,
             std::array<double, 7> numbers, std::array<Address, 4> results, Strides grad_stride,
             int teacher_dtype, std::int64_t V_teacher, Address teacher, Strides teacher_stride,
@@ -234,7 +235,7 @@ void kl_div(std::array<int, 4> kinds, Strides rows, std::int64_t V, Address stud
   xlstm::kl_div_cpu(args);
 }
 
-void topk_kl_div(std::array<int, 4> kinds, Strides rows, std::int64_t V, Address student,
+void topk_kl_div(std::array<int, 5> kinds, Strides rows, std::int64_t V, Address student,
                  Strides student_stride, Address labels, std::int64_t ignore_index,
                  Address row_weight, std::array<double, 7> numbers, std::array<Address, 4> results,
                  Strides grad_stride, int support, std::array<std::int64_t, 3> sizes,

@@ -140,7 +140,7 @@ enum class Phase : int { kWhole = 0, kSums = 1, kMixed = 2, kLoss = 3 };
 struct RowLoss {
   Divergence divergence;
   Reduction reduction;
-  DType student_dtype;
+  DType student_dtype, grad_dtype;
   Phase phase;
   RowSums* sums;         // (N), of the row from kMixed on; null for kWhole
   std::int64_t rows[2];  // N is their product
@@ -156,7 +156,9 @@ struct RowLoss {
   double softcap;  // z counts as softcap tanh(z / softcap); 0: as z
   void* row_loss;  // (N) compute type of the student: weighted loss of each row
   void* loss;      // their reduction, one element; null for Reduction::kNone
-  void* grad;      // gradient of that, rows of V_student; may be `student`; null: loss only
+  // Gradient of that, rows of V_student; null: loss only. It may be `student`, in elements no larger
+  // than the student's: a row is read before it is written, from its beginning.
+  void* grad;
   std::int64_t grad_stride[2];
 };
 

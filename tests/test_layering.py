@@ -44,8 +44,8 @@ MAY_IMPORT = {
     # Another target of the same rows of student logits.
     r"ops\.(?P<op>topk_kl_div)\.cpu": rf"{HELPERS}|ops\.kl_div\.(cpu|options|ranks)"
     r"|cells|backends|memory",
-    r"ops\.(?P<op>topk_kl_div)\.op": rf"{{op}}\.cpu|{HELPERS}|ops\.kl_div\.options|cells"
-    r"|backends|library",
+    r"ops\.(?P<op>topk_kl_div)\.op": rf"{{op}}\.cpu|{HELPERS}|ops\.kl_div\.op"
+    r"|backends",
     r"ops\.(?P<op>topk_kl_div)\.\w+": r"{op}\.(?!cpu$)\w+|ops\.kl_div\.(?!api$|cpu$)\w+|cells",
     # Products, and then the rows of logits are those of kl_div and topk_kl_div.
     r"ops\.(?P<op>linear_kl_div)\.cpu": rf"{HELPERS}|ops\.(topk_)?kl_div\.(cpu|options|ranks)"

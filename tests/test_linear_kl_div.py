@@ -50,6 +50,8 @@ ACCURACY = [
     *cases(dtype=DTYPES, V=[324], teacher_V=[300], bias=[True]),
     *cases(dtype=DTYPES, V=[1, 15], E=[1, 33], N=[1]),
     *cases(dtype=DTYPES, V=[3000], E=[33], N=[5]),
+    # More rows than the gradient by all logits is kept of.
+    *cases(function=FUNCTIONS, dtype=[torch.bfloat16], E=[4], weighted=[True], chunk_rows=[5]),
     *cases(dtype=DTYPES, layout=["head_first", "expanded", "strided"], chunk_rows=[None, 4]),
 ]  # fmt: skip
 

@@ -28,8 +28,8 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def multiply(out_MN: Tensor, a_MK: Tensor, b_KN: Tensor, accumulate: bool) -> None:
     """out = a b, or out += a b. The factors are of one `product_dtype`; out, of rows side by side
-    or further apart, is float32, or float64 for float64 factors."""
-    if a_MK.dtype != torch.bfloat16:
+    or further apart, is float32, or float64 for float64 factors, or of the factors' dtype."""
+    if a_MK.dtype != torch.bfloat16 or out_MN.dtype == torch.bfloat16:
         if accumulate:
             torch.addmm(out_MN, a_MK, b_KN, out=out_MN)
         else:

@@ -64,11 +64,11 @@ class Row {
     }
     constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
     if (std::isnan(sums.sum_s) || std::isnan(sums.sum_t) || std::isnan(scale)) {
-      if (g) fill(s, g, kNaN);
+      if (g) fill(args_.grad_dtype, s.V, g, kNaN);
       return kNaN;
     }
     if (!(sums.sum_s > 0 && sums.sum_t > 0)) {  // wholly masked
-      if (g) fill(s, g, 0.0);
+      if (g) fill(args_.grad_dtype, s.V, g, 0.0);
       return 0;
     }
     student_.total(sums, sums.shift_s, sums.sum_s);
@@ -82,7 +82,7 @@ class Row {
     const double D = divergence(sums), row_loss = loss(D);
     if (g == nullptr) return row_loss;
     if (kReverse && std::isinf(D) && args_.kl_weight != 0) {
-      fill(s, g, kNaN);
+      fill(args_.grad_dtype, s.V, g, kNaN);
     } else {
       write(sums, s, g, label, scale);
     }

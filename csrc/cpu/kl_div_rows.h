@@ -94,11 +94,12 @@ class Rows {
 
   double loss(Row& row, std::int64_t n) const {
     const C weight = args_.row_weight ? static_cast<const C*>(args_.row_weight)[n] : C(1);
-    char* g = args_.grad ? const_cast<char*>(
-                               row_at(args_.grad, args_.grad_stride, args_.student_dtype, args_, n))
-                         : nullptr;
+    char* g =
+        args_.grad
+            ? const_cast<char*>(row_at(args_.grad, args_.grad_stride, args_.grad_dtype, args_, n))
+            : nullptr;
     if (weight == 0 || ignored(args_, n)) {
-      if (g) fill(student_at(args_, n), g, 0.0);
+      if (g) fill(args_.grad_dtype, args_.V_student, g, 0.0);
       return 0;
     }
     return weight * row.run(n, n + 1 < N_ ? n + 1 : n, g, weight * scale_);

@@ -126,14 +126,13 @@ Staged<C> stage(const Logits& row, std::int64_t begin, int padded, C* buffer) {
   return restage(staged.z, padded, buffer, [cap](Vec<C> z) { return softcapped<C>(z, cap); });
 }
 
-template <class C>
-void fill(const Logits& like, char* row, C value) {
-  dispatch_dtype(like.dtype, [&](auto element) {
+inline void fill(DType dtype, std::int64_t V, char* row, double value) {
+  dispatch_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     T* out = reinterpret_cast<T*>(row);
     const auto values = broadcast<Vec<compute_t<T>>>(static_cast<compute_t<T>>(value));
-    for (std::int64_t j = 0; j < like.V; j += kLanes<compute_t<T>>) {
-      const std::int64_t left = like.V - j;
+    for (std::int64_t j = 0; j < V; j += kLanes<compute_t<T>>) {
+      const std::int64_t left = V - j;
       store(out + j, values,
             left < kLanes<compute_t<T>> ? static_cast<int>(left) : kLanes<compute_t<T>>);
     }

@@ -89,7 +89,7 @@ class Student {
              double scale, std::int64_t label) {
     const int count = size_of_block(s.V - begin);
     const bool labelled = args_.ce_weight != 0 && label >= begin && label < begin + count;
-    dispatch_dtype(s.dtype, [&](auto element) {
+    dispatch_dtype(args_.grad_dtype, [&](auto element) {
       using T = decltype(element);
       if constexpr (std::is_same_v<compute_t<T>, C>) {
         T* out = reinterpret_cast<T*>(g) + begin;

@@ -119,11 +119,11 @@ class Row {
     total(sums);
     const bool known = teacher(n);
     if (std::isnan(sum_) || std::isnan(scale) || std::isnan(tail_.p)) {
-      if (g) fill(s, g, kNaN);
+      if (g) fill(args_.grad_dtype, s.V, g, kNaN);
       return kNaN;
     }
     if (!(sum_ > 0) || !known) {  // wholly masked, or no mass to compare with
-      if (g) fill(s, g, 0.0);
+      if (g) fill(args_.grad_dtype, s.V, g, 0.0);
       return 0;
     }
     student_.total(sums, shift_, sum_);
@@ -132,7 +132,7 @@ class Row {
     if (args_.ce_weight != 0) loss += args_.ce_weight * student_.cross_entropy();
     if (g == nullptr) return loss;
     if (args_.divergence == Divergence::kReverse && std::isinf(D) && args_.kl_weight != 0) {
-      fill(s, g, kNaN);
+      fill(args_.grad_dtype, s.V, g, kNaN);
     } else {
       write(s, g, label, scale);
     }
@@ -339,12 +339,12 @@ class Row {
         const double t = args_.softcap == 0 ? 0 : o.z / args_.softcap;
         part *= 1 - t * t;
       }
-      store_one(s, g, column, part);
+      store_one(g, column, part);
     }
   }
 
-  static void store_one(const Logits& like, char* g, std::int64_t index, double value) {
-    dispatch_dtype(like.dtype, [&](auto element) {
+  void store_one(char* g, std::int64_t index, double value) const {
+    dispatch_dtype(args_.grad_dtype, [&](auto element) {
       using T = decltype(element);
       const auto v = broadcast<Vec<compute_t<T>>>(static_cast<compute_t<T>>(value));
       store(reinterpret_cast<T*>(g) + index, v, 1);

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import op, ranks, reference
 from .autograd import LOSSES, Operators, check_inplace, runs_inplace
-from .options import Options, check_options, plain
+from .options import Options
 from .rows import check_beside, check_labels_and_weight, check_logits
 
 LOSSES["kl_div"] = Operators(op.forward, op.overwrite, op.scale)
@@ -115,19 +115,9 @@ def kl_div(
         torch.Size([2, 7, 100])
     """
     options = Options(
-        divergence=plain(divergence, beta),
-        beta=beta,
-        temperature=temperature,
-        ce_weight=ce_weight,
-        kl_weight=kl_weight,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
-        teacher_softcap=teacher_softcap,
-        ignore_index=ignore_index,
-        reduction=reduction,
-    )
-    check_options("kl_div", options)
+        *(divergence, beta, temperature, ce_weight, kl_weight, label_smoothing, z_loss),
+        *(softcap, teacher_softcap, ignore_index, reduction),
+    ).checked("kl_div")
     check_logits("kl_div", "student_logits", student_logits)
     check_logits("kl_div", "teacher_logits", teacher_logits)
     check_labels_and_weight("kl_div", labels, row_weight, ce_weight)

@@ -28,7 +28,17 @@ def forward(student: Tensor, *call: Any, split: Split | None = None) -> list[Ten
     return [loss] if grad is None else [loss, grad]
 
 
-def overwrite(student: Tensor, teacher: Tensor, *call: Any, split: Split | None = None) -> Tensor:
+def overwrite(
+    student: Tensor,
+    teacher: Tensor,
+    *call: Any,
+    grad: Tensor | None = None,
+    split: Split | None = None,
+) -> Tensor:
+    """`grad`, where given, gets the gradient: memory of its own, or the beginning of student's rows
+    in a narrower dtype."""
+    if grad is not None:
+        return _launch(student, teacher, *call, grad=grad, split=split)
     if row_strides(student, teacher) is None:
         loss, grad = forward(student, teacher, *call, True, split=split)
         student.copy_(grad)
@@ -135,6 +145,7 @@ class StudentCall:
             DIVERGENCES.index(options.divergence),
             REDUCTIONS.index(options.reduction),
             dtype_code(self.student),
+            dtype_code(self.student if grad is None else grad),
             0 if self.split is None else self.split.phase,
         )
         numbers = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -14,41 +15,39 @@ from .options import SCHEMA
 
 KL_DIV = Op("kl_div", {Backend.CPU: cpu})
 
-_ARGUMENTS = f" Tensor teacher, Tensor? labels, Tensor? row_weight, {SCHEMA},"
 
+def define_row_loss(
+    op: Op, target: str, more: str = ""
+) -> tuple[Callable[..., list[Tensor]], Callable[..., Tensor]]:
+    """Operators of a loss over rows of student logits, by the schema of its target and of what
+    comes after the options. The first returns the loss and, with `want_grad`, its gradient by
+    student, by each row's own for reduction "none"; the second writes that over student."""
+    arguments = f"{target}, Tensor? labels, Tensor? row_weight, {SCHEMA},{more}"
+    behind = more.count(",")
 
-def _fake_loss(student: Tensor, reduction: str) -> Tensor:
-    shape = student.shape[:-1] if reduction == "none" else ()
-    return student.new_empty(shape, dtype=compute_dtype(student.dtype))
+    def fake_loss(student: Tensor, *call: Any) -> Tensor:
+        shape = student.shape[:-1] if call[-1 - behind] == "none" else ()
+        return student.new_empty(shape, dtype=compute_dtype(student.dtype))
 
+    def fake_forward(student: Tensor, *call: Any) -> list[Tensor]:
+        *call_, want_grad, _ = call
+        loss = fake_loss(student, *call_)
+        return [loss, student.new_empty(student.shape)] if want_grad else [loss]
 
-def _fake_forward(student: Tensor, *call: Any) -> list[Tensor]:
-    *_, reduction, want_grad, _ = call
-    loss = _fake_loss(student, reduction)
-    return [loss, student.new_empty(student.shape)] if want_grad else [loss]
+    def fake_overwrite(student: Tensor, *call: Any) -> Tensor:
+        return fake_loss(student, *call[:-1])
 
-
-def _fake_overwrite(student: Tensor, *call: Any) -> Tensor:
-    *_, reduction, _ = call
-    return _fake_loss(student, reduction)
+    schema = f"{op.name}_forward(Tensor student, {arguments} bool want_grad, str backend)"
+    forward = define(op, f"{schema} -> Tensor[]", fake_forward)
+    schema = f"{op.name}_overwrite(Tensor(a!) student, {arguments} str backend)"
+    return forward, define(op, f"{schema} -> Tensor", fake_overwrite)
 
 
 def _fake_scale(grad: Tensor, factor: Tensor, backend: str) -> None:
     return None
 
 
-# Returns the loss and, with `want_grad`, its gradient by student; by each row's own for "none".
-forward = define(
-    KL_DIV,
-    f"kl_div_forward(Tensor student,{_ARGUMENTS} bool want_grad, str backend) -> Tensor[]",
-    _fake_forward,
-)
-# The same, with the gradient written over student.
-overwrite = define(
-    KL_DIV,
-    f"kl_div_overwrite(Tensor(a!) student,{_ARGUMENTS} str backend) -> Tensor",
-    _fake_overwrite,
-)
+forward, overwrite = define_row_loss(KL_DIV, "Tensor teacher")
 # grad *= factor, a scalar or one factor a row.
 scale = define(
     KL_DIV, "kl_div_scale(Tensor(a!) grad, Tensor factor, str backend) -> ()", _fake_scale

@@ -37,6 +37,13 @@ class Options(NamedTuple):
     ignore_index: int = -100
     reduction: str = "mean"
 
+    def checked(self, function: str) -> Options:
+        """Within their ranges, the divergence being the one that it is at `beta`: at its ends a
+        mixture is no mixture."""
+        _check(function, self)
+        divergence = _LIMITS.get((self.divergence, self.beta), self.divergence)
+        return self._replace(divergence=divergence)
+
 
 # The same for torch.library.
 SCHEMA = (
@@ -46,12 +53,7 @@ SCHEMA = (
 )
 
 
-def plain(divergence: str, beta: float) -> str:
-    """The divergence that this one is at `beta`: at its ends a mixture is no mixture."""
-    return _LIMITS.get((divergence, beta), divergence)
-
-
-def check_options(function: str, options: Options) -> None:
+def _check(function: str, options: Options) -> None:
     _check_kinds(function, options)
     if options.divergence not in DIVERGENCES:
         raise ValueError(

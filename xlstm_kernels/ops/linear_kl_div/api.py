@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..kl_div.options import Options, check_options, plain
+from ..kl_div.options import Options
 from . import op, reference
 from .arguments import check_inputs, find_shard
 from .autograd import linear_loss
@@ -89,17 +89,8 @@ def linear_kl_div(
     student = student_hidden, student_weight, student_bias
     teacher = teacher_hidden, teacher_weight, teacher_bias
     options = Options(
-        divergence=plain(divergence, beta),
-        beta=beta,
-        temperature=temperature,
-        ce_weight=ce_weight,
-        kl_weight=kl_weight,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
-        teacher_softcap=teacher_softcap,
-        ignore_index=ignore_index,
-        reduction=reduction,
+        *(divergence, beta, temperature, ce_weight, kl_weight, label_smoothing, z_loss),
+        *(softcap, teacher_softcap, ignore_index, reduction),
     )
     inputs = Inputs(*student, *teacher, None, None, None, labels, row_weight)
     how = chunk_rows, process_group, backend
@@ -153,16 +144,8 @@ def linear_topk_kl_div(
         torch.Size([7, 16])
     """
     options = Options(
-        divergence=plain(divergence, beta),
-        beta=beta,
-        temperature=temperature,
-        ce_weight=ce_weight,
-        kl_weight=kl_weight,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
-        ignore_index=ignore_index,
-        reduction=reduction,
+        *(divergence, beta, temperature, ce_weight, kl_weight, label_smoothing, z_loss),
+        *(softcap, None, ignore_index, reduction),
     )
     student = student_hidden, student_weight, student_bias
     words = topk_logprobs, topk_ids, tail_logmass
@@ -229,12 +212,13 @@ def _linear_loss(
     process_group: dist.ProcessGroup | None,
     backend: str,
 ) -> Tensor:
-    check_options(function, settings.options)
+    settings = settings._replace(
+        options=settings.options.checked(function), chunk_rows=chunk_rows or 0
+    )
     check_inputs(function, inputs, settings, chunk_rows)
     inputs = _cast(inputs)
     over_ranks = process_group is not None
     chosen = op.LINEAR_KL_DIV.resolve(backend, inputs, function=function, over_ranks=over_ranks)
-    settings = settings._replace(chunk_rows=chunk_rows or 0)
     settings = settings._replace(shard=find_shard(function, inputs, settings, process_group))
     if chosen == "reference":
         return reference.forward(inputs, settings)

@@ -5,7 +5,8 @@ writes dz = dloss/dz_s over z_s, and  dx = dz W_s,  dW_s += dz^T x_s,  db_s += s
 wanted is computed, and rows that are ignored or of weight 0 are left out before the products.
 Logits and sums are float32 (float64 for float64 hidden states); dz is rounded to bfloat16 where the
 products are bfloat16. Rounded logits would cost digits of q - p as student and teacher come close;
-a rounded q - p does not.
+a rounded q - p does not. Where dz of all rows is smaller than the sum of dW_s, the chunks leave it
+there, and the products with it come once, at the end.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...cells import compute_dtype, no_autocast
+from ..kl_div.autograd import Others
 from ..kl_div.ranks import Shard, exchange
 from ..kl_div.rows import sum_rows, weigh_rows
 from .inputs import Inputs, Settings, valid_rows
-from .plan import blocks, plan_rows
+from .plan import blocks, holds_rows, plan_rows
 
 Rows = slice | Tensor
 
@@ -46,27 +48,35 @@ def run(inputs: Inputs, settings: Settings, wanted: list[bool], machine: Machine
 
 def _run(inputs: Inputs, settings: Settings, wanted: list[bool], machine: Machine) -> list[Tensor]:
     options, dtype = settings.options, compute_dtype(inputs.hidden.dtype)
-    leading, grad = inputs.hidden.shape[:-1], any(wanted)
+    leading = inputs.hidden.shape[:-1]
     valid, N = valid_rows(inputs, settings), leading.numel()
     weight = weigh_rows(inputs.row_weight, options.reduction, valid, dtype)
     weight_N = None if weight is None else weight.reshape(N)
     labels_N = None if inputs.labels is None else inputs.labels.reshape(N)
     student = Head(inputs.hidden, inputs.weight, inputs.bias, N, machine)
-    gradients = Gradients(student, inputs, wanted, settings.shard)
-    rows_per_chunk = settings.chunk_rows or plan_rows(inputs, wanted[1], settings.shard)
-    chunks = list(_chunks(_kept(valid.reshape(N), weight_N), N, rows_per_chunk))
-    size = max((count for _, count in chunks), default=0)
+    kept = _kept(valid.reshape(N), weight_N)
+    total = N if kept is None else len(kept)
+    held = holds_rows(inputs, wanted, student.dtype, total)
+    gradients = Gradients(student, inputs, wanted, held, settings.shard)
+    size = min(total, settings.chunk_rows or plan_rows(inputs, wanted[1], settings.shard))
     target = Target(inputs, settings, N, machine)
-    z, spare = _buffers(student, target, size, dtype, grad, machine)
+    z, dz, spare = _buffers(student, target, size, dtype, wanted, machine)
+    if held and size < total:
+        dz = machine.fresh((total, student.V), student.dtype)
     loss_N = torch.zeros(N, dtype=dtype)
-    for rows, count in chunks:
+    for chunk in _chunks(total, size):
+        rows, count = chunk if kept is None else kept[chunk], chunk.stop - chunk.start
         x, z_CV = student.take(rows), z[:count]
+        dz_CV = None if dz is None else dz[chunk] if held else dz[:count]
         student.logits(x, z_CV)
         labels = None if labels_N is None else labels_N[rows]
         weight = None if weight_N is None else weight_N[rows]
-        loss_N[rows] = target.loss(rows, z_CV, spare[:count], labels, weight, grad)
-        if grad:
-            gradients.add(rows, x, z_CV, spare[:count])
+        loss_N[rows] = target.loss(rows, z_CV, spare[:count], labels, weight, dz_CV)
+        if dz_CV is not None and not held:
+            gradients.add(rows, x, dz_CV, spare[:count])
+    if held and dz is not None:
+        rows = slice(0, N) if kept is None else kept
+        gradients.add(rows, student.take(rows), dz, spare)
     reduced = options.reduction != "none"
     loss = sum_rows(loss_N) if reduced else loss_N.reshape(leading)
     return [loss, *gradients.finish()]
@@ -109,15 +119,20 @@ class Target:
 
     def __init__(self, inputs: Inputs, settings: Settings, N: int, machine: Machine):
         options = settings.options._replace(reduction="none")
-        self.head, self.words, self.shard = None, None, settings.shard
-        self.kernel, self.options = machine.kl_div, tuple(options)
-        if options.kl_weight == 0:  # nobody asks what the teacher says
+        self.head, self.shard = None, settings.shard
+        # Without a teacher, or where nobody asks what it says: one of no words.
+        self.kernel = machine.topk_kl_div
+        self.options: tuple[Any, ...] = (*options, "tail")
+        nothing = inputs.hidden.new_empty(N, 0)
+        self.words: Others = (nothing, nothing.to(torch.int64), None)
+        if options.kl_weight == 0:
             return
         if inputs.teacher_hidden is not None and inputs.teacher_weight is not None:
             teacher = inputs.teacher_hidden, inputs.teacher_weight, inputs.teacher_bias
             self.head = Head(*teacher, N, machine)
+            self.kernel, self.options = machine.kl_div, tuple(options)
         elif inputs.topk_logprobs is not None and inputs.topk_ids is not None:
-            self.kernel, self.options = machine.topk_kl_div, (*options, settings.support)
+            self.options = *options, settings.support
             tail = inputs.tail_logmass
             self.words = (
                 inputs.topk_logprobs.reshape(N, inputs.topk_logprobs.shape[-1]),
@@ -137,29 +152,30 @@ class Target:
         spare: Tensor,
         labels: Tensor | None,
         weight: Tensor | None,
-        grad: bool,
+        dz_CV: Tensor | None,
     ) -> Tensor:
-        """Of each row; with `grad` its gradient is written over z."""
-        if self.words is not None:
-            others = tuple(None if part is None else part[rows] for part in self.words)
-        elif self.head is not None:
-            others = (spare[:, : self.head.V],)
-            self.head.logits(self.head.take(rows), others[0])
+        """Of each row; its gradient is written to dz, which may be in the memory of z."""
+        if self.head is not None:
+            teacher_CV = spare[:, : self.head.V]
+            self.head.logits(self.head.take(rows), teacher_CV)
+            others: Others = (teacher_CV,)
         else:
-            others = (z_CV,)
+            others = tuple(None if part is None else part[rows] for part in self.words)
         call, how = (z_CV, *others, labels, weight, *self.options), {}
         if self.shard is not None:
             parts = z_CV, others, labels, weight, self.options
             call, how["split"] = exchange(self.kernel, self.shard, *parts)
-        if grad:
-            return self.kernel.overwrite(*call, **how)
+        if dz_CV is not None:
+            return self.kernel.overwrite(*call, grad=dz_CV, **how)
         return self.kernel.forward(*call, False, **how)[0]
 
 
 class Gradients:
     """What chunks add up to."""
 
-    def __init__(self, head: Head, inputs: Inputs, wanted: list[bool], shard: Shard | None):
+    def __init__(
+        self, head: Head, inputs: Inputs, wanted: list[bool], held: bool, shard: Shard | None
+    ):
         self.head, self.inputs, self.shard = head, inputs, shard
         want_hidden, want_weight, want_bias = wanted
         dtype = compute_dtype(inputs.hidden.dtype)
@@ -170,14 +186,14 @@ class Gradients:
         if want_bias:
             self.dbias = torch.zeros(head.V, dtype=dtype)
         if want_weight:
-            # Sums are the result itself where it has their dtype; else blocks of their own, freed
-            # one after the other, so that both are never there as a whole.
+            # Sums are the result itself where it has their dtype, or all rows come at once; else
+            # blocks of their own, freed one after the other: both are never there as a whole.
             self.dweight = head.machine.fresh(inputs.weight.shape, inputs.weight.dtype)
             self.sums = [
                 (
                     block,
                     self.dweight[block]
-                    if self.dweight.dtype == dtype
+                    if held or self.dweight.dtype == dtype
                     else head.machine.fresh((block.stop - block.start, head.E), dtype),
                 )
                 for block in blocks(head.V, head.E)
@@ -228,20 +244,26 @@ def _kept(valid_N: Tensor, weight_N: Tensor | None) -> Tensor | None:
     return None if bool(kept.all()) else kept.nonzero().squeeze(1)
 
 
-def _chunks(kept: Tensor | None, N: int, size: int) -> Iterator[tuple[Rows, int]]:
-    """The rows of each chunk, and how many they are."""
-    total = N if kept is None else len(kept)
-    for begin in range(0, total, size):
-        chunk = slice(begin, min(begin + size, total))
-        yield chunk if kept is None else kept[chunk], chunk.stop - begin
+def _chunks(total: int, size: int) -> Iterator[slice]:
+    for begin in range(0, total, max(size, 1)):
+        yield slice(begin, min(begin + size, total))
 
 
 def _buffers(
-    student: Head, target: Target, size: int, dtype: torch.dtype, grad: bool, machine: Machine
-) -> tuple[Tensor, Tensor]:
-    """For the student's logits of a chunk; and for the teacher's, which then make room for the
-    rounded gradient by the student's."""
-    rounded = (student.V * student.dtype.itemsize + dtype.itemsize - 1) // dtype.itemsize
-    spare = rounded if grad and student.dtype != dtype else 0
-    width = max(spare, target.V)
-    return machine.fresh((size, student.V), dtype), machine.fresh((size, width), dtype)
+    student: Head,
+    target: Target,
+    size: int,
+    dtype: torch.dtype,
+    wanted: list[bool],
+    machine: Machine,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """For a chunk's logits of the student; for the gradient by them, in the same memory, None where
+    nobody wants it; and for the teacher's logits, which then make room for the gradient rounded."""
+    V, width = student.V, target.V
+    z = dz = machine.fresh((size, V), dtype)
+    if student.dtype != dtype and any(wanted):
+        if wanted[2]:  # the bias's is a sum of what is not rounded
+            width = max(width, (V * student.dtype.itemsize - 1) // dtype.itemsize + 1)
+        else:
+            dz = z.view(student.dtype)[:, :V]
+    return z, dz if any(wanted) else None, machine.fresh((size, width), dtype)

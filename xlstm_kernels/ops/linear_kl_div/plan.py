@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 from ...cells import compute_dtype
 from ..kl_div.ranks import Shard
 from .inputs import Inputs
@@ -38,9 +40,19 @@ def plan_rows(inputs: Inputs, want_weight: bool, shard: Shard | None) -> int:
         V, teacher_V = max(shard.widths), max(shard.teacher_widths) if teacher_V else 0
     budget = EAGER_SHARE * EAGER_TENSORS * N * V * itemsize
     if want_weight and weight_dtype.itemsize != sum_itemsize:
-        budget -= sum_itemsize * V * E + BLOCK_BYTES
+        budget -= min(sum_itemsize * V * E + BLOCK_BYTES, itemsize * N * V)
     rows = int(max(budget, LEAST_BYTES) / (sum_itemsize * (V + teacher_V)))
     return min(max(rows // ROWS_STEP * ROWS_STEP, MIN_ROWS), MAX_ROWS)
+
+
+def holds_rows(inputs: Inputs, wanted: list[bool], product_dtype: torch.dtype, total: int) -> bool:
+    """Whether the gradient by the logits of all rows is kept for one product with it, so that the
+    weight's needs no sum in a wider dtype. A bias's is a sum of what is not rounded."""
+    _, want_weight, want_bias = wanted
+    E, sum_itemsize = inputs.hidden.shape[-1], compute_dtype(inputs.hidden.dtype).itemsize
+    narrow = product_dtype.itemsize < sum_itemsize and inputs.weight.dtype == product_dtype
+    fits = total * product_dtype.itemsize <= E * sum_itemsize
+    return want_weight and not want_bias and narrow and fits
 
 
 def blocks(V: int, E: int) -> Iterator[slice]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..kl_div import op as kl_div_op
 from ..kl_div import ranks
 from ..kl_div.autograd import LOSSES, Operators, check_inplace, runs_inplace
-from ..kl_div.options import Options, check_options, plain
+from ..kl_div.options import Options
 from ..kl_div.rows import check_beside, check_labels_and_weight, check_logits
 from . import op, reference
 from .arguments import check_support, check_target
@@ -92,18 +92,9 @@ def topk_kl_div(
         >>> xk.topk_kl_div(student, logprobs, ids).backward()
     """
     options = Options(
-        divergence=plain(divergence, beta),
-        beta=beta,
-        temperature=temperature,
-        ce_weight=ce_weight,
-        kl_weight=kl_weight,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
-        ignore_index=ignore_index,
-        reduction=reduction,
-    )
-    check_options("topk_kl_div", options)
+        *(divergence, beta, temperature, ce_weight, kl_weight, label_smoothing, z_loss),
+        *(softcap, None, ignore_index, reduction),
+    ).checked("topk_kl_div")
     check_support("topk_kl_div", support, tail_logmass, options.divergence)
     check_logits("topk_kl_div", "student_logits", student_logits)
     check_target("topk_kl_div", student_logits, topk_logprobs, topk_ids, tail_logmass)

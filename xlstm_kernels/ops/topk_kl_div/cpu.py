@@ -29,7 +29,12 @@ def forward(student: Tensor, *call: Any, split: Split | None = None) -> list[Ten
     return [loss] if grad is None else [loss, grad]
 
 
-def overwrite(student: Tensor, *call: Any, split: Split | None = None) -> Tensor:
+def overwrite(
+    student: Tensor, *call: Any, grad: Tensor | None = None, split: Split | None = None
+) -> Tensor:
+    """As that of kl_div."""
+    if grad is not None:
+        return _launch(student, *call, grad=grad, split=split)
     if row_strides(student) is None:
         loss, grad = forward(student, *call, True, split=split)
         student.copy_(grad)
