@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -201,30 +202,28 @@ def mixer_attention(
     scaling: float,
     mixer_input: Tensor,
     mixer_cache: HybridCacheLayer | None,
-    mixer_errors: list[tuple[Tensor, Tensor]] | None = None,
+    mixer_observer: Callable[..., None] | None = None,
     cu_seq_lens_q: Tensor | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention implementation that runs a module's mixer.
 
-    With `mixer_errors` the teacher's attention goes on, and the list gets (|mixer - attention|^2,
-    |attention|^2), the former with a gradient to the mixer's parameters and to nothing else.
+    With `mixer_observer` the teacher's attention goes on instead, after a call of
+    mixer_observer(mixer, [x, q, k, v] as the mixer takes them, attention (B, T, H, D), scale=,
+    cu_seqlens=).
     """
     # Under autocast the position embedding leaves q and k in float32.
     heads = [x.to(v_BGTD.dtype) for x in (q_BHTD, k_BGTD, v_BGTD)]
     tensors = [mixer_input, *(x.transpose(1, 2) for x in heads)]
     mixer: HybridMixer = module.mixer
-    if mixer_errors is not None:
+    if mixer_observer is not None:
         attention = _teacher_attention(module)
-        want, _ = attention(module, *heads, attention_mask, scaling=scaling, dropout=0.0, **kwargs)
-        want = want.detach()
-        with torch.enable_grad():
-            inputs = [x.detach() for x in tensors]
-            got = mixer(*inputs, scale=scaling, cu_seqlens=cu_seq_lens_q)
-            # In float32: a sum of squares of 16 bits loses most of them.
-            mixer_errors.append(((got - want).float().square().sum(), want.float().square().sum()))
-        return want, None
+        h_BTHD, _ = attention(
+            *(module, *heads, attention_mask), scaling=scaling, dropout=0.0, **kwargs
+        )
+        mixer_observer(mixer, tensors, h_BTHD, scale=scaling, cu_seqlens=cu_seq_lens_q)
+        return h_BTHD, None
     if mixer_cache is None:
         return mixer(*tensors, scale=scaling, cu_seqlens=cu_seq_lens_q), None
     return mixer_cache.run(mixer, tensors, scaling), None

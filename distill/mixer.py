@@ -45,10 +45,10 @@ class HybridOptions:
     input_gate: "exp", the paper's, or "sigmoid".
     gate_init: both gates' weights on x are 0, and so are the input gate's biases. Those of the
         forget gate: "spread": from `forget_bias` up to 3 more, evenly over the heads; "constant":
-        `forget_bias`. The paper does not say.
+        `forget_bias`. The paper does not say; `stages.calibrate_gates` asks the teacher.
     forget_bias: 3 keeps half of a token for 14 tokens, 6 for 280.
-    output_gate: what o is computed from: "qkv", the paper's; "x", what "qkv" can be merged into;
-        "bias": nothing, a learned constant a head.
+    output_gate: what o is computed from: "qkv", the paper's; "x", the layer's input; "bias":
+        nothing, a learned constant a head.
     output_bias: the first o is its sigmoid. The paper does not say; LoLCATs' is log(0.1 / 0.9).
     layers: indices of the layers that are replaced, negative ones from the end; None is all.
     eps: added to the normalizer.

@@ -8,6 +8,8 @@ Source: arXiv 2603.15590, sections 3.2 and 3.3, equations 12 and 13.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 import xlstm_kernels as xk
 from distill.errors import DistillError
+from distill.mixer import HybridMixer
 
 
 def align_loss(
@@ -37,22 +40,76 @@ def align_loss(
     Returns:
         The sum, and the number of tokens.
     """
-    errors: list[tuple[Tensor, Tensor]] = []
+    sums: list[Tensor] = []
+    count = input_ids.numel()
+
+    def compare(mixer: HybridMixer, tensors: list[Tensor], want_BTHD: Tensor, **how: Any) -> None:
+        with torch.enable_grad():
+            got_BTHD = mixer(*(x.detach() for x in tensors), **how)
+            # In float32: a sum of squares of 16 bits loses most of them.
+            error = (got_BTHD - want_BTHD).float().square().sum()
+            sums.append(error * count / want_BTHD.float().square().sum() if relative else error)
+
+    _observe("align_loss", student, input_ids, compare, **inputs)
+    return torch.stack(sums).sum(), count
+
+
+def calibrate_gates(student: Any, input_ids: Tensor) -> None:
+    """Set gate biases from the teacher's attention, instead of `HybridOptions.gate_init`.
+
+    A head's forget gate keeps a half over the mean distance to which its teacher looks back, sinks
+    aside. Its output gate opens by the share of the attention that neither window nor sinks see,
+    and by 1 % at least. A window that the teacher has itself is not looked at. The paper has no
+    such step.
+
+    Args:
+        student: as in `align_loss`.
+        input_ids: (B, T), T larger than window and sinks; memory grows with B T^2.
+    """
+
+    def measure(
+        mixer: HybridMixer, tensors: list[Tensor], _: Tensor, scale: float, **how: Any
+    ) -> None:
+        window, sinks = mixer.options.window, mixer.options.sinks
+        q_BTHD, k_BTGD = tensors[1].float(), tensors[2].float()
+        T, H = q_BTHD.shape[1:3]
+        if window + sinks >= T:
+            raise DistillError(
+                "calibrate_gates: input_ids must be longer than window and sinks,"
+                f" {window} + {sinks}, got T = {T}"
+            )
+        k_BTHD = k_BTGD.repeat_interleave(H // k_BTGD.shape[2], dim=2)
+        t, j = torch.arange(T, device=q_BTHD.device)[:, None], torch.arange(T, device=q_BTHD.device)
+        scores_BHTT = torch.einsum("bthd,bjhd->bhtj", q_BTHD, k_BTHD) * scale
+        weights_BHTT = scores_BHTT.masked_fill(j > t, float("-inf")).softmax(-1)
+        unseen = (j <= t - window) & (j >= sinks)
+        share_H = (weights_BHTT * unseen)[:, :, window + sinks :].sum(-1).mean((0, 2))
+        no_sinks = weights_BHTT * (j >= sinks)
+        distance_H = (no_sinks * (t - j)).sum((0, 2, 3)) / no_sinks.sum((0, 2, 3))
+        # f^distance = 1/2, and f = sigmoid(bias).
+        forget_H = -torch.expm1(math.log(2) / distance_H.clamp_min(1)).log()
+        mixer.gates.bias[H:] = forget_H
+        mixer.output_bias.copy_(share_H.clamp(0.01, 0.99).logit())
+
+    _observe("calibrate_gates", student, input_ids, measure)
+
+
+@torch.no_grad()
+def _observe(
+    function: str, student: Any, input_ids: Tensor, observer: Callable[..., None], **inputs: Any
+) -> None:
+    """Run the teacher that is in the student, and the observer on each of its mixers."""
+    if not any(isinstance(module, HybridMixer) for module in student.modules()):
+        raise DistillError(
+            f"{function}: student must have mixers, as `hybridize` makes,"
+            f" got {type(student).__name__}"
+        )
     training = student.training
     student.eval()  # no dropout in what is to be learned
     try:
-        with torch.no_grad():
-            student.base_model(input_ids, use_cache=False, mixer_errors=errors, **inputs)
+        student.base_model(input_ids, use_cache=False, mixer_observer=observer, **inputs)
     finally:
         student.train(training)
-    if not errors:
-        raise DistillError(
-            f"align_loss: student must have mixers, as `hybridize` makes, got"
-            f" {type(student).__name__}"
-        )
-    count = input_ids.numel()
-    parts = [error * count / norm if relative else error for error, norm in errors]
-    return torch.stack(parts).sum(), count
 
 
 @torch.no_grad()

@@ -81,9 +81,36 @@ def test_stage_one_trains_the_mixers_alone():
     assert with_grad == new.keys()
 
 
-def test_align_loss_needs_mixers():
+@families
+@torch.no_grad()
+def test_calibrated_gates(family):
+    """Against the attention weights that transformers itself returns."""
+    teacher, ids = make_teacher(family), tokens(20)
+    teacher.set_attn_implementation("eager")
+    student = hybrid.hybridize(teacher, window=6, sinks=2)
+    stages.calibrate_gates(student, ids)
+    mixers = [m for m in student.modules() if isinstance(m, hybrid.HybridMixer)]
+    attentions = teacher(ids, output_attentions=True, use_cache=False).attentions
+    for mixer, weights in zip(mixers, attentions, strict=True):
+        for head, rows in enumerate(weights.double().transpose(0, 1)):
+            unseen = [rows[:, t, 2 : t - 5].sum(-1) for t in range(8, 20)]
+            share = torch.stack(unseen).mean().clamp_min(0.01)
+            assert relative_error(mixer.output_bias[head].sigmoid(), share) <= 1e-4
+            far = [(rows[:, t, 2 : t + 1] * range_down(t - 2)).sum() for t in range(2, 20)]
+            distance = sum(far) / rows[:, :, 2:].sum()
+            forget = mixer.gates.bias[4 + head].double().sigmoid()
+            assert relative_error(forget**distance, torch.tensor(0.5)) <= 1e-4
+
+
+def range_down(first):
+    return torch.arange(first, -1, -1)
+
+
+def test_calls_that_cannot_be():
     with pytest.raises(DistillError, match="align_loss: student must have mixers"):
         stages.align_loss(make_teacher(), tokens(9))
+    with pytest.raises(DistillError, match=r"calibrate_gates: .*longer than .*6 \+ 2, got T = 8"):
+        stages.calibrate_gates(hybrid.hybridize(make_teacher(), window=6, sinks=2), tokens(8))
 
 
 def test_sparse_loss_of_all_words_is_the_dense_one():
