@@ -12,11 +12,14 @@ import triton.language as tl
 
 @triton.jit
 def exp(x):
-    """2^n exp(x - n ln 2); ln 2 in two parts, of which n times the first is exact."""
+    """2^n exp(r), exp(r) by a polynomial of least maximum error. ln 2 is in two parts, of which n
+    times the first is exact."""
     x = tl.where(x > 89.0, 89.0, tl.where(x < -104.0, -104.0, x))
     n = tl.floor(x * 1.4426950408889634 + 0.5)
-    rest = x - n * 0.693359375
-    return tl.exp(rest + n * 2.1219444005469057e-4) * tl.exp2(n)
+    r = (x - n * 0.693359375) + n * 2.1219444005469057e-4
+    p = 0.041668400 + r * (0.0083688507 + r * 0.0013814326)
+    p = 0.49999994 + r * (0.16666520 + r * p)
+    return (1.0 + (r + r * r * p)) * tl.exp2(n)
 
 
 @triton.jit

@@ -81,7 +81,7 @@ def forward_kernel(
             sums = product(state[0], matrix, ROWS, DOT)
         else:
             sums = streamed(state[0], r, at, sizes, False, D, BLOCK_D, ROWS, DEPTH, DOT)
-        raw_t = sums + x_t.to(tl.float32) + bias[None, :]
+        raw_t = sums + (x_t.to(tl.float32) + bias[None, :])
         if SAVE:
             tl.store(token_places(raw, at, t, g * raw.g + unit), raw_t, in_gates)
         after = STEP(split_gates(raw_t), state, n_floor)

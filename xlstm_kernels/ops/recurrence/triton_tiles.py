@@ -230,20 +230,26 @@ def dot(a, b, DOT: tl.constexpr):
 
 
 @triton.jit
+def part_products(parts, r, ROWS: tl.constexpr, DOT: tl.constexpr):
+    """The products of the first parts and of the second."""
+    sums = tl.reshape(dot(parts, r, DOT), (2, ROWS, r.shape[1]))
+    return tl.split(tl.permute(sums, (1, 2, 0)))
+
+
+@triton.jit
 def product(x, r, ROWS: tl.constexpr, DOT: tl.constexpr):
-    """x R of x (ROWS, K)."""
+    """x R of x (ROWS, K); the small products are added first."""
     if DOT == "ieee":
         return dot(x, r[0], DOT)
     else:
         high, low = x_parts(x, DOT)
         parts = tl.permute(tl.join(high, low), (2, 0, 1))
         parts = tl.reshape(parts, (2 * ROWS, x.shape[1]))
-        sums = dot(parts, r[0], DOT)
+        large, small = part_products(parts, r[0], ROWS, DOT)
         if DOT == "tf32x2":
-            sums += dot(parts, r[1], DOT)
-        sums = tl.permute(tl.reshape(sums, (2, ROWS, r[0].shape[1])), (1, 2, 0))
-        of_high, of_low = tl.split(sums)
-        return of_high + of_low
+            high, low = part_products(parts, r[1], ROWS, DOT)
+            small += high + low
+        return large + small
 
 
 @triton.jit
