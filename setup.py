@@ -124,6 +124,8 @@ def edges(ext: Extension) -> str:
     module = ext.name.rsplit(".", 1)[1]
     build = "_CPU" if module == "_cpu" else "_CUDA"
     define = f"-DXLSTM_MODULE={module} -DXLSTM_BUILD{build}"
+    if EMULATED:
+        define += " -DXLSTM_EMULATED"
     objects = [("bind", SOURCE / "bind.cpp", f"{module}/bind.o", define)]
     if module == "_cpu":
         kernels = sorted(SOURCE.glob("cpu/*.cpp"))

@@ -24,6 +24,10 @@
 #ifdef XLSTM_BUILD_CUDA
 #include "cuda/device.h"
 #include "cuda/recurrence_launch.h"
+#include "cuda/row_launch.h"
+#endif
+#ifdef XLSTM_EMULATED
+#include "emulator/machine.h"
 #endif
 
 namespace py = pybind11;
@@ -109,7 +113,77 @@ void recurrence_backward(int cell, int dtype, std::array<std::int64_t, 4> sizes,
 #endif
 }
 
+using Strides = std::array<std::int64_t, 2>;
+
+// `kinds`, `numbers` and `results` in the order of the fields that they fill.
+void fill(xlstm::RowLoss& args, std::array<int, 5> kinds, Strides rows, std::int64_t V,
+          Address student, Strides student_stride, Address labels, std::int64_t ignore_index,
+          Address row_weight, std::array<double, 7> numbers, std::array<Address, 4> results,
+          Strides grad_stride) {
+  args.divergence = static_cast<xlstm::Divergence>(kinds[0]);
+  args.reduction = static_cast<xlstm::Reduction>(kinds[1]);
+  args.student_dtype = static_cast<DType>(kinds[2]);
+  args.grad_dtype = static_cast<DType>(kinds[3]);
+  args.phase = static_cast<xlstm::Phase>(kinds[4]);
+  args.V_student = V, args.student = pointer(student);
+  for (int axis = 0; axis < 2; ++axis) {
+    args.rows[axis] = rows[axis];
+    args.student_stride[axis] = student_stride[axis];
+    args.grad_stride[axis] = grad_stride[axis];
+  }
+  args.labels = pointer<const std::int64_t>(labels), args.ignore_index = ignore_index;
+  args.row_weight = pointer(row_weight);
+  args.temperature = numbers[0], args.mix = numbers[1];
+  args.kl_weight = numbers[2], args.ce_weight = numbers[3];
+  args.label_smoothing = numbers[4], args.z_loss = numbers[5], args.softcap = numbers[6];
+  args.row_loss = pointer(results[0]), args.loss = pointer(results[1]);
+  args.grad = pointer(results[2]), args.sums = pointer<xlstm::RowSums>(results[3]);
+}
+
+// What only the CUDA kernels take.
+#ifdef XLSTM_BUILD_CUDA
+#define XLSTM_ROWS_FOR_CUDA , Address counted, Address stream
+#else
+#define XLSTM_ROWS_FOR_CUDA
+#endif
+
+void kl_div(std::array<int, 5> kinds, Strides rows, std::int64_t V, Address student,
+            Strides student_stride, Address labels, std::int64_t ignore_index, Address row_weight,
+            std::array<double, 7> numbers, std::array<Address, 4> results, Strides grad_stride,
+            int teacher_dtype, std::int64_t V_teacher, Address teacher, Strides teacher_stride,
+            double teacher_softcap XLSTM_ROWS_FOR_CUDA) {
+  xlstm::KlDiv args;
+  fill(args, kinds, rows, V, student, student_stride, labels, ignore_index, row_weight, numbers,
+       results, grad_stride);
+  args.teacher_dtype = static_cast<DType>(teacher_dtype);
+  args.V_teacher = V_teacher, args.teacher = pointer(teacher);
+  for (int axis = 0; axis < 2; ++axis) args.teacher_stride[axis] = teacher_stride[axis];
+  args.teacher_softcap = teacher_softcap;
+  py::gil_scoped_release unlocked;
+#ifdef XLSTM_BUILD_CUDA
+  xlstm::kl_div_cuda(args, pointer(counted), pointer(stream));
+#else
+  xlstm::kl_div_cpu(args);
+#endif
+}
+
 #ifdef XLSTM_BUILD_CPU
+
+void topk_kl_div(std::array<int, 5> kinds, Strides rows, std::int64_t V, Address student,
+                 Strides student_stride, Address labels, std::int64_t ignore_index,
+                 Address row_weight, std::array<double, 7> numbers, std::array<Address, 4> results,
+                 Strides grad_stride, int support, std::array<std::int64_t, 3> sizes,
+                 std::array<Address, 4> target) {
+  xlstm::TopkKlDiv args;
+  fill(args, kinds, rows, V, student, student_stride, labels, ignore_index, row_weight, numbers,
+       results, grad_stride);
+  args.support = static_cast<xlstm::Support>(support);
+  args.V = sizes[0], args.first = sizes[1], args.K = sizes[2];
+  args.logprobs = pointer(target[0]), args.ids = pointer<const std::int64_t>(target[1]);
+  args.tail_logmass = pointer(target[2]), args.z_words = pointer<double>(target[3]);
+  py::gil_scoped_release unlocked;
+  xlstm::topk_kl_div_cpu(args);
+}
 
 // Addresses come as lists in the order of the fields they fill.
 using MLSTMStrides = std::array<std::array<std::int64_t, 3>, 5>;
@@ -192,65 +266,6 @@ void mlstm_step(std::array<int, 6> kinds, std::array<std::int64_t, 5> sizes,
   xlstm::mlstm_step_cpu(args);
 }
 
-using Strides = std::array<std::int64_t, 2>;
-
-// `kinds`, `numbers` and `results` in the order of the fields that they fill.
-void fill(xlstm::RowLoss& args, std::array<int, 5> kinds, Strides rows, std::int64_t V,
-          Address student, Strides student_stride, Address labels, std::int64_t ignore_index,
-          Address row_weight, std::array<double, 7> numbers, std::array<Address, 4> results,
-          Strides grad_stride) {
-  args.divergence = static_cast<xlstm::Divergence>(kinds[0]);
-  args.reduction = static_cast<xlstm::Reduction>(kinds[1]);
-  args.student_dtype = static_cast<DType>(kinds[2]);
-  args.grad_dtype = static_cast<DType>(kinds[3]);
-  args.phase = static_cast<xlstm::Phase>(kinds[4]);
-  args.V_student = V, args.student = pointer(student);
-  for (int axis = 0; axis < 2; ++axis) {
-    args.rows[axis] = rows[axis];
-    args.student_stride[axis] = student_stride[axis];
-    args.grad_stride[axis] = grad_stride[axis];
-  }
-  args.labels = pointer<const std::int64_t>(labels), args.ignore_index = ignore_index;
-  args.row_weight = pointer(row_weight);
-  args.temperature = numbers[0], args.mix = numbers[1];
-  args.kl_weight = numbers[2], args.ce_weight = numbers[3];
-  args.label_smoothing = numbers[4], args.z_loss = numbers[5], args.softcap = numbers[6];
-  args.row_loss = pointer(results[0]), args.loss = pointer(results[1]);
-  args.grad = pointer(results[2]), args.sums = pointer<xlstm::RowSums>(results[3]);
-}
-
-void kl_div(std::array<int, 5> kinds, Strides rows, std::int64_t V, Address student,
-            Strides student_stride, Address labels, std::int64_t ignore_index, Address row_weight,
-            std::array<double, 7> numbers, std::array<Address, 4> results, Strides grad_stride,
-            int teacher_dtype, std::int64_t V_teacher, Address teacher, Strides teacher_stride,
-            double teacher_softcap) {
-  xlstm::KlDiv args;
-  fill(args, kinds, rows, V, student, student_stride, labels, ignore_index, row_weight, numbers,
-       results, grad_stride);
-  args.teacher_dtype = static_cast<DType>(teacher_dtype);
-  args.V_teacher = V_teacher, args.teacher = pointer(teacher);
-  for (int axis = 0; axis < 2; ++axis) args.teacher_stride[axis] = teacher_stride[axis];
-  args.teacher_softcap = teacher_softcap;
-  py::gil_scoped_release unlocked;
-  xlstm::kl_div_cpu(args);
-}
-
-void topk_kl_div(std::array<int, 5> kinds, Strides rows, std::int64_t V, Address student,
-                 Strides student_stride, Address labels, std::int64_t ignore_index,
-                 Address row_weight, std::array<double, 7> numbers, std::array<Address, 4> results,
-                 Strides grad_stride, int support, std::array<std::int64_t, 3> sizes,
-                 std::array<Address, 4> target) {
-  xlstm::TopkKlDiv args;
-  fill(args, kinds, rows, V, student, student_stride, labels, ignore_index, row_weight, numbers,
-       results, grad_stride);
-  args.support = static_cast<xlstm::Support>(support);
-  args.V = sizes[0], args.first = sizes[1], args.K = sizes[2];
-  args.logprobs = pointer(target[0]), args.ids = pointer<const std::int64_t>(target[1]);
-  args.tail_logmass = pointer(target[2]), args.z_words = pointer<double>(target[3]);
-  py::gil_scoped_release unlocked;
-  xlstm::topk_kl_div_cpu(args);
-}
-
 // Asks the kernel for huge pages before the first touch of a fresh buffer: one fault per 2 MiB, not
 // per 4 KiB. Advice only, so a refusal changes nothing.
 void advise_huge_pages(Address address, std::int64_t size_bytes) {
@@ -309,6 +324,16 @@ py::list recurrence_launch_shapes() {
   return found;
 }
 
+// How a row is cut for a loss that looks at `rows` of them together.
+py::dict row_shape(int shared_bytes, bool clusters, std::int64_t columns, int per_vector,
+                   int rows) {
+  const xlstm::RowShape shape =
+      xlstm::row_shape({shared_bytes, 1024, clusters}, columns, per_vector, {rows, 0, 0});
+  return py::dict(py::arg("blocks") = shape.blocks, py::arg("threads") = shape.threads,
+                  py::arg("slice") = shape.slice, py::arg("kept") = shape.kept,
+                  py::arg("shared_bytes") = shape.shared_bytes);
+}
+
 #endif  // XLSTM_BUILD_CUDA
 
 // `stream` is for CUDA alone.
@@ -343,18 +368,27 @@ PYBIND11_MODULE(XLSTM_MODULE, m) {
   m.def("mlstm_forward", &mlstm_forward);
   m.def("mlstm_backward", &mlstm_backward);
   m.def("mlstm_step", &mlstm_step);
-  m.def("kl_div", &kl_div);
   m.def("topk_kl_div", &topk_kl_div);
   m.attr("checkpoint_interval") = xlstm::kCheckpointInterval;
   m.attr("state_interval") = xlstm::kStateInterval;
 #endif
+  m.def("kl_div", &kl_div);
   m.def("recurrence_forward", &recurrence_forward);
   m.def("recurrence_backward", &recurrence_backward);
 #ifdef XLSTM_BUILD_CUDA
   m.def("recurrence_launch_shapes", &recurrence_launch_shapes);
+  m.def("row_shape", &row_shape);
   m.def("archs", &xlstm::cuda_archs, "Compute capabilities inside; the last one as PTX too");
   m.def("devices", &devices);
   m.attr("runtime_version") = xlstm::cuda_runtime_version();
+#endif
+#ifdef XLSTM_EMULATED
+  m.def(
+      "set_chip",
+      [](int capability, int shared_bytes) {
+        xlstm::emulator::g_chip = {capability, static_cast<std::size_t>(shared_bytes)};
+      },
+      "What launches may ask for from here on, for tests of how they choose");
 #endif
   m.def("scale_rows", &scale_rows);
   m.attr("compiler") = XLSTM_COMPILER;

@@ -359,7 +359,7 @@ def test_auto_takes_the_kernel():
 
 
 S, T = normal(4, 9), normal(4, 9)
-LABELS = torch.zeros(4, dtype=torch.int64)
+META, LABELS = (S.to("meta"), T.to("meta")), torch.zeros(4, dtype=torch.int64)
 LEADING = "must have student_logits' leading shape (4,), got"
 TEMPERATURE = "temperature must be in [1e-06, 1e+06], got"
 CAP = "must be finite and > 0, or None, got"
@@ -389,8 +389,8 @@ WRONG = [
     (ValueError, (S, T), {"divergence": "kl"}, "'skew', 'skew_reverse', 'tv', got 'kl'"),
     (ValueError, (S, T), {"reduction": "avg"}, "'sum', 'mean', 'batchmean', got 'avg'"),
     (ValueError, (S, T), {"backend": "gpu"}, "backend must be one of"),
-    (NotImplementedError, (S, T), {"backend": "cuda"}, "backend 'cuda' cannot run this call"),
-    (NotImplementedError, (S.to("meta"), T.to("meta")), {"backend": "cpu"}, "runs on CPU tensors"),
+    (NotImplementedError, META, {"backend": "cuda"}, "backend 'cuda' cannot run this call"),
+    (NotImplementedError, META, {"backend": "cpu"}, "runs on CPU tensors"),
 ]
 
 

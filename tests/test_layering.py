@@ -42,11 +42,13 @@ MAY_IMPORT = {
     r"|ops\.mlstm\.(api|arguments)|backends|cells|arguments",
     r"ops\.mlstm_step\.triton_kernel": r"ops\.mlstm\.triton_tiles|cells\.triton_math",
     # Another target of the same rows of student logits.
-    r"ops\.(?P<op>topk_kl_div)\.cpu": rf"{HELPERS}|ops\.kl_div\.(cpu|options|ranks)"
-    r"|cells|backends|memory",
-    r"ops\.(?P<op>topk_kl_div)\.op": rf"{{op}}\.cpu|{HELPERS}|ops\.kl_div\.op"
+    r"ops\.(?P<op>kl_div)\.compiled": rf"{HELPERS}|memory|cells",
+    r"ops\.(?P<op>topk_kl_div)\.(cpu|cuda)": rf"{HELPERS}|cells|backends|memory"
+    r"|ops\.kl_div\.(compiled|options|ranks|rows)",
+    r"ops\.(?P<op>topk_kl_div)\.op": rf"{{op}}\.(cpu|cuda)|{HELPERS}|ops\.kl_div\.op"
     r"|backends",
-    r"ops\.(?P<op>topk_kl_div)\.\w+": r"{op}\.(?!cpu$)\w+|ops\.kl_div\.(?!api$|cpu$)\w+|cells",
+    r"ops\.(?P<op>topk_kl_div)\.\w+": r"{op}\.(?!cpu$|cuda$)\w+"
+    r"|ops\.kl_div\.(?!api$|cpu$|cuda$)\w+|cells",
     # Products, and then the rows of logits are those of kl_div and topk_kl_div.
     r"ops\.(?P<op>linear_kl_div)\.cpu": rf"{HELPERS}|ops\.(topk_)?kl_div\.(cpu|options|ranks)"
     r"|gemm|memory",
@@ -62,8 +64,8 @@ PUBLIC = {"", "nn", "testing"}
 
 # File within csrc (by regular expression) -> files that it may include. The first match counts.
 MAY_INCLUDE = {
-    r"bind\.cpp": r"launch\.h|common/.*|cpu/dispatch\.h|cuda/(device|recurrence_launch)\.h"
-    r"|Python\.h|pybind11/.*",
+    r"bind\.cpp": r"launch\.h|common/.*|cpu/dispatch\.h|emulator/machine\.h"
+    r"|cuda/(device|recurrence_launch|row_launch)\.h|Python\.h|pybind11/.*",
     r"launch\.h": r"cells/list\.h|common/dtype\.h",
     r"common/.*": r"common/.*",
     r"cells/.*": r"cells/.*|common/.*|launch\.h",

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .backends import load_cpu, load_cuda
+from .backends import cuda_refuses, load_cpu, load_cuda
 
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
@@ -25,6 +25,16 @@ def refused_by_cpu(**tensors: Tensor) -> str | None:
     for name, tensor in tensors.items():
         if tensor.device.type != "cpu":
             return f"it runs on CPU tensors, {name} is on {tensor.device}"
+        if tensor.dtype not in CPU_DTYPES:
+            return f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}"
+    return None
+
+
+def refused_by_cuda(**tensors: Tensor) -> str | None:
+    """Why the CUDA kernels cannot read the tensors, or None."""
+    for name, tensor in tensors.items():
+        if why := cuda_refuses(name, tensor.device):
+            return why
         if tensor.dtype not in CPU_DTYPES:
             return f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}"
     return None

@@ -26,11 +26,6 @@ namespace {
 // Blocks are asked of memory this many elements early: two streams of one core at full bandwidth.
 constexpr int kAhead = 2048;
 
-// How a block's e become the row's p and q.
-struct Weights {
-  double drop_s, drop_t, s, t, apart;  // apart: s - t, exact where the two are nearly equal
-};
-
 template <class C, Divergence kDivergence>
 class Row {
  public:
@@ -173,13 +168,8 @@ class Row {
 
   Weights weights(std::int64_t i, const RowSums& sums) const {
     const Block<C>& block = blocks_[i];
-    Weights by;
-    by.drop_s = drop(block.student, block.student_masked, sums.shift_s);
-    by.drop_t = drop(block.teacher, block.teacher_masked, sums.shift_t);
-    const double f_s = std::exp2(by.drop_s), f_t = std::exp2(by.drop_t);
-    by.s = f_s / sums.sum_s, by.t = f_t / sums.sum_t;
-    by.apart = (f_s - f_t - by.t * sums.excess) / sums.sum_s;
-    return by;
+    return {sums, drop(block.student, block.student_masked, sums.shift_s),
+            drop(block.teacher, block.teacher_masked, sums.shift_t)};
   }
 
   // The mixture's part of the sums, unless they have it already, and slopes where e_t was.
@@ -193,7 +183,7 @@ class Row {
   template <bool kKeep>
   void mix_blocks(RowSums& sums) {
     const std::int64_t V = args_.V_student > args_.V_teacher ? args_.V_student : args_.V_teacher;
-    by_.far = !(plain_divergence(sums) < 1);  // about where most of q has little of p
+    by_.far = !(plain_divergence(sums, false) < 1);  // about where most of q has little of p
     for (std::int64_t i = 0; i < count_; ++i) {
       const Weights by = weights(i, sums);
       mix_block<C, kDivergence, kKeep>(keep_s_ + i * kBlock, keep_t_ + i * kBlock,
@@ -206,15 +196,7 @@ class Row {
   double divergence(const RowSums& sums) const {
     if (kMixed) return sums.mixed;
     if (sums.stray - (kForward ? sums.shift_t : sums.shift_s) > kLeast) return kInfinity;
-    return plain_divergence(sums);
-  }
-  static double plain_divergence(const RowSums& sums) {
-    const double mean_gap = sums.gap / (kReverse ? sums.sum_s : sums.sum_t);
-    const double more = kReverse ? -sums.excess / sums.sum_s : sums.excess / sums.sum_t;
-    const double ratio = kReverse ? sums.sum_t / sums.sum_s : sums.sum_s / sums.sum_t;
-    const double kl =
-        kLn2 * mean_gap + (std::fabs(more) < 0.5 ? std::log1p(more) : std::log(ratio));
-    return kl < 0 ? 0 : kl;
+    return plain_divergence(sums, kReverse);
   }
 
   double loss(double D) const {
@@ -226,23 +208,12 @@ class Row {
 
   void write(const RowSums& sums, const Logits& s, char* g, std::int64_t label, double scale) {
     const double kl = scale * args_.kl_weight * args_.temperature, soft = student_.soft(scale);
-    const double mean_gap = sums.gap / sums.sum_s;
     for (std::int64_t begin = 0; begin < s.V; begin += kBlock) {
       const Weights by = weights(begin / kBlock, sums);
-      double a, b;
-      if constexpr (kForward) {
-        a = kl * by.t;
-        b = kl * by.apart;
-      } else if constexpr (kReverse) {
-        a = kl * by.s * kLn2 * scale_;
-        b = kl * by.s * kLn2 * (by.drop_s - by.drop_t - mean_gap);
-      } else {
-        a = kl;
-        b = -kl * by.s * sums.slope;
-      }
+      const Coefficients to(kForm, sums, by, kl, scale_);
       student_.template write<kForm>(begin, s, g, keep_s_ + begin, keep_t_ + begin,
-                                     static_cast<C>(a), static_cast<C>(b + soft * by.s), scale,
-                                     label);
+                                     static_cast<C>(to.a), static_cast<C>(to.b + soft * by.s),
+                                     scale, label);
     }
   }
 

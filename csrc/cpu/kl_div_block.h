@@ -3,39 +3,33 @@
 #pragma once
 
 #include <cmath>
-#include <limits>
 
 #include "common/reduce.h"
 #include "common/stream.h"
 #include "cpu/kl_div_stage.h"
-#include "launch.h"
 
 namespace xlstm::XLSTM_ISA {
 
-constexpr double kLog2E = 1.4426950408889634;
-constexpr double kLn2 = 0.6931471805599453;
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
 // x = z - most of one block, exactly 0 at its largest logit; u = x * scale. `octaves` is what that takes
 // off the logits' own z * scale.
 template <class C>
 struct Shift {
-  C most, scale, floor;
+  C most, scale;
   double octaves;
   Shift() = default;
   Shift(C scale, C largest)
       : most(largest == -std::numeric_limits<C>::infinity() ? C(0) : largest),
         scale(scale),
-        floor(std::numeric_limits<C>::lowest() / 2),
         octaves(static_cast<double>(most) * scale) {}
-  // With kFloor, -inf becomes a most negative number; NaN stays.
-  template <bool kFloor>
+  // With kFloored, -inf becomes a most negative number; NaN stays.
+  template <bool kFloored>
   XLSTM_HD Vec<C> x(Vec<C> z) const {
-    return kFloor ? maximum(broadcast<Vec<C>>(floor), z - most) : z - most;
+    return kFloored ? maximum(broadcast<Vec<C>>(kFloor<C>), z - most) : z - most;
   }
-  template <bool kFloor>
+  template <bool kFloored>
   XLSTM_HD Vec<C> exp(Vec<C> x) const {
     const Vec<C> u = x * scale;
-    return exp2_nonpositive(kFloor ? maximum(broadcast<Vec<C>>(kZeroPower), u) : u);
+    return exp2_nonpositive(kFloored ? maximum(broadcast<Vec<C>>(kZeroPower), u) : u);
   }
   bool needs_floor(C least) const { return !((least - most) * scale > kZeroPower); }
 
@@ -57,21 +51,8 @@ struct Ahead {
   int student_step, teacher_step;  // bytes per vector
 };
 
-// What a row keeps of its elements beside e_s, and the gradient of a block from both.
-enum class Form {
-  kDifference,  // e_t           g = (e_s - e_t) a + e_s b
-  kGap,         // x_s - x_t     g = e_s (gap a + b)
-  kSlope,       // any           g = kept a + e_s b
-  kAlone,       // nothing       g = e_s b
-};
-constexpr Form form_of(Divergence divergence) {
-  return divergence == Divergence::kForward   ? Form::kDifference
-         : divergence == Divergence::kReverse ? Form::kGap
-                                              : Form::kSlope;
-}
-
 // Adds the block's sums; keeps e_s, and e_t or what the form says.
-template <class C, Form kForm, bool kKeep, bool kFloor>
+template <class C, Form kForm, bool kKeep, bool kFloored>
 void add_block(const C* s, const C* t, int count, Block<C>& block, C* keep_s, C* keep_t,
                Ahead ahead) {
   const Shift<C> student = block.student, teacher = block.teacher;
@@ -83,9 +64,10 @@ void add_block(const C* s, const C* t, int count, Block<C>& block, C* keep_s, C*
       const int k = j + i * kLanes<C>;
       prefetch(ahead.student += ahead.student_step);
       prefetch(ahead.teacher += ahead.teacher_step);
-      const Vec<C> x_s = student.template x<kFloor>(load(s + k));
-      const Vec<C> x_t = teacher.template x<kFloor>(load(t + k));
-      const Vec<C> e_s = student.template exp<kFloor>(x_s), e_t = teacher.template exp<kFloor>(x_t);
+      const Vec<C> x_s = student.template x<kFloored>(load(s + k));
+      const Vec<C> x_t = teacher.template x<kFloored>(load(t + k));
+      const Vec<C> e_s = student.template exp<kFloored>(x_s),
+                   e_t = teacher.template exp<kFloored>(x_t);
       sum_s[i] += e_s;
       sum_t[i] += e_t;
       excess[i] += e_s - e_t;
@@ -116,19 +98,6 @@ double largest_stray(const Staged<C>& a, C scale, const Staged<C>& b, int count)
   return stray;
 }
 
-template <class C, Form kForm>
-XLSTM_HD Vec<C> gradient(Vec<C> e_s, Vec<C> kept, C a, C b) {
-  if constexpr (kForm == Form::kDifference) {
-    return (e_s - kept) * a + e_s * b;  // exactly 0 where student and teacher agree: then b is 0
-  } else if constexpr (kForm == Form::kGap) {
-    return e_s * (kept * a + b);
-  } else if constexpr (kForm == Form::kSlope) {
-    return kept * a + e_s * b;
-  } else {
-    return e_s * b;
-  }
-}
-
 template <class T, Form kForm, bool kStream, class C>
 void write_block(const C* e_s, const C* kept, int count, C a, C b, T* g) {
   constexpr int kPair = 2 * kLanes<C>;
@@ -137,7 +106,7 @@ void write_block(const C* e_s, const C* kept, int count, C a, C b, T* g) {
     for (int i = 0; i < 2; ++i) {
       const int k = j + i * kLanes<C>;
       const Vec<C> second = kForm == Form::kAlone ? Vec<C>{} : load(kept + k);
-      part[i] = gradient<C, kForm>(load(e_s + k), second, a, b);
+      part[i] = gradient<kForm>(load(e_s + k), second, a, b);
     }
     store_finite<kStream>(g + j, part[0], part[1]);
   }

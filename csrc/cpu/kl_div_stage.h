@@ -2,11 +2,11 @@
 #pragma once
 
 #include <cstring>
-#include <limits>
 #include <type_traits>
 
 #include "common/simd.h"
 #include "common/reduce.h"
+#include "cells/kl_div.h"
 
 namespace xlstm::XLSTM_ISA {
 
@@ -14,8 +14,6 @@ constexpr int kBlock = 2048;
 // One unrolled step: this many elements are a block's granularity.
 template <class C>
 constexpr int kStep = 4 * kLanes<C>;
-template <class C>
-constexpr C kMasked = -std::numeric_limits<C>::infinity();
 
 inline int size_of_block(std::int64_t left) {
   return left < kBlock ? static_cast<int>(left) : kBlock;
@@ -23,11 +21,6 @@ inline int size_of_block(std::int64_t left) {
 template <class C>
 int padded(int count) {
   return (count + kStep<C> - 1) / kStep<C> * kStep<C>;
-}
-
-template <class C>
-XLSTM_HD Vec<C> softcapped(Vec<C> z, C cap) {
-  return select(z == broadcast<Vec<C>>(kMasked<C>), z, tanh(z / cap) * cap);
 }
 
 // A row of `V` logits; where cap is not 0, z counts as cap tanh(z / cap), a masked one as masked.
@@ -44,7 +37,7 @@ struct Logits {
       using T = decltype(element);
       value = static_cast<C>(load(reinterpret_cast<const T*>(data) + index, 1, T{})[0]);
     });
-    return cap == 0 ? value : softcapped<C>(broadcast<Vec<C>>(value), static_cast<C>(cap))[0];
+    return cap == 0 ? value : softcapped(broadcast<Vec<C>>(value), static_cast<C>(cap))[0];
   }
 };
 
@@ -123,7 +116,7 @@ Staged<C> stage(const Logits& row, std::int64_t begin, int padded, C* buffer) {
   });
   if (row.cap == 0) return staged;
   const C cap = static_cast<C>(row.cap);
-  return restage(staged.z, padded, buffer, [cap](Vec<C> z) { return softcapped<C>(z, cap); });
+  return restage(staged.z, padded, buffer, [cap](Vec<C> z) { return softcapped(z, cap); });
 }
 
 inline void fill(DType dtype, std::int64_t V, char* row, double value) {

@@ -57,23 +57,17 @@ class Student {
 
   double cross_entropy() const {
     constexpr C kScale = static_cast<C>(kLog2E);
-    const double smoothing = args_.label_smoothing;
     // From differences, which are small where logits are large.
-    double loss = std::log(sum_) - kLn2 * (z_label_ * kScale - shift_);
-    if (smooth_) loss += smoothing * (z_label_ - mean_);
-    return args_.z_loss == 0 ? loss : loss + args_.z_loss * log_sum_ * log_sum_;
+    const double log_q = kLn2 * (z_label_ * kScale - shift_) - std::log(sum_);
+    return hard_loss(args_, log_q, z_label_ - mean_, log_sum_);
   }
 
   // Weight of the divergence's own softmax in the gradient of `scale` times the hard-label part.
   double soft(double scale) const { return args_.ce_weight == 0 || own_ ? 0 : scale * slope(); }
   // What comes off the gradient of the label's logit.
-  double label_share(double scale) const {
-    return scale * args_.ce_weight * (1 - args_.label_smoothing);
-  }
+  double label_share(double scale) const { return scale * hard_label(args_); }
   // What comes off that of every logit.
-  double word_share(double scale) const {
-    return smooth_ ? scale * args_.ce_weight * args_.label_smoothing / words_ : 0;
-  }
+  double word_share(double scale) const { return smooth_ ? scale * hard_word(args_, words_) : 0; }
   // Where the hard-label part has a softmax of its own, that part of the gradient of element v.
   double own(double scale, std::int64_t v) const {
     if (!own_) return 0;
@@ -118,7 +112,7 @@ class Student {
     double sum, total, words;
   };
 
-  double slope() const { return args_.ce_weight * (1 + 2 * args_.z_loss * log_sum_); }
+  double slope() const { return hard_slope(args_, log_sum_); }
   static double weight(const Hard& block, double shift) {
     return block.masked ? 1 : std::exp2(block.shift.octaves - shift);
   }

@@ -1,7 +1,7 @@
 // Scales each row of a matrix by its own factor, in place.
 //   x[n, v] = x[n, v] * scale[n]
 // Source: chain rule of a loss whose forward has computed the gradient of each row.
-// Tensors: launch.h, ScaleRows.
+// Tensors: launch.h, ScaleRows. A row whose factor is 1 is neither read nor written.
 // Grid: (rows, column blocks); product in the compute type; nothing saved.
 #include "cuda/element.h"
 #include "cuda/kernel_launch.h"
@@ -23,6 +23,7 @@ __global__ void __launch_bounds__(kThreads)
                       const compute_t<T>* scale) {
   for (std::int64_t n = blockIdx.x; n < N; n += gridDim.x) {
     const compute_t<T> factor = scale[n];
+    if (factor == 1) continue;
     T* row = x + n * x_stride;
     const std::int64_t step = static_cast<std::int64_t>(gridDim.y) * kThreads;
     std::int64_t v = static_cast<std::int64_t>(blockIdx.y) * kThreads + threadIdx.x;

@@ -17,9 +17,14 @@ namespace xlstm::emulator {
 constexpr int kWarpThreads = 32;
 constexpr unsigned kMaxBlockThreads = 1024;
 constexpr int kMultiprocessors = 16;
-constexpr std::size_t kMaxSharedBytes = std::size_t{227}
-                                        << 10;  // of an H100, as its properties say
 constexpr std::size_t kDefaultSharedBytes = std::size_t{48} << 10;
+
+// What a kernel may ask of: an H100, unless a test says otherwise.
+struct Chip {
+  int capability = 90;
+  std::size_t shared_bytes = std::size_t{227} << 10;  // of a block
+};
+inline Chip g_chip;
 
 struct Dim3 {
   unsigned x = 1, y = 1, z = 1;

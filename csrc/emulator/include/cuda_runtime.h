@@ -15,6 +15,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __restrict__ __restrict
 #define CUDART_VERSION 13000
 #define XLSTM_CUDA_ARCHS "emulated"
@@ -65,11 +66,25 @@ struct cudaDeviceProp {
   int major = 9, minor = 0;
   std::size_t totalGlobalMem = std::size_t{1} << 30;
   int multiProcessorCount = xlstm::emulator::kMultiprocessors;
-  std::size_t sharedMemPerBlockOptin = xlstm::emulator::kMaxSharedBytes;
+  std::size_t sharedMemPerBlockOptin = xlstm::emulator::g_chip.shared_bytes;
 };
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   return *properties = cudaDeviceProp{}, cudaSuccess;
+}
+
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  return *value = static_cast<int>(xlstm::emulator::g_chip.shared_bytes), cudaSuccess;
+}
+struct cudaFuncAttributes {
+  int ptxVersion = xlstm::emulator::g_chip.capability;
+  int maxThreadsPerBlock = xlstm::emulator::kMaxBlockThreads;
+};
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+  return *attributes = cudaFuncAttributes{}, cudaSuccess;
 }
 
 // Shared memory above 48 KiB must be asked for by kernel; the bytes each one may have.
@@ -84,7 +99,7 @@ std::size_t& max_shared_bytes(void (*kernel)(Params...)) {
 }
 template <class... Params>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute, int bytes) {
-  if (bytes < 0 || static_cast<std::size_t>(bytes) > xlstm::emulator::kMaxSharedBytes) {
+  if (bytes < 0 || static_cast<std::size_t>(bytes) > xlstm::emulator::g_chip.shared_bytes) {
     return cudaErrorInvalidValue;
   }
   return max_shared_bytes(kernel) = static_cast<std::size_t>(bytes), cudaSuccess;

@@ -59,7 +59,8 @@ def kl_div(
         teacher_logits: (..., V'), the same leading shape, any of those dtypes. Where V' is not V,
             the columns beyond the narrower count as -inf. It must not require a gradient.
         labels: (...) integers in [0, V) or ignore_index; needed if ce_weight != 0. When given, a
-            row labelled ignore_index contributes nothing, to no part of the loss.
+            row labelled ignore_index contributes nothing, to no part of the loss. Another label is
+            an error; on a device, where to look would be to wait, its row becomes NaN.
         divergence: one of the above.
         beta: how much of a mixture is p (js), or the distribution that it is compared with (skew,
             skew_reverse). Skewed divergences are the plain ones at 0; js is "forward" at 0 and
@@ -87,7 +88,7 @@ def kl_div(
             exchange, however many the words, 96 bytes a row in two all-reduces, in a third one 16
             more for a mixture and "tv". torch.compile cannot trace it; backends "reference", which
             gathers all columns, and "cpu".
-        backend: "auto", or one of "reference", "cpu"; a named backend runs or raises.
+        backend: "auto", or one of "reference", "cpu", "cuda"; a named backend runs or raises.
 
     Returns:
         The loss, (...) for reduction "none": float32, float64 for float64 logits; sums are in that

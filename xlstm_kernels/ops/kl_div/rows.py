@@ -1,4 +1,4 @@
-"""What losses over rows of student logits ask of their tensors."""
+"""What losses over rows of student logits ask of their tensors, and how kernels address them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from ...arguments import check_is_tensor
+
+# From row to row of two axes, outer and inner.
+Strides = tuple[int, int]
 
 
 def check_logits(function: str, name: str, logits: object, width: str = "V") -> None:
@@ -102,3 +105,26 @@ def weigh_rows(
 
 def sum_rows(loss: Tensor) -> Tensor:
     return loss.sum(dtype=torch.float64).to(loss.dtype)
+
+
+def row_strides(*tensors: Tensor) -> tuple[tuple[int, int], list[Strides]] | None:
+    """(rows, strides of each tensor) that address all rows as a matrix of rows, so that a view such
+    as ``logits[:, :-1]`` needs no copy; None where two strides are not enough or V is strided."""
+    if any(tensor.stride(-1) != 1 and tensor.shape[-1] > 1 for tensor in tensors):
+        return None
+    if tensors[0].numel() == 0:
+        return (0, 0), [(0, 0)] * len(tensors)
+    axes: list[tuple[int, list[int]]] = []  # outer to inner: size, stride in each tensor
+    for axis, size in enumerate(tensors[0].shape[:-1]):
+        strides = [tensor.stride(axis) for tensor in tensors]
+        if size == 1:
+            continue
+        if axes and axes[-1][1] == [size * stride for stride in strides]:
+            axes[-1] = axes[-1][0] * size, strides
+        else:
+            axes.append((size, strides))
+    if len(axes) > 2:
+        return None
+    axes = [(1, [0] * len(tensors))] * (2 - len(axes)) + axes
+    (outer, outer_strides), (inner, inner_strides) = axes
+    return (outer, inner), list(zip(outer_strides, inner_strides, strict=True))

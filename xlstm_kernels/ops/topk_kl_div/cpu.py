@@ -10,9 +10,10 @@ from torch import Tensor
 from ...backends import load_cpu
 from ...cells import compute_dtype
 from ...memory import address, fresh_cpu, plain, refused_by_cpu
-from ..kl_div.cpu import StudentCall, row_strides
+from ..kl_div.compiled import StudentCall
 from ..kl_div.options import Options
 from ..kl_div.ranks import Split
+from ..kl_div.rows import row_strides
 from .support import SUPPORTS
 
 OVER_RANKS = True

@@ -1,0 +1,55 @@
+"""The KL divergence in CUDA C++: check, allocate, launch, return."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...memory import address, launching, refused_by_cuda
+from . import compiled
+from .options import Options
+from .rows import row_strides
+
+
+def supports(student: Tensor, teacher: Tensor) -> str | None:
+    return refused_by_cuda(student_logits=student, teacher_logits=teacher)
+
+
+def forward(student: Tensor, *call: Any) -> list[Tensor]:
+    *call_, want_grad = call
+    grad = student.new_empty(student.shape) if want_grad else None
+    loss = _launch(student, *call_, grad=grad)
+    return [loss] if grad is None else [loss, grad]
+
+
+def overwrite(student: Tensor, teacher: Tensor, *call: Any) -> Tensor:
+    if row_strides(student, teacher) is None:
+        loss, grad = forward(student, teacher, *call, True)
+        student.copy_(grad)
+        return loss
+    return _launch(student, teacher, *call, grad=student)
+
+
+def scale(grad: Tensor, factor: Tensor) -> None:
+    """In place."""
+    with launching(grad) as (kernels, stream):
+        compiled.scale(kernels.scale_rows, grad, factor, stream)
+
+
+def _launch(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    row_weight: Tensor | None,
+    *options: Any,
+    grad: Tensor | None,
+) -> Tensor:
+    call, _teacher, arguments = compiled.kl_div_call(
+        student, teacher, labels, row_weight, Options(*options), grad
+    )
+    counted = student.new_empty((), dtype=torch.float64)
+    with launching(student) as (kernels, stream):
+        kernels.kl_div(*arguments, address(counted), stream)
+    return call.loss
