@@ -200,6 +200,22 @@ def test_autocast():
     assert all(parameter.grad.isfinite().all() for parameter in student.parameters())
 
 
+@pytest.mark.slow
+def test_compiled():
+    """Training is one graph; a decoding step runs."""
+    student, ids = stir(hybrid.hybridize(make_teacher(), window=6)), tokens(20)
+    want = student(ids, labels=ids, use_cache=False)
+    compiled = torch.compile(student, backend="aot_eager", fullgraph=True)
+    got = compiled(ids, labels=ids, use_cache=False)
+    assert relative_error(got.logits, want.logits) <= 1e-5
+    grads = [torch.autograd.grad(x.loss, list(student.parameters())) for x in (got, want)]
+    assert all(relative_error(a, b) <= 1e-4 for a, b in zip(*grads, strict=True))
+    with torch.no_grad():
+        cache = student(ids[:, :19]).past_key_values
+        step = torch.compile(student, backend="aot_eager")(ids[:, 19:], past_key_values=cache)
+    assert relative_error(step.logits, want.logits[:, 19:]) <= 1e-5
+
+
 def test_recomputed_activations():
     student = stir(hybrid.hybridize(make_teacher(), window=6)).train()
     grads = []

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from hybrid_cases import families, hybrid, make_teacher, stages, stir, tokens
+from ranks import run_on_ranks
 
 from distill.errors import DistillError
 from xlstm_kernels.testing import relative_error
@@ -151,3 +152,36 @@ def test_stage_two_trains_everything():
         losses.append(total.item())
     assert losses[-1] < 0.8 * losses[0]
     assert all(p.grad is not None for p in student.parameters())
+
+
+class BothLosses(torch.nn.Module):
+    def __init__(self, student):
+        super().__init__()
+        self.student = student
+
+    def forward(self, ids, *words):
+        error, tokens_seen = stages.align_loss(self.student, ids)
+        total, words_seen = stages.sparse_loss(self.student, ids, *words)
+        return error + total, tokens_seen + words_seen
+
+
+def gradients(rank, ranks):
+    """Of both losses over four rows, which ranks share; wrapped as a whole, so that DDP sees it."""
+    teacher = make_teacher()
+    student = stir(hybrid.hybridize(teacher, window=3, copy_weights=True))
+    ids = tokens(12, B=4)[rank::ranks]
+    losses = BothLosses(student)
+    if ranks > 1:
+        losses = torch.nn.parallel.DistributedDataParallel(losses)
+    total, count = losses(ids, *stages.topk_targets(teacher, ids, k=8))
+    # Ranks have equal counts, so the mean over ranks that DDP takes is the mean over all rows.
+    (total / count).backward()
+    return {name: p.grad for name, p in student.named_parameters()}
+
+
+@pytest.mark.slow
+def test_two_ranks_are_one():
+    want = gradients(0, 1)
+    for got in run_on_ranks(2, gradients, 2):
+        assert got.keys() == want.keys()
+        assert all(relative_error(got[name], grad) <= 1e-5 for name, grad in want.items())
