@@ -6,15 +6,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distill import stages
     from distill.hybrid import hybridize, load_student, new_parameters
+    from distill.teacher import TeacherCache
 
 # Imported when asked for: the command line's --help does not wait for torch and transformers.
 _MODULES = {
+    "TeacherCache": "distill.teacher",
     "hybridize": "distill.hybrid",
     "load_student": "distill.hybrid",
     "new_parameters": "distill.hybrid",
 }
 
-__all__ = ["hybridize", "load_student", "new_parameters", "stages"]
+__all__ = ["TeacherCache", "hybridize", "load_student", "new_parameters", "stages"]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,7 @@ examples:
   python -m distill demo --corpus ~/src/project     your own Python files
   python -m distill demo --corpus ~/notes --pattern '*.md'
   python -m distill demo --quick --run-dir /tmp/q   the same path in seconds, to try an install
+  python -m distill cache --teacher models/llama --corpus ~/notes --pattern '*.md' --out notes
 """
 
 
@@ -63,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
+    _add_cache(commands)
     return parser
 
 
@@ -141,6 +143,61 @@ def _add_demo(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
     demo.set_defaults(command=run_demo)
 
 
+def _add_cache(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
+    cache = commands.add_parser(
+        "cache",
+        help="keep a teacher's likeliest next words on disk, to distil without the teacher",
+        description=(
+            "Reads the files of a corpus once with a causal language model of transformers and "
+            "writes, for every token, the K likeliest next words, their log-probabilities and what "
+            "is left for all others to OUT. Ctrl-C keeps what is done; the same command goes on. "
+            "A cache of another teacher, corpus, length or K is refused."
+        ),
+        allow_abbrev=False,
+    )
+    for flag, what in (
+        ("--teacher", "what `save_pretrained` wrote, tokenizer too"),
+        ("--corpus", "read the files below DIR"),
+        ("--out", "where the cache goes"),
+    ):
+        cache.add_argument(flag, type=Path, metavar="DIR", required=True, help=what)
+    cache.add_argument(
+        "--pattern", default="*.txt", metavar="GLOB", help="which files (default: %(default)s)"
+    )
+    for flag, most, default, what in (
+        ("-k", 1 << 20, 256, "words of each token"),
+        ("--length", 1 << 24, 512, "tokens that the teacher reads at once"),
+        ("--rows", 1 << 16, 4, "how often at once"),
+    ):
+        cache.add_argument(
+            flag,
+            type=whole_number(1, most),
+            default=default,
+            metavar="N",
+            help=f"{what} (default: %(default)s)",
+        )
+    cache.add_argument(
+        "--max-tokens", type=whole_number(1, 1 << 40), metavar="N", help="stop after N tokens"
+    )
+    cache.add_argument("--dry-run", action="store_true", help="print sizes and write nothing")
+    cache.set_defaults(command=run_cache)
+
+
+def run_cache(args: argparse.Namespace) -> None:
+    """The `cache` command."""
+    from rich.console import Console
+
+    from distill.capture import CaptureConfig, capture, corpus_tokens, load_teacher
+    from distill.progress import Reporter
+
+    config = CaptureConfig(args.k, args.length, args.rows, args.max_tokens)
+    reporter = Reporter(Console(highlight=False))
+    with Interrupt() as interrupt:
+        model, tokenizer = load_teacher(args.teacher)
+        tokens_N = corpus_tokens(args.corpus, args.pattern, tokenizer)
+        capture(model, tokens_N, args.out, config, reporter, interrupt, args.dry_run)
+
+
 def run_demo(args: argparse.Namespace) -> None:
     """The `demo` command."""
     # Imported here so that --help and a mistyped flag do not wait for torch.
@@ -172,7 +229,7 @@ def run_demo(args: argparse.Namespace) -> None:
 
 def resume_command(argv: list[str]) -> str:
     """The command line that continues the one given by `argv`."""
-    flags = argv if "--resume" in argv else [*argv, "--resume"]
+    flags = argv if "--resume" in argv or argv[0] != "demo" else [*argv, "--resume"]
     return "python -m distill " + shlex.join(flags)
 
 

@@ -131,6 +131,7 @@ def sparse_loss(
     ce_weight: float = 0.9,
     kl_weight: float = 0.1,
     support: str = "tail",
+    tail_logmass: Tensor | None = None,
     temperature: float = 1.0,
     backend: str = "auto",
     **inputs: Any,
@@ -145,6 +146,7 @@ def sparse_loss(
         labels: (B, T), -100 where a word does not count; None is `input_ids`. Not shifted.
         ce_weight, kl_weight: the paper's gamma and beta.
         support, temperature, backend: as in `xk.topk_kl_div`. The paper leaves the support open.
+        tail_logmass: (B, T), of a teacher cache; None takes what the words leave of 1.
 
     Returns:
         The sum, and the number of words that count.
@@ -160,6 +162,7 @@ def sparse_loss(
         targets_BT,
         student_bias=head.bias,
         support=support,
+        tail_logmass=None if tail_logmass is None else tail_logmass[:, :-1],
         temperature=temperature,
         ce_weight=ce_weight,
         kl_weight=kl_weight,

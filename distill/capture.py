@@ -1,0 +1,109 @@
+"""`distill cache`: a teacher of transformers reads a corpus, and its likeliest next words stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.corpus import read_documents
+from distill.errors import DistillError, Interrupt
+from distill.progress import Reporter
+from distill.teacher import CacheWriter, digest, id_bits, model_digest, topk_words
+
+
+@dataclass(frozen=True)
+class CaptureConfig:
+    """Windows of `length` tokens, one after the other, `rows` of them at a time."""
+
+    k: int
+    length: int
+    rows: int
+    max_tokens: int | None
+
+
+def load_teacher(path: Path) -> tuple[Any, Any]:
+    """Model and tokenizer from a folder, from safetensors alone; no code beside them is run."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if not path.is_dir():
+        raise DistillError(f"teacher: {path} is not a folder that `save_pretrained` wrote")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True)
+        return model.eval(), AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise DistillError(f"teacher: cannot load {path}: {error}") from error
+
+
+def corpus_tokens(root: Path, pattern: str, tokenizer: Any) -> Tensor:
+    """All files in the order of their paths, each closed by the tokenizer's end of text."""
+    if tokenizer.eos_token_id is None:
+        raise DistillError("teacher: its tokenizer must have an eos_token, to put between files")
+    ids: list[int] = []
+    for document in read_documents(root, pattern):
+        text = document.text.decode()
+        ids += [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    return torch.tensor(ids)
+
+
+@torch.no_grad()
+def capture(
+    model: Any,
+    tokens_N: Tensor,
+    out: Path,
+    config: CaptureConfig,
+    reporter: Reporter,
+    interrupt: Interrupt,
+    dry_run: bool = False,
+) -> None:
+    """Writes the cache, or goes on with one of the same teacher, tokens and sizes.
+
+    Row r of it is what follows token r: of the first length * (len(tokens_N) // length) tokens.
+    """
+    vocabulary = model.config.vocab_size
+    tokens_N = tokens_N[: config.max_tokens]
+    windows = len(tokens_N) // config.length
+    if windows == 0:
+        raise DistillError(f"corpus: one window takes {config.length} tokens, got {len(tokens_N)}")
+    if int(tokens_N.max()) >= vocabulary:
+        raise DistillError(
+            f"teacher: its tokenizer must have ids below the model's vocabulary of {vocabulary},"
+            f" got {int(tokens_N.max())}"
+        )
+    kept = tokens_N[: windows * config.length].view(windows, config.length)
+    _say_sizes(reporter, kept, config, vocabulary)
+    if dry_run:
+        return
+    fingerprint = {
+        "model": model_digest(model),
+        "data": digest([("tokens", kept)]),
+        "length": str(config.length),
+    }
+    with CacheWriter(out, fingerprint, config.k, vocabulary) as writer:
+        start = len(writer) // config.length
+        if start == windows:
+            reporter.say(f"cache    {out} is complete")
+            return
+        with reporter.meter("cache", windows, start) as meter:
+            for begin in range(start, windows, config.rows):
+                batch = kept[begin : begin + config.rows].to(model.device)
+                logits = model(batch, use_cache=False).logits
+                writer.append(topk_words(logits.flatten(0, 1), config.k))
+                meter.update(min(begin + config.rows, windows), tokens=batch.numel())
+                if interrupt.requested is not None:
+                    writer.flush()
+                interrupt.check()
+
+
+def _say_sizes(reporter: Reporter, kept: Tensor, config: CaptureConfig, vocabulary: int) -> None:
+    each = -(-config.k * id_bits(vocabulary) // 8) + 2 * config.k + 4
+    reporter.say(
+        f"cache    {kept.numel()} tokens, {len(kept)} windows of {config.length}: {each} bytes a"
+        f" token, {each * kept.numel() / 1e6:.1f} MB; all logits in two bytes would be"
+        f" {2 * vocabulary} bytes a token"
+    )

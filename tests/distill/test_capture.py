@@ -1,0 +1,128 @@
+"""`distill cache` on a tiny model: what the teacher says, from the command line, after any stop."""
+
+import shutil
+import signal
+
+import pytest
+import torch
+
+from distill.__main__ import main, resume_command
+from distill.capture import CaptureConfig, capture, load_teacher
+from distill.corpus import load_corpus, train_tokenizer
+from distill.errors import DistillError, Interrupt, Interrupted
+from distill.progress import Reporter
+from distill.stages import sparse_loss, topk_targets
+from distill.teacher import TeacherCache
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+
+@pytest.fixture(scope="module")
+def teacher_dir(tmp_path_factory, corpus_dir):
+    folder = tmp_path_factory.mktemp("teacher")
+    corpus = load_corpus(corpus_dir)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=train_tokenizer(corpus.train, 300), eos_token="<end>"
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def arguments(teacher_dir, corpus_dir, out, *more):
+    given = ["--teacher", teacher_dir, "--corpus", corpus_dir, "--out", out, "--pattern", "*.py"]
+    sizes = ["-k", "8", "--length", "16", "--rows", "3", "--max-tokens", "200"]
+    return [str(x) for x in ("cache", *given, *sizes, *more)]
+
+
+def test_the_cache_is_what_the_teacher_says(teacher_dir, corpus_dir, tmp_path, capsys):
+    assert main(arguments(teacher_dir, corpus_dir, tmp_path)) == 0
+    assert "12 windows of 16" in capsys.readouterr().out
+    cache = TeacherCache(tmp_path)
+    assert len(cache) == 192 and cache.index.k == 8
+    model, _ = load_teacher(teacher_dir)
+    ids = torch.randint(0, model.config.vocab_size, (2, 16))
+    capture_of(model, ids.flatten(), tmp_path / "two")
+    words = TeacherCache(tmp_path / "two").rows(0, 32)
+    logprobs, found = topk_targets(model, ids, 8)
+    assert torch.equal(words.ids.view(2, 16, 8), found)
+    assert (words.logprobs.view(2, 16, 8) - logprobs).abs().max() < 1e-3
+    losses = [
+        sparse_loss(model, ids, given.view(2, 16, 8), found, tail_logmass=tail)[0].detach()
+        for given, tail in ((logprobs, None), (words.logprobs, words.tail_logmass.view(2, 16)))
+    ]
+    torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-3)
+
+
+def capture_of(model, tokens_N, out, interrupt=None, length=16):
+    from rich.console import Console
+
+    config = CaptureConfig(k=8, length=length, rows=1, max_tokens=None)
+    reporter = Reporter(Console(quiet=True))
+    capture(model, tokens_N, out, config, reporter, interrupt or Interrupt())
+
+
+def test_a_stopped_run_goes_on(teacher_dir, tmp_path):
+    model, _ = load_teacher(teacher_dir)
+    tokens_N = torch.randint(0, model.config.vocab_size, (80,))
+    interrupt = Interrupt()
+    interrupt.requested = signal.SIGTERM
+    for expected in (1, 2):
+        with pytest.raises(Interrupted):
+            capture_of(model, tokens_N, tmp_path / "stopped", interrupt)
+        assert len(TeacherCache(tmp_path / "stopped")) == 16 * expected
+    capture_of(model, tokens_N, tmp_path / "stopped")
+    capture_of(model, tokens_N, tmp_path / "whole")
+    got, want = (TeacherCache(tmp_path / name).rows(0, 80) for name in ("stopped", "whole"))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert "--resume" not in resume_command(["cache", "--out", "x"])
+
+
+def test_another_length_or_text_is_refused(teacher_dir, tmp_path):
+    model, _ = load_teacher(teacher_dir)
+    tokens_N = torch.arange(40)
+    capture_of(model, tokens_N, tmp_path)
+    with pytest.raises(DistillError, match="length is 16 there and 8 here"):
+        capture_of(model, tokens_N, tmp_path, length=8)
+    with pytest.raises(DistillError, match="is another one: data"):
+        capture_of(model, tokens_N + 1, tmp_path)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    with pytest.raises(DistillError, match="is another one: model"):
+        capture_of(model, tokens_N, tmp_path)
+
+
+def test_dry_run_writes_nothing(teacher_dir, corpus_dir, tmp_path, capsys):
+    assert main(arguments(teacher_dir, corpus_dir, tmp_path / "out", "--dry-run")) == 0
+    assert "bytes a token" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("wrong", ["no teacher", "no weights", "no eos", "short", "no corpus"])
+def test_bad_input_is_one_line(wrong, teacher_dir, corpus_dir, tmp_path, capsys):
+    teacher, corpus, more = tmp_path / "teacher", corpus_dir, []
+    shutil.copytree(teacher_dir, teacher)
+    if wrong == "no teacher":
+        teacher = tmp_path / "nowhere"
+    elif wrong == "no weights":
+        (teacher / "model.safetensors").unlink()
+    elif wrong == "no eos":
+        tokenizer = transformers.AutoTokenizer.from_pretrained(teacher)
+        tokenizer.eos_token = None
+        tokenizer.save_pretrained(teacher)
+    elif wrong == "short":
+        more = ["--length", "500"]
+    else:
+        corpus = tmp_path / "nowhere"
+    assert main(arguments(teacher, corpus, tmp_path / "out", *more)) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("distill: ") and err.count("\n") == 1 and "Traceback" not in err
