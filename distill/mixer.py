@@ -94,7 +94,11 @@ class HybridOptions:
                 f" got {', '.join(unknown)}"
             )
         layers = values.get("layers")
-        return cls(**values | {"layers": None if layers is None else tuple(layers)})
+        if layers is not None:
+            if not isinstance(layers, list | tuple | range):
+                raise DistillError(f"hybridize: layers must be None or a list, got {layers!r}")
+            layers = tuple(layers)
+        return cls(**values | {"layers": layers})
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, which has no tuples."""
@@ -106,9 +110,9 @@ class HybridOptions:
         if not wanted:
             raise DistillError("hybridize: layers must be None or name a layer, got none")
         for index in wanted:
-            if not -count <= index < count:
+            if not isinstance(index, int) or not -count <= index < count:
                 raise DistillError(
-                    f"hybridize: layers must be indices of {count} layers, got {index}"
+                    f"hybridize: layers must be indices of {count} layers, got {index!r}"
                 )
         return sorted({index % count for index in wanted})
 

@@ -1,6 +1,7 @@
 """Teachers with the hybrid mixer for attention: what it computes, decoding, files, refusals."""
 
 import copy
+import doctest
 import json
 import re
 from pathlib import Path
@@ -276,6 +277,9 @@ def test_files_that_are_not_a_students(tmp_path):
         ({"sinks": -1}, "sinks must be a whole number of at least 0, got -1"),
         ({"feature_map": "relu"}, "feature_map must be one of softmax, .*got 'relu'"),
         ({"layers": [3]}, "layers must be indices of 3 layers, got 3"),
+        ({"layers": ["0"]}, "layers must be indices of 3 layers, got '0'"),
+        ({"layers": 0}, "layers must be None or a list, got 0"),
+        ({"layers": []}, "layers must be None or name a layer, got none"),
         ({"windows": 8}, "options must be among .*got windows"),
     ],
 )
@@ -305,6 +309,11 @@ def test_calls_that_the_mixer_would_not_honour():
         student(tokens(9, B=1), cu_seq_lens_q=torch.tensor([0, 9]), use_cache=True)
     with pytest.raises(ValueError, match="stateful"):
         student.generate(tokens(9, B=1), assistant_model=make_teacher(), max_new_tokens=2)
+
+
+def test_the_docstrings_example():
+    result = doctest.testmod(hybrid)
+    assert result.attempted and not result.failed
 
 
 def test_the_readmes_example(tmp_path, monkeypatch):
