@@ -349,15 +349,31 @@ def test_errors():
         assert "torch.compile cannot trace process_group; call it outside" in errors[-1]
 
 
-def test_a_dtensor_is_refused(tmp_path):
+@pytest.fixture
+def one_rank(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        logits = DTensor.from_local(torch.randn(3, 5), init_device_mesh("cpu", (1,)), [Replicate()])
-        text = (
-            r"^kl_div: student_logits must be a plain tensor, got a DTensor; pass this rank's part,"
-            r" its to_local\(\)$"
-        )
-        with pytest.raises(TypeError, match=text):
-            xk.kl_div(logits, torch.randn(3, 5), process_group=dist.group.WORLD)
-    finally:
-        dist.destroy_process_group()
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("rows", [0, N])
+def test_one_rank_is_none(one_rank, backend, function, rows):
+    case = Case(function, (40,))
+    tensors = inputs(case)
+    per_row = ("logits", "hidden", "logprobs", "ids", "labels", "row_weight")
+    tensors |= {name: x[:rows] for name, x in tensors.items() if name.endswith(per_row)}
+    want = run(case, tensors, backend)
+    for name, got in run(case, tensors, backend, process_group=one_rank).items():
+        assert_close(got, want[name], rtol=1e-12, atol=1e-15)
+
+
+def test_a_dtensor_is_refused(one_rank):
+    logits = DTensor.from_local(torch.randn(3, 5), init_device_mesh("cpu", (1,)), [Replicate()])
+    text = (
+        r"^kl_div: student_logits must be a plain tensor, got a DTensor; pass this rank's part,"
+        r" its to_local\(\)$"
+    )
+    with pytest.raises(TypeError, match=text):
+        xk.kl_div(logits, torch.randn(3, 5), process_group=one_rank)

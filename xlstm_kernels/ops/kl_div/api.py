@@ -84,7 +84,7 @@ def kl_div(
             follow those of the ranks before; labels count the whole vocabulary. They, row_weight,
             the options and the loss are the same on every rank, and each gets the gradient of its
             columns. The ranks call it together, and so they do a backward that computes the
-            gradient again: a second one, and every one of float16. Beside 20 bytes a rank they
+            gradient again: a second one, and every one of float16. Beside a few numbers they
             exchange, however many the words, 96 bytes a row in two all-reduces, in a third one 16
             more for a mixture and "tv". torch.compile cannot trace it; backends "reference", which
             gathers all columns, and "cpu".

@@ -54,11 +54,11 @@ class Shard(NamedTuple):
     def labels(self, labels: Tensor | None, ignore_index: int) -> Tensor | None:
         if labels is None:
             return None
-        column = labels.to(torch.int64) - self.first
+        labels = labels.to(torch.int64)
+        column = labels - self.first
         elsewhere = (column < 0) | (column >= self.widths[self.rank])
-        return column.masked_fill(elsewhere, _ELSEWHERE).masked_fill(
-            labels == ignore_index, _IGNORED
-        )
+        ignored = labels == ignore_index
+        return column.masked_fill(elsewhere, _ELSEWHERE).masked_fill(ignored, _IGNORED)
 
 
 class Split(NamedTuple):
