@@ -20,6 +20,7 @@ EACH_BACKEND = [
 ]
 # What hypothesis draws would take minutes there.
 SWIFT_BACKENDS = [backend for backend in BACKENDS if backend != "triton"]
+FLOAT64 = {"reference", "cpu"}
 SLSTM_CELLS = [cell for cell in CELLS if CELLS[cell].function == "slstm"]
 
 

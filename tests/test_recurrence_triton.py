@@ -15,6 +15,7 @@ from xlstm_kernels.cells import CELLS
 from xlstm_kernels.ops.recurrence import op
 from xlstm_kernels.ops.recurrence import triton as backend
 from xlstm_kernels.testing import (
+    WIDENED,
     RecurrenceCase,
     call_recurrence,
     check_recurrence,
@@ -120,7 +121,7 @@ def test_on_a_device(cell, D, dtype):
         {name: t.cpu() for name, t in got.items()},
         run_recurrence(replace(case, dtype=torch.float64), exact, "reference"),
         iter([run_recurrence(case, inputs, "reference")]),
-        1.5,
+        WIDENED["cuda"],
         None if dtype is torch.float32 else torch.float16,
     )
 

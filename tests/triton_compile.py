@@ -139,9 +139,10 @@ def recurrence(
     H: int = 2,
     packed: bool = False,
     some: bool = False,
+    backward: bool = True,
 ) -> None:
-    """One forward and backward pass of `xk.slstm` or `xk.lstm`; `some`: without bias, states and
-    the gradients of r and b."""
+    """Forward and, where asked, backward passes of `xk.slstm` or `xk.lstm`; `some`: without bias,
+    states and the gradients of r and b."""
     from xlstm_kernels.cells import CELLS
     from xlstm_kernels.ops.recurrence import triton as backend
 
@@ -152,6 +153,8 @@ def recurrence(
     starts = torch.tensor([0, T], dtype=torch.int32) if packed else None
     given = (x, r, None, None) if some else (x, r, b, state)
     h, last, *saved = backend.forward(*given, starts, cell, 0.0, True)
+    if not backward:
+        return
     backend.forward(*given, starts, cell, 0.0, False)
     want = [not some] * 3
     dlast = None if some else last
