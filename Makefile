@@ -101,8 +101,9 @@ sanitize-emulated:  ## the CUDA kernels' tests on builds with AddressSanitizer a
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1 \
 	  XLSTM_CUDA_EMULATOR=$$(echo $(EMULATED)/$$kind/xlstm_kernels/_emulated*.so) \
-	  $(PYTEST) tests/test_recurrence.py tests/test_cuda.py -p no:cacheprovider \
-	    -k "(test_dtypes or test_packed_sequences or test_slstm_options or scale_rows) and cuda"; \
+	  $(PYTEST) tests/test_recurrence.py tests/test_recurrence_cuda.py tests/test_cuda.py \
+	    -p no:cacheprovider -m "not slow" \
+	    -k "(test_dtypes or test_packed_sequences or test_slstm_options or test_teams or scale_rows) and cuda"; \
 	done
 
 lint:  ## formatting, lint and types

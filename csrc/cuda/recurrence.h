@@ -191,16 +191,20 @@ __device__ __forceinline__ FragmentWords kept(FragmentWords words) {
   return words;
 }
 
-// held[i] = fragment(i). A loop: nvcc would otherwise find the places of all elements before it fetches
-// the first, and keep more than registers hold.
+// held[i] = fragment(i). A loop over a few at a time: nvcc would otherwise find the places of all
+// elements before it fetches the first, and keep more than registers hold.
 template <int kHeld, class F>
 __device__ __forceinline__ void fill_held(FragmentWords (&held)[kHeld], F fragment) {
+  constexpr int kAtOnce = kHeld % 4 == 0 ? 4 : 2;
+  static_assert(kHeld % kAtOnce == 0, "an odd number of fragments");
 #pragma unroll 1
-  for (int i = 0; i < kHeld; ++i) {
-    const FragmentWords words = fragment(i);
+  for (int first = 0; first < kHeld; first += kAtOnce) {
+    FragmentWords words[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) words[i] = fragment(first + i);
 #pragma unroll
     for (int at = 0; at < kHeld; ++at) {
-      if (at == i) held[at] = words;
+      if (at / kAtOnce * kAtOnce == first) held[at] = words[at % kAtOnce];
     }
   }
 }
