@@ -167,13 +167,11 @@ void kl_div(std::array<int, 5> kinds, Strides rows, std::int64_t V, Address stud
 #endif
 }
 
-#ifdef XLSTM_BUILD_CPU
-
 void topk_kl_div(std::array<int, 5> kinds, Strides rows, std::int64_t V, Address student,
                  Strides student_stride, Address labels, std::int64_t ignore_index,
                  Address row_weight, std::array<double, 7> numbers, std::array<Address, 4> results,
                  Strides grad_stride, int support, std::array<std::int64_t, 3> sizes,
-                 std::array<Address, 4> target) {
+                 std::array<Address, 4> target XLSTM_ROWS_FOR_CUDA) {
   xlstm::TopkKlDiv args;
   fill(args, kinds, rows, V, student, student_stride, labels, ignore_index, row_weight, numbers,
        results, grad_stride);
@@ -182,8 +180,14 @@ void topk_kl_div(std::array<int, 5> kinds, Strides rows, std::int64_t V, Address
   args.logprobs = pointer(target[0]), args.ids = pointer<const std::int64_t>(target[1]);
   args.tail_logmass = pointer(target[2]), args.z_words = pointer<double>(target[3]);
   py::gil_scoped_release unlocked;
+#ifdef XLSTM_BUILD_CUDA
+  xlstm::topk_kl_div_cuda(args, pointer(counted), pointer(stream));
+#else
   xlstm::topk_kl_div_cpu(args);
+#endif
 }
+
+#ifdef XLSTM_BUILD_CPU
 
 // Addresses come as lists in the order of the fields they fill.
 using MLSTMStrides = std::array<std::array<std::int64_t, 3>, 5>;
@@ -368,11 +372,11 @@ PYBIND11_MODULE(XLSTM_MODULE, m) {
   m.def("mlstm_forward", &mlstm_forward);
   m.def("mlstm_backward", &mlstm_backward);
   m.def("mlstm_step", &mlstm_step);
-  m.def("topk_kl_div", &topk_kl_div);
   m.attr("checkpoint_interval") = xlstm::kCheckpointInterval;
   m.attr("state_interval") = xlstm::kStateInterval;
 #endif
   m.def("kl_div", &kl_div);
+  m.def("topk_kl_div", &topk_kl_div);
   m.def("recurrence_forward", &recurrence_forward);
   m.def("recurrence_backward", &recurrence_backward);
 #ifdef XLSTM_BUILD_CUDA

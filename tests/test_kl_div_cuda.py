@@ -63,6 +63,35 @@ def test_every_cut_of_a_row(set_chip, chip, V, dtype, teacher_dtype):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("chip", SMALL)
+@pytest.mark.parametrize("V", WIDTHS)
+@pytest.mark.parametrize(("support", "divergence"), [("tail", "js"), ("renormalized", "forward")])
+def test_every_cut_of_a_row_beside_words(set_chip, chip, V, support, divergence):
+    set_chip(*SMALL[chip])
+    student, teacher = (
+        torch.randn(3, V, generator=torch.Generator().manual_seed(s)) for s in (0, 1)
+    )
+    logprobs, ids = teacher.log_softmax(-1).topk(20)
+    got, plain, exact = (
+        words_gradient(student.to(dtype), logprobs.to(dtype), ids, support, divergence, backend)
+        for dtype, backend in (
+            (torch.float32, "cuda"),
+            (torch.float32, "reference"),
+            (torch.float64, "reference"),
+        )
+    )
+    check(f"{support} {divergence} V{V}", got, exact, plain)
+
+
+def words_gradient(student, logprobs, ids, support, divergence, backend):
+    student.requires_grad_()
+    loss = xk.topk_kl_div(
+        student, logprobs, ids, ids[:, 3], ce_weight=0.3, temperature=2.0,
+        support=support, divergence=divergence, backend=backend,
+    )  # fmt: skip
+    return torch.autograd.grad(loss, student)[0]
+
+
 def test_cuts_are_all_there():
     """One to eight blocks, all numbers of threads, kept as a whole and in part: of these widths on
     these chips as of long rows on others."""

@@ -43,7 +43,7 @@ MAY_IMPORT = {
     r"ops\.mlstm_step\.triton_kernel": r"ops\.mlstm\.triton_tiles|cells\.triton_math",
     # Another target of the same rows of student logits.
     r"ops\.(?P<op>kl_div)\.compiled": rf"{HELPERS}|memory|cells",
-    r"ops\.(?P<op>topk_kl_div)\.(cpu|cuda)": rf"{HELPERS}|cells|backends|memory"
+    r"ops\.(?P<op>topk_kl_div)\.(cpu|cuda|compiled)": rf"{HELPERS}|cells|backends|memory"
     r"|ops\.kl_div\.(compiled|options|ranks|rows)",
     r"ops\.(?P<op>topk_kl_div)\.op": rf"{{op}}\.(cpu|cuda)|{HELPERS}|ops\.kl_div\.op"
     r"|backends",

@@ -18,6 +18,7 @@
 #include "cpu/kernels.h"
 #include "cpu/kl_div_rows.h"
 #include "cpu/kl_div_student.h"
+#include "cells/outcome.h"
 
 namespace xlstm::XLSTM_ISA {
 namespace {
@@ -25,43 +26,11 @@ namespace {
 constexpr int kAhead = 2048;
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
-// A word inside, or all outside as one: probabilities, their logarithms, and q h.
-struct Outcome {
+// A word inside.
+struct Word : Outcome {
   std::int64_t id;
-  double z, log_p, log_q, p, q, slope;
+  double z;
 };
-
-double product(double x, double log) { return x == 0 ? 0 : x * log; }
-
-// The outcome's part of the loss; sets its slope.
-double add_terms(Outcome& o, Divergence divergence, double mix) {
-  const double p = o.p, q = o.q, rest = 1 - mix, m = mix * p + rest * q;
-  switch (divergence) {
-    case Divergence::kForward:
-      o.slope = q - p;
-      return product(p, o.log_p - o.log_q) + (q - p);
-    case Divergence::kReverse:
-      o.slope = product(q, o.log_q - o.log_p);
-      return o.slope + (p - q);
-    case Divergence::kTv:
-      o.slope = p == q ? 0 : q > p ? q / 2 : q < p ? -q / 2 : kNaN;
-      return std::fabs(p - q) / 2;
-    default:
-      break;
-  }
-  if (m == 0) return o.slope = 0;
-  const double of_p = product(p, std::log(p / m)), of_q = product(q, std::log(q / m));
-  if (divergence == Divergence::kSkew) {
-    o.slope = -rest * p * (q / m);
-    return of_p + (m - p);
-  }
-  if (divergence == Divergence::kSkewReverse) {
-    o.slope = of_q + mix * p * (q / m);
-    return of_q + (m - q);
-  }
-  o.slope = rest * of_q;
-  return mix * of_p + rest * of_q;
-}
 
 // A block of what is outside.
 template <class C>
@@ -158,12 +127,10 @@ class Row {
       const std::int64_t k = word & 0xffffffff;
       const double log_p = static_cast<double>(logprobs[k]);
       if (inside_.empty() || inside_.back().id != id) {
-        inside_.push_back({id, given ? args_.z_words[n * args_.K + k] : 0, log_p, 0, 0, 0, 0});
-        continue;
+        inside_.push_back({{log_p, 0, 0, 0, 0}, id, given ? args_.z_words[n * args_.K + k] : 0});
+      } else {
+        inside_.back().log_p = log_add(inside_.back().log_p, log_p);
       }
-      double& sum = inside_.back().log_p;
-      const double most = log_p > sum ? log_p : sum, least = log_p > sum ? sum : log_p;
-      sum = std::isinf(most) ? most : most + std::log1p(std::exp(least - most));
     }
   }
 
@@ -233,11 +200,11 @@ class Row {
   void total(const RowSums& sums) {
     shift_ = tail_shift_ = sums.shift_s, tail_sum_ = sums.sum_s;
     const double scale = static_cast<double>(scale_);
-    for (const Outcome& o : inside_) {
+    for (const Word& o : inside_) {
       if (o.z != -kInfinity) shift_ = std::fmax(shift_, o.z * scale);
     }
     double inside = 0;
-    for (Outcome& o : inside_) {
+    for (Word& o : inside_) {
       o.log_q = o.z == -kInfinity ? -kInfinity : kLn2 * (o.z * scale - shift_);
       inside += o.q = std::exp(o.log_q);
     }
@@ -247,7 +214,7 @@ class Row {
     // Of the distribution that is compared: the whole row, or what is inside.
     const bool closed = args_.support == Support::kBoth;
     const double compared = closed ? inside : sum_, log_sum = std::log(compared);
-    for (Outcome& o : inside_) {
+    for (Word& o : inside_) {
       if (o.z == -kInfinity) continue;
       o.log_q -= log_sum;
       o.q /= compared;
@@ -263,46 +230,39 @@ class Row {
   bool teacher(std::int64_t n) {
     const double T = args_.support == Support::kSampled ? 1 : args_.temperature;
     double mass = 0, most = -kInfinity, sum = 0;
-    for (Outcome& o : inside_) {
+    for (Word& o : inside_) {
       if (with_tail() && args_.tail_logmass == nullptr) mass += std::exp(o.log_p);
       o.log_p /= T;
       if (o.log_p > most) most = o.log_p;
     }
-    tail_.log_p = with_tail() ? log_tail(n, 1 - mass, T) : -kInfinity;
+    const C* given = static_cast<const C*>(args_.tail_logmass);
+    const double log_mass = given ? static_cast<double>(given[n]) : log_left(mass);
+    const double words = static_cast<double>(args_.V - std::int64_t(inside_.size()));
+    tail_.log_p = with_tail() ? log_tail(log_mass, words, T) : -kInfinity;
     if (tail_.log_p > most) most = tail_.log_p;
     if (most == -kInfinity) most = 0;
     // Less the largest: powers of 1 / T underflow, and weights of samples may be of any size.
-    for (Outcome& o : inside_) sum += o.p = std::exp(o.log_p -= most);
+    for (Word& o : inside_) sum += o.p = std::exp(o.log_p -= most);
     sum += tail_.p = std::exp(tail_.log_p -= most);
     if (!(sum > 0)) {
       tail_.p = std::isnan(sum) ? kNaN : 0;
       return false;
     }
     const double log_sum = std::log(sum);
-    for (Outcome& o : inside_) o.log_p -= log_sum, o.p /= sum;
+    for (Word& o : inside_) o.log_p -= log_sum, o.p /= sum;
     tail_.p /= sum, tail_.log_p -= log_sum;
     return true;
-  }
-
-  // ln(n (r / n)^(1/T)) of the n words outside.
-  double log_tail(std::int64_t n, double left, double T) const {
-    const double words = static_cast<double>(args_.V - std::int64_t(inside_.size()));
-    if (words == 0) return -kInfinity;
-    const C* given = static_cast<const C*>(args_.tail_logmass);
-    if (given == nullptr && left <= 0) return -kInfinity;
-    const double log_r = given ? static_cast<double>(given[n]) : std::log(left);
-    return T == 1 ? log_r : std::log(words) + (log_r - std::log(words)) / T;
   }
 
   double divergence() {
     double loss = 0, slopes = 0, mass = 0;
     if (args_.support == Support::kTruncated) {
-      for (const Outcome& o : inside_) loss += product(o.p, o.log_p - o.log_q), mass += o.p;
-      for (Outcome& o : inside_) o.slope = mass * o.q - o.p;
+      for (const Word& o : inside_) loss += product(o.p, o.log_p - o.log_q), mass += o.p;
+      for (Word& o : inside_) o.slope = mass * o.q - o.p;
       tail_.slope = mass * tail_.q;
       return loss;
     }
-    for (Outcome& o : inside_) {
+    for (Word& o : inside_) {
       loss += add_terms(o, args_.divergence, args_.mix);
       slopes += o.slope;
     }
@@ -313,7 +273,7 @@ class Row {
       slopes += tail_.slope;
       tail_.slope -= tail_.q * slopes;
     }
-    for (Outcome& o : inside_) o.slope -= o.q * slopes;
+    for (Word& o : inside_) o.slope -= o.q * slopes;
     return loss < 0 ? 0 : loss;
   }
 
@@ -327,7 +287,7 @@ class Row {
       const C* e = keep_ + begin;
       student_.template write<Form::kAlone>(begin, s, g, e, e, C(0), b, scale, label);
     }
-    for (const Outcome& o : inside_) {
+    for (const Word& o : inside_) {
       if (!held(o.id)) continue;
       const std::int64_t column = o.id - args_.first;
       double part = kl * o.slope + student_.own(scale, column);
@@ -362,7 +322,7 @@ class Row {
   Outside<C>* blocks_;
   C *keep_, *stage_, *masked_;
   std::vector<std::uint64_t> order_;  // id, and its place in the row
-  std::vector<Outcome> inside_;
+  std::vector<Word> inside_;
   Outcome tail_{};
   double shift_ = 0, sum_ = 0, tail_shift_ = 0, tail_sum_ = 0;
   double part_ = 1;  // of the row, what is compared

@@ -32,5 +32,7 @@ RowShape row_shape(const RowLimits& limits, std::int64_t columns, int per_vector
 // `counted`: a float64 on the device, for the launcher's own use. A label out of range makes the loss
 // and the gradient of its row NaN.
 void kl_div_cuda(const KlDiv& args, void* counted, void* stream);
+// The same of an id that is out of range.
+void topk_kl_div_cuda(const TopkKlDiv& args, void* counted, void* stream);
 
 }  // namespace xlstm

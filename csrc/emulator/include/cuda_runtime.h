@@ -196,6 +196,9 @@ inline unsigned atomicAdd(unsigned* at, unsigned by) {
   return __atomic_fetch_add(at, by, __ATOMIC_RELAXED);
 }
 inline int atomicAdd(int* at, int by) { return __atomic_fetch_add(at, by, __ATOMIC_RELAXED); }
+inline unsigned atomicOr(unsigned* at, unsigned bits) {
+  return __atomic_fetch_or(at, bits, __ATOMIC_RELAXED);
+}
 inline unsigned atomicCAS(unsigned* at, unsigned expected, unsigned wanted) {
   __atomic_compare_exchange_n(at, &expected, wanted, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
   return expected;

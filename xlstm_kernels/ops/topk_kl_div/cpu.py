@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...backends import load_cpu
-from ...cells import compute_dtype
-from ...memory import address, fresh_cpu, plain, refused_by_cpu
-from ..kl_div.compiled import StudentCall
-from ..kl_div.options import Options
+from ...memory import fresh_cpu, refused_by_cpu
 from ..kl_div.ranks import Split
 from ..kl_div.rows import row_strides
-from .support import SUPPORTS
+from .compiled import topk_kl_div_call
 
 OVER_RANKS = True
 
@@ -43,35 +39,7 @@ def overwrite(
     return _launch(student, *call, grad=student, split=split)
 
 
-def _launch(
-    student: Tensor,
-    topk_logprobs: Tensor,
-    topk_ids: Tensor,
-    tail_logmass: Tensor | None,
-    labels: Tensor | None,
-    row_weight: Tensor | None,
-    *call: Any,
-    grad: Tensor | None,
-    split: Split | None,
-) -> Tensor:
-    if row_strides(student) is None:
-        student = student.contiguous()
-    *options_, support = call
-    options, dtype = Options(*options_), compute_dtype(student.dtype)
-    found = row_strides(student) if grad is None else row_strides(student, grad)
-    assert found is not None  # a gradient of its own is contiguous
-    rows, strides = found
-    student_call = StudentCall(
-        student, strides[0], rows, labels, row_weight, options, grad, strides[-1], split
-    )
-    logprobs, ids = plain(topk_logprobs, dtype), plain(topk_ids, torch.int64)
-    tail = plain(tail_logmass, dtype)
-    V, first = (student.shape[-1], 0) if split is None else (split.shard.V, split.shard.first)
-    z_words = None if split is None else split.z_words
-    load_cpu().topk_kl_div(
-        *student_call.arguments(),
-        SUPPORTS.index(support),
-        (V, first, ids.shape[-1]),
-        (address(logprobs), address(ids), address(tail), address(z_words)),
-    )
+def _launch(*call: Any, grad: Tensor | None, split: Split | None) -> Tensor:
+    student_call, _target, arguments = topk_kl_div_call(*call, grad=grad, split=split)
+    load_cpu().topk_kl_div(*arguments)
     return student_call.loss

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ...backends import Backend, Op
 from ..kl_div.op import define_row_loss
-from . import cpu
+from . import cpu, cuda
 
-TOPK_KL_DIV = Op("topk_kl_div", {Backend.CPU: cpu})
+TOPK_KL_DIV = Op("topk_kl_div", {Backend.CPU: cpu, Backend.CUDA: cuda})
 
 forward, overwrite = define_row_loss(
     TOPK_KL_DIV, "Tensor topk_logprobs, Tensor topk_ids, Tensor? tail_logmass", " str support,"
