@@ -204,7 +204,7 @@ class _Call:
         from .triton_tiles import Sizes
 
         D = r_GHDE.shape[-1]
-        self.device, self.sizes = like_x, Sizes(B, T, H)
+        self.like, self.sizes = like_x, Sizes(B, T, H)
         self.r = r_GHDE if r_GHDE.dtype in DTYPES else r_GHDE.float()
         self.r = self.r.contiguous()
         self.chosen = choose(D, self.r.dtype, current_chip(), backward)
@@ -218,7 +218,7 @@ class _Call:
         programs, chosen = self.tiles * self.sizes.H, self.chosen
         if programs == 0:
             return
-        with on_device(self.device):
+        with on_device(self.like):
             kernel[(programs,)](
                 *args,
                 BLOCK_D=chosen.width,

@@ -76,7 +76,7 @@ def forward_kernel(
             row = at.checkpoint + t // INTERVAL
             store_states(checkpoints, row, at, d, state, runs & here, STATES, D)
         in_gates, in_state = runs & (unit < D)[None, :], runs & (d < D)[None, :]
-        x_t = tl.load(token_places(x, at, t, g * x.g + unit), in_gates, other=0.0)
+        x_t = tl.load(token_places(x, at, t, g.to(tl.int64) * x.g + unit), in_gates, other=0.0)
         if HELD:
             sums = product(state[0], matrix, ROWS, DOT)
         else:
