@@ -90,7 +90,8 @@ kernels:  ## what nvcc made of the CUDA kernels, and what they should take, into
 gpu:  ## on a machine with a GPU: its tests, natively, and what it measures
 	$(PYTHON) -m benchmarks.gpu $(GPU)
 
-# The kernels alone are instrumented; torch is not looked at.
+# The kernels alone are instrumented; torch is not looked at. A sanitizer ends the process before pytest
+# would show what it captured of its report.
 sanitize-emulated:  ## the CUDA kernels' tests on builds with AddressSanitizer and ThreadSanitizer
 	@$(call BUILD_EMULATED,address,address$(comma)undefined)
 	@$(call BUILD_EMULATED,thread,thread)
@@ -102,7 +103,7 @@ sanitize-emulated:  ## the CUDA kernels' tests on builds with AddressSanitizer a
 	  TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1 \
 	  XLSTM_CUDA_EMULATOR=$$(echo $(EMULATED)/$$kind/xlstm_kernels/_emulated*.so) \
 	  $(PYTEST) tests/test_recurrence.py tests/test_recurrence_cuda.py tests/test_cuda.py \
-	    -p no:cacheprovider -m "not slow" \
+	    -p no:cacheprovider --capture=sys -m "not slow" \
 	    -k "(test_dtypes or test_packed_sequences or test_slstm_options or test_teams or scale_rows) and cuda"; \
 	done
 
