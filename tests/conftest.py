@@ -17,7 +17,7 @@ os.environ.setdefault(
     "".join(map(str, Path(__file__).parents[1].glob("build/emulated/plain/*/_emulated*.so"))),
 )
 
-from xlstm_kernels.backends import CUDA_EMULATOR, UNAVAILABLE
+from xlstm_kernels.backends import CUDA_EMULATOR, TRITON_INTERPRETED, UNAVAILABLE
 
 # The same examples in every run.
 hypothesis.settings.register_profile(
@@ -38,7 +38,11 @@ QUICK_ON_EMULATOR = {
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """A test of a backend that this install lacks is skipped with the reason, not left out."""
+    """A test of a backend that this install lacks is skipped with the reason, not left out.
+
+    On triton all tests are slow but those in test_*_triton*.py: in its interpreter a call takes
+    long. Compiled for a GPU it runs those by case, which go there; tensors of others are not there.
+    """
     missing = dict(UNAVAILABLE)
     if CUDA_EMULATOR is None:
         missing["cuda"] = "the emulator, which runs it on CPU tensors, is built by `make emulated`"
@@ -48,6 +52,11 @@ def pytest_collection_modifyitems(items):
         why = missing.get(backend)
         if backend == "cuda" and item.originalname not in QUICK_ON_EMULATOR:
             item.add_marker(pytest.mark.slow)
+        if backend == "triton" and "triton" not in item.path.name:
+            if TRITON_INTERPRETED:
+                item.add_marker(pytest.mark.slow)
+            elif "backend" in params:
+                why = "its tensors are on the CPU"
         if why is not None:
             item.add_marker(pytest.mark.skip(reason=f"backend {backend!r}: {why}"))
 

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 import xlstm_kernels as xk
-from xlstm_kernels.backends import load_cpu
+from xlstm_kernels.backends import TRITON_INTERPRETED, load_cpu
 from xlstm_kernels.ops.kl_div.op import KL_DIV
 from xlstm_kernels.testing import check
 
 # All of them: conftest.py skips those that cannot run here, with the reason.
 BACKENDS = [backend.value for backend in KL_DIV.table]
 EVERYWHERE = ["reference", *BACKENDS]
+# Where a GPU's compiled kernels run; inputs and results of a case stay on the CPU.
+DEVICES = {} if TRITON_INTERPRETED else {"triton": "cuda"}
 # Factors on the budget, with the reason.
 WIDENED = {
     # Without fused multiply-add the exponent x log2(e) / T is rounded before it is split.
@@ -90,6 +92,7 @@ def inputs(case: Case) -> dict[str, Tensor]:
 
 def call(case: Case, tensors: dict[str, Tensor], backend: str) -> tuple[Tensor, Tensor]:
     """The loss and the student's gradient."""
+    tensors = {name: tensor.to(DEVICES.get(backend, "cpu")) for name, tensor in tensors.items()}
     student = tensors["student"].detach().requires_grad_()
     loss = xk.kl_div(
         student,
@@ -109,7 +112,7 @@ def call(case: Case, tensors: dict[str, Tensor], backend: str) -> tuple[Tensor, 
         backend=backend,
     )
     (grad,) = torch.autograd.grad(loss, student, tensors["dloss"].to(loss.dtype))
-    return loss.detach(), grad
+    return loss.detach().cpu(), grad.cpu()
 
 
 def check_case(case: Case) -> None:

@@ -43,12 +43,13 @@ MAY_IMPORT = {
     r"ops\.mlstm_step\.triton_kernel": r"ops\.mlstm\.triton_tiles|cells\.triton_math",
     # Another target of the same rows of student logits.
     r"ops\.(?P<op>kl_div)\.compiled": rf"{HELPERS}|memory|cells",
-    r"ops\.(?P<op>topk_kl_div)\.(cpu|cuda|compiled)": rf"{HELPERS}|cells|backends|memory"
-    r"|ops\.kl_div\.(compiled|options|ranks|rows)",
-    r"ops\.(?P<op>topk_kl_div)\.op": rf"{{op}}\.(cpu|cuda)|{HELPERS}|ops\.kl_div\.op"
+    r"ops\.(?P<op>kl_div)\.triton_launch": rf"{HELPERS}|cells|backends|memory",
+    r"ops\.(?P<op>topk_kl_div)\.(cpu|cuda|compiled|triton)": rf"{HELPERS}|cells|backends|memory"
+    r"|ops\.kl_div\.(compiled|options|ranks|rows|triton_launch)",
+    r"ops\.(?P<op>topk_kl_div)\.op": rf"{{op}}\.(cpu|cuda|triton)|{HELPERS}|ops\.kl_div\.op"
     r"|backends",
-    r"ops\.(?P<op>topk_kl_div)\.\w+": r"{op}\.(?!cpu$|cuda$)\w+"
-    r"|ops\.kl_div\.(?!api$|cpu$|cuda$)\w+|cells",
+    r"ops\.(?P<op>topk_kl_div)\.\w+": r"{op}\.(?!cpu$|cuda$|triton$)\w+"
+    r"|ops\.kl_div\.(?!api$|cpu$|cuda$|triton$)\w+|cells",
     # Products, and then the rows of logits are those of kl_div and topk_kl_div.
     r"ops\.(?P<op>linear_kl_div)\.cpu": rf"{HELPERS}|ops\.(topk_)?kl_div\.(cpu|options|ranks)"
     r"|gemm|memory",
@@ -102,6 +103,13 @@ LONG_FUNCTIONS = {
         )
     },
     "xlstm_kernels/ops/recurrence/triton_backward.py:backward_kernel": "parameters one on a line",
+    **{
+        f"xlstm_kernels/ops/{kernel}": "a kernel's parameters stand one on a line"
+        for kernel in (
+            "kl_div/triton_kernel.py:kl_div_kernel",
+            "topk_kl_div/triton_kernel.py:topk_kl_div_kernel",
+        )
+    },
 }
 
 

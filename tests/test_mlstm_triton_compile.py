@@ -56,8 +56,8 @@ SPILLS = {"narrow": 64, "odd": 512, "wide": 8}
 SPILLS |= dict.fromkeys(("sigmoid_none", "plain", "float32", "float16"), 16)
 
 
-def compiled(chip: str, call: dict[str, Any]) -> list[dict[str, Any]]:
-    asked = json.dumps({"target": CHIPS[chip][0], "calls": [call]})
+def compiled(chip: str, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    asked = json.dumps({"target": CHIPS[chip][0], "calls": calls})
     run = subprocess.run(
         [sys.executable, str(SCRIPT), asked],
         env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -69,7 +69,7 @@ def compiled(chip: str, call: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def check_budgets(chip: str, call: dict[str, Any], kernels: set[str], spills: int = 0) -> None:
-    rows = compiled(chip, call)
+    rows = compiled(chip, [call])
     assert {row["kernel"] for row in rows} >= kernels
     for row in rows:
         assert row["spills"] <= spills, row

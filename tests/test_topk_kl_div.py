@@ -5,55 +5,24 @@ from __future__ import annotations
 
 import itertools
 import re
-import zlib
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kl_div_cases import DTYPES, short
+from topk_cases import BACKENDS, KINDS, check_topk, gradient, inputs
 from torch.testing import assert_close
 
 import xlstm_kernels as xk
-from xlstm_kernels.ops.kl_div.options import DIVERGENCES, Options
+from xlstm_kernels.ops.kl_div.options import Options
 from xlstm_kernels.ops.topk_kl_div import op
-from xlstm_kernels.ops.topk_kl_div.support import OPEN, SUPPORTS, WITH_TAIL
-from xlstm_kernels.testing import check
+from xlstm_kernels.ops.topk_kl_div.support import SUPPORTS, WITH_TAIL
 
 INF = float("inf")
-BACKENDS = [backend.value for backend in op.TOPK_KL_DIV.table]
 EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 EVERYWHERE = pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-
-
-def refused(support: str, divergence: str) -> bool:
-    if support == "truncated":
-        return divergence != "forward"
-    return support in OPEN and divergence == "reverse"
-
-
-KINDS = [pair for pair in itertools.product(SUPPORTS, DIVERGENCES) if not refused(*pair)]
 EVERY_KIND = pytest.mark.parametrize(("support", "divergence"), KINDS)
-
-
-def inputs(
-    N=5, V=400, K=24, seed=0, apart=1.0, dtype=torch.float64
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A student, and its teacher's likeliest words in no order."""
-    g = torch.Generator().manual_seed(seed)
-    student = 5 + 3 * torch.randn(N, V, generator=g, dtype=torch.float64)
-    teacher = student + apart * torch.randn(N, V, generator=g, dtype=torch.float64)
-    logprobs, ids = teacher.log_softmax(-1).topk(K)
-    order = torch.randperm(K, generator=g)
-    return student.to(dtype), logprobs[:, order].to(dtype), ids[:, order]
-
-
-def gradient(student, *args, **how):
-    """The loss and its gradient by the student."""
-    student = student.detach().requires_grad_()
-    loss = xk.topk_kl_div(student, *args, **how)
-    (grad,) = torch.autograd.grad(loss, student, torch.ones_like(loss))
-    return loss.detach(), grad
 
 
 ACCURACY = [
@@ -80,17 +49,7 @@ CASES = [
 @EVERY_BACKEND
 @pytest.mark.parametrize(("kind", "sizes", "dtype", "options"), CASES)
 def test_against_the_oracle(backend, kind, sizes, dtype, options):
-    V, K = sizes
-    seed = zlib.crc32(f"{kind}{sizes}{options}".encode())
-    student, logprobs, ids = inputs(V=V, K=K, seed=seed, dtype=dtype)
-    labels = torch.tensor([0, V - 1, -100, int(ids[3, 0]), 7])
-    how = {"support": kind[0], "divergence": kind[1], "reduction": "none", **options}
-    got = gradient(student, logprobs, ids, labels, backend=backend, **how)
-    plain = gradient(student, logprobs, ids, labels, backend="reference", **how)
-    how["backend"] = "reference"
-    exact = gradient(student.double(), logprobs.double(), ids, labels, **how)
-    for name, *three in zip(("loss", "dstudent"), got, exact, plain, strict=True):
-        check(f"{kind} {dtype} {name}", *three)
+    check_topk(backend, kind, *sizes, dtype, **options)
 
 
 @EVERYWHERE

@@ -161,7 +161,24 @@ def recurrence(
     backend.backward(h, dlast, r, *saved, starts, cell, 0.0, None, x.new_empty(0), want)
 
 
-RUNS = {"mlstm": run, "mlstm_step": step, "recurrence": recurrence}
+def kl_div(dtype: str, V: int, words: int = 0, support: str = "tail", **options: Any) -> None:
+    """A call of `xk.kl_div`, or of `xk.topk_kl_div` with this many words."""
+    from xlstm_kernels.ops.kl_div import triton as dense
+    from xlstm_kernels.ops.kl_div.options import Options
+    from xlstm_kernels.ops.topk_kl_div import triton as sparse
+
+    student = torch.zeros(16, V, dtype=getattr(torch, dtype))
+    labels = torch.zeros(16, dtype=torch.int64) if options.get("ce_weight") else None
+    rest = (labels, None, *Options(**options))
+    if words:
+        ids = torch.zeros(16, words, dtype=torch.int64)
+        logprobs = torch.zeros(16, words)
+        sparse.forward(student, logprobs, ids, None, *rest, support, True)
+    else:
+        dense.forward(student, torch.zeros_like(student), *rest, True)
+
+
+RUNS = {"mlstm": run, "mlstm_step": step, "recurrence": recurrence, "kl_div": kl_div}
 
 if __name__ == "__main__":
     asked = json.loads(sys.argv[1])

@@ -88,7 +88,8 @@ def kl_div(
             exchange, however many the words, 96 bytes a row in two all-reduces, in a third one 16
             more for a mixture and "tv". torch.compile cannot trace it; backends "reference", which
             gathers all columns, and "cpu".
-        backend: "auto", or one of "reference", "cpu", "cuda"; a named backend runs or raises.
+        backend: "auto", or one of "reference", "cpu", "cuda", "triton"; a named backend runs or
+            raises. On a GPU "triton" reads nothing back: a label out of range makes its row NaN.
 
     Returns:
         The loss, (...) for reduction "none": float32, float64 for float64 logits; sums are in that

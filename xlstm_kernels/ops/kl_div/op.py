@@ -10,10 +10,10 @@ from torch import Tensor
 from ...backends import Backend, Op
 from ...cells import compute_dtype
 from ...library import define
-from . import cpu, cuda
+from . import cpu, cuda, triton
 from .options import SCHEMA
 
-KL_DIV = Op("kl_div", {Backend.CPU: cpu, Backend.CUDA: cuda})
+KL_DIV = Op("kl_div", {Backend.CPU: cpu, Backend.CUDA: cuda, Backend.TRITON: triton})
 
 
 def define_row_loss(

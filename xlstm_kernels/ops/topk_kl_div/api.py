@@ -53,7 +53,8 @@ def topk_kl_div(
         topk_logprobs: (..., K) the teacher's log-probabilities of those words, at temperature 1, in
             any order; it must not require a gradient.
         topk_ids: (..., K) integers: the words, from 0 to V - 1. -1 stands for none, where rows have
-            fewer than K. Masses of a word that comes several times add up.
+            fewer than K. Masses of a word that comes several times add up. On a GPU
+            "triton" reads nothing back: a word out of range makes its row NaN.
         support: what the teacher says of the words outside.
 
             - "tail": they are one outcome more, with all the rest of the mass.

@@ -1,0 +1,40 @@
+"""The losses' Triton kernels, compiled for chips that this machine need not have: no register is
+spilled, and logits move in 16-byte pieces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from test_mlstm_triton_compile import CHIPS, compiled, pytestmark  # noqa: F401
+
+HARD = {"ce_weight": 0.5, "temperature": 2.0, "label_smoothing": 0.1, "softcap": 30.0}
+HARD |= {"teacher_softcap": 30.0, "z_loss": 1e-4}
+# V, dtype, and options: of every family the plain kernel and the largest.
+CALLS: dict[str, dict[str, Any]] = {
+    "forward": {},
+    "float32": {"dtype": "float32"},
+    "reverse": {"divergence": "reverse"},
+    "js": {"divergence": "js"},
+    "tv": {"divergence": "tv"},
+    "hard": HARD,
+    "js_hard": {"divergence": "js", **HARD},
+    "narrow": {"V": 200},
+    "words": {"words": 256},
+    "words_hard": {"words": 256, "divergence": "js", **HARD},
+    "many_words": {"words": 2048, "support": "both"},
+}
+CALLS = {
+    name: {"op": "kl_div", "V": 128256, "dtype": "bfloat16", **call} for name, call in CALLS.items()
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", CHIPS)
+def test_kernels_stay_within_the_chip(chip: str) -> None:
+    for row in compiled(chip, list(CALLS.values())):
+        assert row["spills"] == 0, row
+        assert row["shared"] <= CHIPS[chip][1] * 1024, row
+        _, _, columns, *_ = row["flags"]["HOW"]
+        if "gfx" not in chip and columns > 1000:  # narrow rows of any width begin anywhere
+            assert row["wide_ld"] and row["wide_st"], row

@@ -1,0 +1,117 @@
+"""The divergence from a teacher of few words in Triton: check, allocate, launch, return.
+
+A row is read once, and once more, from the cache where it fits, for the gradient: predicted, not
+measured, are 4 to 6 bytes of memory traffic for a bfloat16 logit, 2 for the loss alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...backends import triton_refuses
+from ...cells import compute_dtype
+from ...memory import plain
+from ..kl_div.options import Options
+from ..kl_div.rows import row_strides
+from ..kl_div.triton_launch import DTYPES, StudentCall, logits, on_device, power_of_two
+from .arguments import check_ids
+from .support import WITH_TAIL
+
+# A program has all words of a row at hand, so many for each of its threads at most.
+LARGEST_K = 2048
+# Columns at once: beside a histogram as wide, more would not fit in registers.
+LARGEST_BLOCK = 2048
+# Of a program: words of all its rows, and pairs of them that it compares at once.
+PROGRAM_WORDS, PROGRAM_PAIRS = 1024, 4096
+
+
+def supports(student: Tensor, topk_logprobs: Tensor) -> str | None:
+    for name, tensor in (("student_logits", student), ("topk_logprobs", topk_logprobs)):
+        if tensor.dtype not in DTYPES:
+            return f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}"
+    if topk_logprobs.shape[-1] > LARGEST_K:
+        return f"K must be at most {LARGEST_K}, got {topk_logprobs.shape[-1]}"
+    return triton_refuses("student_logits", student.device)
+
+
+def forward(student: Tensor, *call: Any) -> list[Tensor]:
+    *call_, want_grad = call
+    grad = student.new_empty(student.shape) if want_grad else None
+    if row_strides(student) is None:
+        student = student.contiguous()
+    loss = _launch(student, *call_, grad=grad)
+    return [loss] if grad is None else [loss, grad]
+
+
+def overwrite(student: Tensor, *call: Any) -> Tensor:
+    if row_strides(student) is None:
+        loss, grad = forward(student, *call, True)
+        student.copy_(grad)
+        return loss
+    return _launch(student, *call, grad=student)
+
+
+def _launch(
+    student: Tensor,
+    topk_logprobs: Tensor,
+    topk_ids: Tensor,
+    tail_logmass: Tensor | None,
+    labels: Tensor | None,
+    row_weight: Tensor | None,
+    *call: Any,
+    grad: Tensor | None,
+) -> Tensor:
+    from .triton_kernel import topk_kl_div_kernel
+    from .triton_words import Words
+
+    *options_, support = call
+    options, dtype = Options(*options_), compute_dtype(student.dtype)
+    found = row_strides(student) if grad is None else row_strides(student, grad)
+    assert found is not None  # forward and overwrite have seen to it
+    (_, inner_rows), strides = found
+    ids = plain(topk_ids, torch.int64)
+    if ids.device.type == "cpu":
+        check_ids("topk_kl_div", ids, student.shape[-1])
+    student_call = StudentCall(
+        "topk_kl_div", student, labels, row_weight, options, grad is not None
+    )
+    tail = plain(tail_logmass, dtype)
+    words = Words(
+        plain(topk_logprobs, dtype),
+        ids,
+        student_call.factor if tail is None else tail,
+        ids.shape[-1],
+    )
+    how, warps = student_call.how(student.shape[-1], LARGEST_BLOCK)
+    how, topk = _topk(how, ids.shape[-1], support, tail is not None)
+    if student_call.N > 0:
+        with on_device(student):
+            topk_kl_div_kernel[(-(-student_call.N // how.rows),)](
+                logits(student, strides[0]),
+                words,
+                logits(student if grad is None else grad, strides[-1]),
+                student_call.given,
+                student_call.row_loss,
+                student_call.N,
+                inner_rows,
+                options.ignore_index,
+                *student_call.numbers(),
+                1.0 if support == "sampled" else 1 / options.temperature,
+                HOW=how,
+                TOPK=topk,
+                num_warps=warps,
+            )
+    return student_call.loss()
+
+
+def _topk(how: Any, K: int, support: str, tail_given: bool) -> tuple[Any, Any]:
+    """Of rows no more than whose words fit; how words are compared."""
+    from .triton_words import TopK
+
+    columns = max(16, power_of_two(K))
+    how = how._replace(rows=max(1, min(how.rows, PROGRAM_WORDS // columns)))
+    step = max(2, min(16, PROGRAM_PAIRS // (how.rows * columns)))
+    return how, TopK(columns, step, support, support in WITH_TAIL, tail_given)
