@@ -103,8 +103,9 @@ sanitize-emulated:  ## the CUDA kernels' tests on builds with AddressSanitizer a
 	  TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1 \
 	  XLSTM_CUDA_EMULATOR=$$(echo $(EMULATED)/$$kind/xlstm_kernels/_emulated*.so) \
 	  $(PYTEST) tests/test_recurrence.py tests/test_recurrence_cuda.py tests/test_cuda.py \
-	    -p no:cacheprovider --capture=sys -m "not slow" \
-	    -k "(test_dtypes or test_packed_sequences or test_slstm_options or test_teams or scale_rows) and cuda"; \
+	    tests/test_kl_div_cuda.py -p no:cacheprovider --capture=sys -m "not slow" \
+	    -k "(test_dtypes or test_packed_sequences or test_slstm_options or test_teams or scale_rows \
+	    or (every_cut and 2500)) and cuda"; \
 	done
 
 lint:  ## formatting, lint and types
