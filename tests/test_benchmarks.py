@@ -312,6 +312,7 @@ class TestReport:
 
 
 class TestScaling:
+    @pytest.mark.slow
     def test_points_are_plotted_beside_the_tables(self, tmp_path, monkeypatch):
         monkeypatch.setattr(scaling, "VARIANTS", {"cpu": 128})
         readme = tmp_path / "README.md"
@@ -339,7 +340,9 @@ class TestScaling:
 
 
 class TestCommandLine:
-    @pytest.mark.parametrize("op", OPS)
+    @pytest.mark.parametrize(
+        "op", [pytest.param(op, marks=[] if op == "slstm" else pytest.mark.slow) for op in OPS]
+    )
     def test_quick_run_prints_a_table_and_saves_nothing(self, op, tmp_path, capsys):
         arguments = ["--op", op, "--quick", "--no-save", "--budget-s", "0.01", "--threads", "1"]
         assert main(["run", *arguments, "--results", str(tmp_path)]) == 0
@@ -375,6 +378,7 @@ class TestCommandLine:
         assert "lstm-fwd+bwd-layer-B8-T512-H1-D256-f32" in capsys.readouterr().out.split()
 
 
+@pytest.mark.slow
 def test_cases_run_under_pytest_benchmark():
     pytest.importorskip("pytest_benchmark", reason="the extra `bench` is not installed")
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "--quick", "-q"]

@@ -71,5 +71,6 @@ def test_peak_is_what_a_call_holds_at_once():
             size_bytes, dtype=torch.uint8
         )
 
-    assert 2 * size_bytes <= peak.during(twice_then_once) < 3 * size_bytes
+    # What was there before may shrink meanwhile.
+    assert 1.9 * size_bytes < peak.during(twice_then_once) < 3 * size_bytes
     assert peak.during(lambda: None) < size_bytes

@@ -34,7 +34,7 @@ SPILLS = {"float32-narrow": 48, "float32-wide": 48}
 
 
 def check_budgets(chip: str, call: dict[str, Any], spills: int) -> None:
-    rows = compiled(chip, {"op": "recurrence", **call})
+    rows = compiled(chip, [{"op": "recurrence", **call}])
     kernels = (
         {"forward_kernel", "backward_kernel"} if call.get("backward", True) else {"forward_kernel"}
     )
