@@ -102,11 +102,20 @@ def test_autocast(always):
 
 
 @pytest.mark.parametrize(
-    ("B", "T", "trained", "ours"),
-    [(8, 64, False, True), (8, 64, True, True), (9, 64, False, False), (1, 1, True, False)],
+    ("B", "T", "hidden", "trained", "ours"),
+    [
+        (8, 64, 7, False, True),
+        (8, 64, 7, True, True),
+        (9, 64, 7, False, False),
+        (1, 1, 7, True, False),
+        (1, 9, 128, True, True),
+        (1, 9, 129, True, False),
+        (2, 9, 256, True, True),
+        (2, 9, 257, False, False),
+    ],
 )
-def test_slower_calls_stay_with_torch(monkeypatch, B, T, trained, ours):
-    layer = nn.LSTM(5, 7, batch_first=True)
+def test_slower_calls_stay_with_torch(monkeypatch, B, T, hidden, trained, ours):
+    layer = nn.LSTM(5, hidden, batch_first=True)
     xk.replace_layers(layer)
     calls = []
     monkeypatch.setattr(FusedLSTM, "_layers", lambda *args: calls.append(1) or 1 / 0)
@@ -115,7 +124,7 @@ def test_slower_calls_stay_with_torch(monkeypatch, B, T, trained, ours):
             with pytest.raises(ZeroDivisionError):
                 layer(torch.randn(B, T, 5))
         else:
-            assert layer(torch.randn(B, T, 5))[0].shape == (B, T, 7)
+            assert layer(torch.randn(B, T, 5))[0].shape == (B, T, hidden)
     assert bool(calls) is ours
 
 
