@@ -16,7 +16,7 @@ examples:
   python -m distill demo --resume                   continue after Ctrl-C
   python -m distill demo --corpus ~/src/project     your own Python files
   python -m distill demo --corpus ~/notes --pattern '*.md'
-  python -m distill demo --quick --run-dir /tmp/q   the same path in seconds, to try an install
+  python -m distill demo --quick --run-dir runs/q  the same path in seconds, to try an install
   python -m distill cache --teacher models/llama --corpus ~/notes --pattern '*.md' --out notes
 """
 
