@@ -134,8 +134,8 @@ def _mlstm(B: int, T: int, H: int, K: int, V: int, backward: bool) -> GpuCase:
     def calls() -> dict[str, Call]:
         q, k, v = (_draw(B, T, H, size, dtype=dtype, grad=backward) for size in (K, K, V))
         i, f = (_draw(B, T, H, dtype=dtype, grad=backward) for _ in range(2))
-        run = lambda: xk.mlstm(q, k, v, i, f, backend="triton")[0]  # noqa: E731
-        return {"triton": _call(run, [q, k, v, i, f])}
+        leaves = [q, k, v, i, f]
+        return {"triton": _call(lambda: xk.mlstm(*leaves, backend="triton")[0], leaves)}
 
     shape = f"B{B} T{T} H{H} K{K} V{V}"
     return GpuCase("mlstm", "fwd+bwd" if backward else "fwd", dtype, shape, 0, calls)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ...backends import load_cpu
-from ...cells import compute_dtype
 from ...memory import address, dense_rows, dtype_code, fresh_cpu, plain, refused_by_cpu
 from .arguments import CELL_INDEX, starts_of
-from .shapes import last_shape, saved_shapes
+from .results import forward_results
+from .shapes import last_shape
 
 
 def supports(x_BTGHD: Tensor, r_GHDE: Tensor, cell: str) -> str | None:
@@ -26,24 +26,18 @@ def forward(
     n_floor: float,
     save: bool,
 ) -> list[Tensor]:
-    B, T, _, H, D = x_BTGHD.shape
-    dtype = compute_dtype(x_BTGHD.dtype)
-    last = last_shape(x_BTGHD.shape, cu_seqlens, cell)
-    to_save = saved_shapes(x_BTGHD.shape, cu_seqlens, cell) if save else ()
-    h_BTHD = fresh_cpu((B, T, H, D), x_BTGHD.dtype)
-    last_SBHD = torch.empty(last, dtype=dtype)
-    saved = [fresh_cpu(shape, dtype) for shape in to_save]
-    if save and cu_seqlens is not None:
-        saved[1].zero_()  # its last rows belong to no sequence
+    _, T, _, H, D = x_BTGHD.shape
+    h_BTHD, last_SBHD, saved = forward_results(x_BTGHD, cu_seqlens, cell, save, fresh_cpu)
+    dtype, B = last_SBHD.dtype, last_SBHD.shape[1]
     x_BTGHD, starts = dense_rows(x_BTGHD), starts_of(cu_seqlens, T, cell)
     r_GHDE, b_GHD = plain(r_GHDE, dtype), plain(b_GHD, dtype)
     state_SBHD = plain(state_SBHD, dtype)
-    if last[1] == 0:
+    if B == 0:
         return [h_BTHD, last_SBHD, *saved]
     load_cpu().recurrence_forward(
         CELL_INDEX[cell],
         dtype_code(x_BTGHD),
-        (last[1], T, H, D),
+        (B, T, H, D),
         address(starts),
         address(x_BTGHD),
         x_BTGHD.stride()[:4],

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ...backends import cuda_refuses
-from ...cells import compute_dtype
 from ...memory import CPU_DTYPES, address, dense_rows, dtype_code, launching, plain
 from .arguments import CELL_INDEX, starts_of
 from .launch import BACKWARD, COLUMNS, EMULATED, FORWARD, Chip, Launch, launch_shape, widest
 from .products import multiply_outer
-from .shapes import CHECKPOINT_INTERVAL, last_shape, saved_shapes
+from .results import empty_like, forward_results
+from .shapes import CHECKPOINT_INTERVAL, last_shape
 
 
 def supports(x_BTGHD: Tensor, r_GHDE: Tensor, cell: str) -> str | None:
@@ -41,28 +41,23 @@ def forward(
     n_floor: float,
     save: bool,
 ) -> list[Tensor]:
-    B, T, _, H, D = x_BTGHD.shape
-    dtype = compute_dtype(x_BTGHD.dtype)
-    last = last_shape(x_BTGHD.shape, cu_seqlens, cell)
-    to_save = saved_shapes(x_BTGHD.shape, cu_seqlens, cell) if save else ()
-    h_BTHD = x_BTGHD.new_empty((B, T, H, D))
-    last_SBHD = x_BTGHD.new_empty(last, dtype=dtype)
-    saved = [x_BTGHD.new_empty(shape, dtype=dtype) for shape in to_save]
-    if save and cu_seqlens is not None:
-        saved[1].zero_()  # its last rows belong to no sequence
+    _, T, _, H, D = x_BTGHD.shape
+    empty = empty_like(x_BTGHD)
+    h_BTHD, last_SBHD, saved = forward_results(x_BTGHD, cu_seqlens, cell, save, empty)
+    dtype, B = last_SBHD.dtype, last_SBHD.shape[1]
     x_BTGHD, starts = dense_rows(x_BTGHD), starts_of(cu_seqlens, T, cell)
     r_digits = _digits(r_GHDE)
     r_GHDE, b_GHD = plain(r_GHDE, dtype), plain(b_GHD, dtype)
     state_SBHD = plain(state_SBHD, dtype)
-    if last[1] == 0:
+    if B == 0:
         return [h_BTHD, last_SBHD, *saved]
-    deal = launch_shape(FORWARD, D, _operand(r_digits), last[1], H, _chip(x_BTGHD.device))
+    deal = launch_shape(FORWARD, D, _operand(r_digits), B, H, _chip(x_BTGHD.device))
     mail, far = _exchange(deal, x_BTGHD)
     with launching(x_BTGHD) as (kernels, stream):
         kernels.recurrence_forward(
             CELL_INDEX[cell],
             dtype_code(x_BTGHD),
-            (last[1], T, H, D),
+            (B, T, H, D),
             address(starts),
             address(x_BTGHD),
             x_BTGHD.stride()[:4],

@@ -17,7 +17,8 @@ from ...cells import CELLS
 from ...memory import dense_rows, on_device, plain
 from .arguments import starts_of
 from .products import multiply_outer
-from .shapes import CHECKPOINT_INTERVAL, last_shape, saved_shapes
+from .results import empty_like, forward_results
+from .shapes import CHECKPOINT_INTERVAL, last_shape
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 128
@@ -93,15 +94,10 @@ def forward(
 ) -> list[Tensor]:
     from .triton_forward import forward_kernel
 
-    B, T, _, H, D = x_BTGHD.shape
-    h_BTHD = x_BTGHD.new_empty((B, T, H, D))
-    last = last_shape(x_BTGHD.shape, cu_seqlens, cell)
-    last_SBHD = x_BTGHD.new_empty(last, dtype=torch.float32)
-    to_save = saved_shapes(x_BTGHD.shape, cu_seqlens, cell) if save else ()
-    saved = [x_BTGHD.new_empty(shape, dtype=torch.float32) for shape in to_save]
-    if save and cu_seqlens is not None:
-        saved[1].zero_()  # its last rows belong to no sequence
-    call = _Call(x_BTGHD, r_GHDE, last[1], T, H, cu_seqlens, cell, False)
+    _, T, _, H, _ = x_BTGHD.shape
+    empty = empty_like(x_BTGHD)
+    h_BTHD, last_SBHD, saved = forward_results(x_BTGHD, cu_seqlens, cell, save, empty)
+    call = _Call(x_BTGHD, r_GHDE, last_SBHD.shape[1], T, H, cu_seqlens, cell, False)
     x_BTGHD = dense_rows(x_BTGHD)
     raw, checkpoints = saved or (x_BTGHD, last_SBHD)
     initial = _or(plain(state_SBHD, torch.float32), last_SBHD)
