@@ -204,12 +204,12 @@ def run_demo(args: argparse.Namespace) -> None:
     import torch
     from rich.console import Console
 
-    from distill.config import demo_config
     from distill.corpus import load_corpus, standard_library
-    from distill.demo import Demo
+    from distill.demo.config import demo_config
+    from distill.demo.report import publish
+    from distill.demo.run import Demo
     from distill.machine import resolve_backend
     from distill.progress import Reporter
-    from distill.report import publish
 
     if args.threads:
         torch.set_num_threads(args.threads)

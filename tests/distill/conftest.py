@@ -9,14 +9,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from distill import config as presets
-from distill.config import DemoConfig
 from distill.corpus import load_corpus
-from distill.demo import Demo
+from distill.demo import config as presets
+from distill.demo.config import DemoConfig
+from distill.demo.model import ModelConfig
+from distill.demo.run import Demo
+from distill.demo.trainer import StageConfig
 from distill.errors import Interrupt
-from distill.model import ModelConfig
 from distill.progress import Reporter
-from distill.trainer import StageConfig
 
 STAGE = StageConfig(steps=6, lr=1e-2, warmup=2, log_every=2, probe_every=3, checkpoint_every=4)
 TINY = replace(

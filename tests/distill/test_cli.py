@@ -12,7 +12,7 @@ import time
 import pytest
 
 from distill.__main__ import main, resume_command
-from distill.results import judge
+from distill.demo.results import judge
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 

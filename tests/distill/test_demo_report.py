@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from distill.report import ROWS, quality_sentence, render
-from distill.results import judge
+from distill.demo.report import ROWS, quality_sentence, render
+from distill.demo.results import judge
 
 
 @pytest.fixture(scope="module")

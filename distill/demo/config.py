@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, replace
 
-from distill.losses import DistillConfig
-from distill.model import ModelConfig
-from distill.trainer import StageConfig
+from distill.demo.losses import DistillConfig
+from distill.demo.model import ModelConfig
+from distill.demo.trainer import StageConfig
 
 # A tokenizer of a small corpus may end up smaller; the vocabulary is filled in once it is known.
 UNKNOWN_VOCAB = 0

@@ -2,9 +2,9 @@
 
 import pytest
 
-from distill import results
+from distill.demo import results
+from distill.demo.speed import Parity
 from distill.errors import DistillError
-from distill.speed import Parity
 
 
 def test_backends_that_disagree_are_not_timed(make_demo, tmp_path, monkeypatch):

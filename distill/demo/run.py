@@ -6,17 +6,17 @@ from pathlib import Path
 
 import torch
 
-from distill import results
 from distill.checkpoint import Checkpoint, write_atomically
-from distill.config import DemoConfig
 from distill.corpus import Batches, Corpus, Text, tokenize
+from distill.demo import results
+from distill.demo.config import DemoConfig
+from distill.demo.evaluate import bits_per_byte, score
+from distill.demo.losses import Distillation, hard_labels
+from distill.demo.model import LanguageModel, n_parameters, seeded_model
+from distill.demo.trainer import Stage
 from distill.errors import DistillError, Interrupt
-from distill.evaluate import bits_per_byte, score
-from distill.losses import Distillation, hard_labels
 from distill.machine import describe_machine
-from distill.model import LanguageModel, n_parameters, seeded_model
 from distill.progress import Reporter
-from distill.trainer import Stage
 
 MAX_STUDENT_SHARE = 0.40
 

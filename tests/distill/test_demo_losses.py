@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from distill.losses import Distillation, DistillConfig, hard_labels
-from distill.model import ModelConfig, seeded_model
+from distill.demo.losses import Distillation, DistillConfig, hard_labels
+from distill.demo.model import ModelConfig, seeded_model
 
 STUDENT = ModelConfig(vocab=40, width=16, layers=1, heads=2, ffn=16)
 TEACHER = ModelConfig(vocab=40, width=32, layers=1, heads=2, ffn=16)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from distill.checkpoint import Checkpoint
+from distill.demo.trainer import Stage
 from distill.errors import DistillError, Interrupted
-from distill.trainer import Stage
 
 STAGES = ("teacher", "student", "control")
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from distill.checkpoint import Checkpoint, restore_model, restore_training, training_tensors
 from distill.corpus import Batches
+from distill.demo.model import LanguageModel
 from distill.errors import DistillError, Interrupt
-from distill.model import LanguageModel
 from distill.progress import Meter
 
 # loss(model, inputs_BT, labels_BT) -> scalar

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import xlstm_kernels as xk
-from distill.model import LanguageModel
+from distill.demo.model import LanguageModel
 
 
 @dataclass(frozen=True)

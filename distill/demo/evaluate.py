@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from distill.corpus import TokenStream
-from distill.model import LanguageModel
+from distill.demo.model import LanguageModel
 
 
 @dataclass(frozen=True)

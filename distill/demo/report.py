@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from distill.checkpoint import write_atomically
-from distill.page import PAGE
-from distill.plots import COLORS, figures
+from distill.demo.page import PAGE
+from distill.demo.plots import COLORS, figures
+from distill.demo.results import Verdict, judge
 from distill.progress import rate, seconds
-from distill.results import Verdict, judge
 
 
 def publish(metrics: dict, run_dir: Path, console: Console) -> None:

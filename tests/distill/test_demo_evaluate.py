@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from distill.corpus import Document, encode, train_tokenizer
-from distill.evaluate import agreement, bits_per_byte, bits_per_byte_by_file, score
-from distill.model import ModelConfig, generate, seeded_model
+from distill.demo.evaluate import agreement, bits_per_byte, bits_per_byte_by_file, score
+from distill.demo.model import ModelConfig, generate, seeded_model
 
 SIZES = ModelConfig(vocab=40, width=16, layers=2, heads=2, ffn=16)
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from distill.losses import DistillConfig, distillation
-from distill.model import LanguageModel, ModelConfig
+from distill.demo.losses import DistillConfig, distillation
+from distill.demo.model import LanguageModel, ModelConfig
 from xlstm_kernels.testing import budget, relative_error
 
 # inputs_BT, labels_BT, teacher_BTV

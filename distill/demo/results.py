@@ -6,14 +6,14 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from distill.config import DemoConfig
 from distill.corpus import Corpus, Text
+from distill.demo.config import DemoConfig
+from distill.demo.evaluate import Scores, agreement, bits_per_byte, bits_per_byte_by_file, score
+from distill.demo.model import generate, n_bytes, n_parameters
+from distill.demo.speed import Batch, parity, time_steps
+from distill.demo.trainer import Stage
 from distill.errors import DistillError, Interrupt
-from distill.evaluate import Scores, agreement, bits_per_byte, bits_per_byte_by_file, score
-from distill.model import generate, n_bytes, n_parameters
 from distill.progress import Meter, Reporter
-from distill.speed import Batch, parity, time_steps
-from distill.trainer import Stage
 
 MODELS = ("teacher", "student", "control")
 PROMPTS = (

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from distill.checkpoint import Checkpoint
-from distill.config import QUICK, STANDARD
-from distill.demo import require_small
+from distill.demo.config import QUICK, STANDARD
+from distill.demo.model import ModelConfig, n_parameters, seeded_model
+from distill.demo.run import require_small
+from distill.demo.trainer import Stage, StageConfig
 from distill.errors import DistillError
-from distill.model import ModelConfig, n_parameters, seeded_model
-from distill.trainer import Stage, StageConfig
 
 
 def test_student_and_control_differ_in_their_loss_alone(make_demo, tmp_path, monkeypatch):

@@ -1,0 +1,1 @@
+"""`python -m distill demo`: the whole of it in minutes on a laptop."""
