@@ -1,0 +1,1 @@
+"""One module a command: `add` declares its flags, `run` does it."""

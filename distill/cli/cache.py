@@ -1,0 +1,67 @@
+"""The `cache` command: a teacher's likeliest next words on disk."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distill.cli.flags import whole_number
+from distill.errors import Interrupt
+
+if TYPE_CHECKING:
+    from distill.cli.flags import Commands
+
+
+def add(commands: Commands) -> None:
+    cache = commands.add_parser(
+        "cache",
+        help="keep a teacher's likeliest next words on disk, to distil without the teacher",
+        description=(
+            "Reads the files of a corpus once with a causal language model of transformers and "
+            "writes, for every token, the K likeliest next words, their log-probabilities and what "
+            "is left for all others to OUT. Ctrl-C keeps what is done; the same command goes on. "
+            "A cache of another teacher, corpus, length or K is refused."
+        ),
+        allow_abbrev=False,
+    )
+    for flag, what in (
+        ("--teacher", "what `save_pretrained` wrote, tokenizer too"),
+        ("--corpus", "read the files below DIR"),
+        ("--out", "where the cache goes"),
+    ):
+        cache.add_argument(flag, type=Path, metavar="DIR", required=True, help=what)
+    cache.add_argument(
+        "--pattern", default="*.txt", metavar="GLOB", help="which files (default: %(default)s)"
+    )
+    for flag, most, default, what in (
+        ("-k", 1 << 20, 256, "words of each token"),
+        ("--length", 1 << 24, 512, "tokens that the teacher reads at once"),
+        ("--rows", 1 << 16, 4, "how often at once"),
+    ):
+        cache.add_argument(
+            flag,
+            type=whole_number(1, most),
+            default=default,
+            metavar="N",
+            help=f"{what} (default: %(default)s)",
+        )
+    cache.add_argument(
+        "--max-tokens", type=whole_number(1, 1 << 40), metavar="N", help="stop after N tokens"
+    )
+    cache.add_argument("--dry-run", action="store_true", help="print sizes and write nothing")
+    cache.set_defaults(command=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from distill.capture import CaptureConfig, capture, corpus_tokens, load_teacher
+    from distill.progress import Reporter
+
+    config = CaptureConfig(args.k, args.length, args.rows, args.max_tokens)
+    reporter = Reporter(Console(highlight=False))
+    with Interrupt() as interrupt:
+        model, tokenizer = load_teacher(args.teacher)
+        tokens_N = corpus_tokens(args.corpus, args.pattern, tokenizer)
+        capture(model, tokens_N, args.out, config, reporter, interrupt, args.dry_run)

@@ -1,0 +1,116 @@
+"""The `demo` command: a teacher, a student and a control on the standard library, and a report."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distill.cli.flags import scale, whole_number
+from distill.errors import Interrupt
+
+if TYPE_CHECKING:
+    from distill.cli.flags import Commands
+
+
+def add(commands: Commands) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="train a teacher, distil a student, compare it with a control, write a report",
+        description=(
+            "Trains a language model (the teacher) on the source of Python's standard library, "
+            "distils it into a student with at most 40 % of its parameters, and trains a control: "
+            "the same student, from the same weights, on the same batches, without the teacher. "
+            "Scores all three on files that none has seen, times the kernels against plain eager "
+            "torch, prints a table and writes RUN_DIR/report.html and RUN_DIR/metrics.json. Ctrl-C "
+            "leaves a checkpoint; --resume continues to the very same weights. A finished teacher "
+            "is kept in RUN_DIR and used again."
+        ),
+        allow_abbrev=False,
+    )
+    text = demo.add_argument_group("text")
+    text.add_argument(
+        "--corpus",
+        type=Path,
+        metavar="DIR",
+        help="train on the files below DIR (default: Python's standard library)",
+    )
+    text.add_argument(
+        "--pattern",
+        default="*.py",
+        metavar="GLOB",
+        help="which files of the corpus to read (default: %(default)s)",
+    )
+    budget = demo.add_argument_group("run")
+    budget.add_argument(
+        "--run-dir",
+        type=Path,
+        default=Path("runs/demo"),
+        metavar="DIR",
+        help="where checkpoints, metrics and the report go (default: %(default)s)",
+    )
+    budget.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue what RUN_DIR holds; to the same bits with the same number of threads",
+    )
+    budget.add_argument(
+        "--quick",
+        action="store_true",
+        help="tiny models and budgets: seconds instead of minutes",
+    )
+    budget.add_argument(
+        "--steps-scale",
+        type=scale,
+        default=1.0,
+        metavar="X",
+        help="multiply every step budget by X (default: 1)",
+    )
+    budget.add_argument(
+        "--seed",
+        type=whole_number(0, 2**32 - 1),
+        default=1,
+        metavar="N",
+        help="decides weights, batches and samples (default: %(default)s)",
+    )
+    budget.add_argument(
+        "--threads",
+        type=whole_number(1, 4096),
+        metavar="N",
+        help="CPU threads (default: torch's choice)",
+    )
+    budget.add_argument(
+        "--backend",
+        choices=("auto", "cpu", "reference"),
+        default="auto",
+        help="which implementation of the kernels to run on (default: %(default)s)",
+    )
+    demo.set_defaults(command=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    # Imported here so that --help and a mistyped flag do not wait for torch.
+    import torch
+    from rich.console import Console
+
+    from distill.corpus import load_corpus, standard_library
+    from distill.demo.config import demo_config
+    from distill.demo.report import publish
+    from distill.demo.run import Demo
+    from distill.machine import resolve_backend
+    from distill.progress import Reporter
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    console = Console(highlight=False)
+    reporter = Reporter(console)
+    backend = resolve_backend(args.backend)
+    config = demo_config(args.quick, args.steps_scale, args.seed, backend)
+    with Interrupt() as interrupt:
+        corpus = load_corpus(
+            args.corpus or standard_library(), args.pattern, heldout_bytes=config.heldout_bytes
+        )
+        slow = ", plain eager torch: many times slower" if backend == "reference" else ""
+        reporter.say(f"kernels  backend {backend!r}, {torch.get_num_threads()} threads{slow}")
+        demo = Demo(config, corpus, args.run_dir, args.resume, reporter, interrupt)
+        publish(demo.run(), args.run_dir, console)

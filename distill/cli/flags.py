@@ -1,0 +1,41 @@
+"""What the flags of all commands are made of."""
+
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong with a flag in one line and leaves the usage to --help."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def whole_number(least: int, most: int) -> Callable[[str], int]:
+    """The type of a flag whose value lies within two bounds."""
+
+    def parse(text: str) -> int:
+        # Longer numbers than a bound are out of it, and int() refuses very long ones.
+        fits = text.isdecimal() and len(text) <= len(str(most))
+        if not fits or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number of at least {least} and at most {most}, got {text!r}"
+            )
+        return int(text)
+
+    return parse
+
+
+def scale(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1000:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1000, got {text!r}")
+    return value
+
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[OneLineParser]
