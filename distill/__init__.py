@@ -6,17 +6,30 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distill import stages
     from distill.hybrid import hybridize, load_student, new_parameters
+    from distill.losses import DistillModule, LossSpec, register_loss
     from distill.teacher import TeacherCache
 
 # Imported when asked for: the command line's --help does not wait for torch and transformers.
 _MODULES = {
+    "DistillModule": "distill.losses",
+    "LossSpec": "distill.losses",
     "TeacherCache": "distill.teacher",
     "hybridize": "distill.hybrid",
     "load_student": "distill.hybrid",
     "new_parameters": "distill.hybrid",
+    "register_loss": "distill.losses",
 }
 
-__all__ = ["TeacherCache", "hybridize", "load_student", "new_parameters", "stages"]
+__all__ = [
+    "DistillModule",
+    "LossSpec",
+    "TeacherCache",
+    "hybridize",
+    "load_student",
+    "new_parameters",
+    "register_loss",
+    "stages",
+]
 
 
 def __getattr__(name: str) -> Any:

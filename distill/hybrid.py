@@ -293,7 +293,7 @@ def _before_decoder(
                 " got True"
             )
         if kwargs.get("position_ids") is None:
-            kwargs["position_ids"] = _packed_positions(cu_seqlens)
+            kwargs["position_ids"] = packed_positions(cu_seqlens)
     if given is not None and not isinstance(given, HybridCache):
         raise DistillError(
             f"hybrid model: past_key_values must be a HybridCache, got {type(given).__name__}"
@@ -303,7 +303,7 @@ def _before_decoder(
     return (), kwargs | {"use_cache": use_cache}
 
 
-def _packed_positions(cu_seqlens: Tensor) -> Tensor:
+def packed_positions(cu_seqlens: Tensor) -> Tensor:
     """(1, T): each token's place in its own document."""
     lengths = cu_seqlens.diff()
     starts = torch.repeat_interleave(cu_seqlens[:-1], lengths)

@@ -18,11 +18,18 @@ from torch import Tensor
 import xlstm_kernels as xk
 from distill.errors import DistillError
 from distill.mixer import HybridMixer
+from distill.taps import IGNORED, Run, by_token, next_words
+from distill.teacher import TopK
 
 
 def align_loss(
-    student: Any, input_ids: Tensor, *, relative: bool = False, **inputs: Any
-) -> tuple[Tensor, int]:
+    student: Any,
+    input_ids: Tensor,
+    *,
+    relative: bool = False,
+    mask: Tensor | None = None,
+    **inputs: Any,
+) -> tuple[Tensor, Tensor]:
     """Stage I: sum over layers and tokens of |attention - mixer|^2, before the output projection.
 
     One forward pass of the student does: each layer computes both from the same queries, keys and
@@ -35,20 +42,25 @@ def align_loss(
         input_ids: (B, T).
         relative: divide each layer's sum by its attention's own, times the count: later layers,
             whose values are larger, then count no more than the first.
+        mask: (B, T), the tokens that count; None is all.
         **inputs: to the student, as `cu_seq_lens_q`.
 
     Returns:
-        The sum, and the number of tokens.
+        The sum, and the number of tokens that count.
     """
     sums: list[Tensor] = []
-    count = input_ids.numel()
+    mask_BT = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
+    count = mask_BT.sum()
+
+    def squares(x_BTHD: Tensor) -> Tensor:
+        # In float32: a sum of squares of 16 bits loses most of them.
+        return x_BTHD.float().square().sum((2, 3)).masked_fill(~mask_BT, 0).sum()
 
     def compare(mixer: HybridMixer, tensors: list[Tensor], want_BTHD: Tensor, **how: Any) -> None:
         with torch.enable_grad():
             got_BTHD = mixer(*(x.detach() for x in tensors), **how)
-            # In float32: a sum of squares of 16 bits loses most of them.
-            error = (got_BTHD - want_BTHD).float().square().sum()
-            sums.append(error * count / want_BTHD.float().square().sum() if relative else error)
+            error = squares(got_BTHD - want_BTHD)
+            sums.append(error * count / squares(want_BTHD) if relative else error)
 
     _observe("align_loss", student, input_ids, compare, **inputs)
     return torch.stack(sums).sum(), count
@@ -112,61 +124,61 @@ def _observe(
         student.train(training)
 
 
-@torch.no_grad()
-def topk_targets(
-    teacher: Any, input_ids: Tensor, k: int = 256, **inputs: Any
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and ids (B, T, k) of the teacher's likeliest next words."""
-    logits_BTV = teacher(input_ids, use_cache=False, **inputs).logits
-    return logits_BTV.float().log_softmax(dim=-1).topk(min(k, logits_BTV.shape[-1]), dim=-1)
+def topk_targets(teacher: Any, input_ids: Tensor, k: int = 256, **inputs: Any) -> TopK:
+    """The teacher's likeliest words after each token of input_ids (B, T); all parts (B, T, ...)."""
+    words = Run(teacher, input_ids, inputs).words(k)
+    return TopK(*(x.unflatten(0, input_ids.shape) for x in words))
 
 
 def sparse_loss(
     student: Any,
     input_ids: Tensor,
-    topk_logprobs: Tensor,
-    topk_ids: Tensor,
+    words: TopK,
     labels: Tensor | None = None,
     *,
     ce_weight: float = 0.9,
     kl_weight: float = 0.1,
     support: str = "tail",
-    tail_logmass: Tensor | None = None,
     temperature: float = 1.0,
     backend: str = "auto",
     **inputs: Any,
-) -> tuple[Tensor, int]:
+) -> tuple[Tensor, Tensor]:
     """Stage II: ce_weight * cross-entropy + kl_weight * KL(teacher's likeliest words | student).
 
     The logits are never all there (`xk.linear_topk_kl_div`).
 
     Args:
         student, input_ids, **inputs: as in `align_loss`.
-        topk_logprobs, topk_ids: (B, T, k) of `topk_targets`: those at t are of the word at t + 1.
+        words: of `topk_targets`, or of a teacher cache; (B, T, ...), or of all tokens in order.
+            Those at t are of the word at t + 1.
         labels: (B, T), -100 where a word does not count; None is `input_ids`. Not shifted.
         ce_weight, kl_weight: the paper's gamma and beta.
         support, temperature, backend: as in `xk.topk_kl_div`. The paper leaves the support open.
-        tail_logmass: (B, T), of a teacher cache; None takes what the words leave of 1.
 
     Returns:
         The sum, and the number of words that count.
     """
-    hidden_BTE = student.base_model(input_ids, use_cache=False, **inputs)[0]
-    head = student.get_output_embeddings()
-    targets_BT = (input_ids if labels is None else labels)[:, 1:]
-    loss = xk.linear_topk_kl_div(
-        hidden_BTE[:, :-1],
-        head.weight,
-        topk_logprobs[:, :-1],
-        topk_ids[:, :-1],
-        targets_BT,
-        student_bias=head.bias,
-        support=support,
-        tail_logmass=None if tail_logmass is None else tail_logmass[:, :-1],
-        temperature=temperature,
+    targets_N = next_words(input_ids if labels is None else labels).flatten()
+    loss = topk_loss(
+        Run(student, input_ids, inputs, grad=True),
+        by_token(words),
+        targets_N,
         ce_weight=ce_weight,
         kl_weight=kl_weight,
-        reduction="sum",
+        support=support,
+        temperature=temperature,
         backend=backend,
     )
-    return loss, int((targets_BT != -100).sum())
+    return loss, (targets_N != IGNORED).sum()
+
+
+def topk_loss(student: Run, words: TopK, targets_N: Tensor, **options: Any) -> Tensor:
+    """The sum over rows of `xk.topk_kl_div` with its options; from hidden states where it can."""
+    options["reduction"] = "sum"
+    if options["support"] in ("tail", "truncated"):
+        options["tail_logmass"] = words.tail_logmass
+    targets = words.logprobs, words.ids, targets_N
+    if student.is_linear:
+        weight_VE, options["student_bias"] = student.head
+        return xk.linear_topk_kl_div(student.hidden_NE, weight_VE, *targets, **options)
+    return xk.topk_kl_div(student.logits_NV, *targets, **options)

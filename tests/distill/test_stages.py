@@ -121,7 +121,7 @@ def test_sparse_loss_of_all_words_is_the_dense_one():
     ids, labels = tokens(20), tokens(20).clone()
     labels[0, :5] = -100
     words = stages.topk_targets(teacher, ids, k=1000)
-    total, count = stages.sparse_loss(student, ids, *words, labels, temperature=1.0)
+    total, count = stages.sparse_loss(student, ids, words, labels, temperature=1.0)
     total.backward()
     got = [p.grad for p in student.parameters()]
     student.zero_grad()
@@ -145,7 +145,7 @@ def test_stage_two_trains_everything():
     optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
     losses = []
     for _ in range(20):
-        total, count = stages.sparse_loss(student, ids, *words)
+        total, count = stages.sparse_loss(student, ids, words)
         optimizer.zero_grad()
         (total / count).backward()
         optimizer.step()
@@ -159,9 +159,9 @@ class BothLosses(torch.nn.Module):
         super().__init__()
         self.student = student
 
-    def forward(self, ids, *words):
+    def forward(self, ids, words):
         error, tokens_seen = stages.align_loss(self.student, ids)
-        total, words_seen = stages.sparse_loss(self.student, ids, *words)
+        total, words_seen = stages.sparse_loss(self.student, ids, words)
         return error + total, tokens_seen + words_seen
 
 
@@ -173,7 +173,7 @@ def gradients(rank, ranks):
     losses = BothLosses(student)
     if ranks > 1:
         losses = torch.nn.parallel.DistributedDataParallel(losses)
-    total, count = losses(ids, *stages.topk_targets(teacher, ids, k=8))
+    total, count = losses(ids, stages.topk_targets(teacher, ids, k=8))
     # Ranks have equal counts, so the mean over ranks that DDP takes is the mean over all rows.
     (total / count).backward()
     return {name: p.grad for name, p in student.named_parameters()}

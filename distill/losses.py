@@ -1,0 +1,273 @@
+"""All losses of a training step in one module, so that DDP and FSDP see each use of a parameter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.errors import DistillError
+from distill.hybrid import packed_positions
+from distill.loss_functions import LOSSES, LossContext, nearest, register_loss
+from distill.taps import Run, Wanted, by_token, decoder_layers, gathered, layer_pairs, next_words
+from distill.teacher import TopK
+
+__all__ = ["LOSSES", "DistillModule", "LossContext", "LossSpec", "Schedule", "register_loss"]
+
+KINDS = ("constant", "linear", "cosine", "steps")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A number that is a function of the step alone, hence the same on all ranks.
+
+    kind: "constant": `start`; "linear", "cosine": `start` until step `begin`, then towards `end`,
+        which is there at step `until`; None is the last of the stage; "steps": `start`, and from
+        each step of `points` on the value beside it.
+    """
+
+    kind: str = "constant"
+    start: float = 1.0
+    end: float = 0.0
+    begin: int = 0
+    until: int | None = None
+    points: tuple[tuple[int, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise DistillError(nearest("schedule: kind", self.kind, KINDS))
+        object.__setattr__(self, "points", tuple((int(at), float(x)) for at, x in self.points))
+        if list(self.points) != sorted(self.points):
+            raise DistillError(f"schedule: points must be in the order of steps, got {self.points}")
+
+    @classmethod
+    def of(cls, value: Any) -> Schedule:
+        """From a number, from a mapping of a recipe, or as it is."""
+        if isinstance(value, Schedule):
+            return value
+        if isinstance(value, Mapping):
+            known = [f.name for f in fields(cls)]
+            for name in value:
+                if name not in known:
+                    raise DistillError(nearest("schedule: options", name, known))
+            return cls(**value)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise DistillError(f"schedule: must be a number or a schedule, got {value!r}")
+        return cls(start=float(value))
+
+    def at(self, step: int, steps: int) -> float:
+        """At `step`, from 0, of a stage of `steps`."""
+        if self.kind == "constant":
+            return self.start
+        if self.kind == "steps":
+            return next((x for at, x in reversed(self.points) if step >= at), self.start)
+        until = steps - 1 if self.until is None else self.until
+        done = min(max((step - self.begin) / max(until - self.begin, 1), 0.0), 1.0)
+        if self.kind == "cosine":
+            done = (1 - math.cos(math.pi * done)) / 2
+        return self.start + (self.end - self.start) * done
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """A loss by name, its weight, and its own arguments."""
+
+    name: str
+    weight: float | Schedule = 1.0
+    args: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.name not in LOSSES:
+            raise DistillError(nearest("loss: name", self.name, LOSSES))
+        known = LOSSES[self.name].options()
+        for name in self.args:
+            if name not in known:
+                raise DistillError(nearest(f"loss {self.name}: args", name, known))
+        object.__setattr__(self, "weight", Schedule.of(self.weight))
+
+    def weight_at(self, step: int, steps: int) -> float:
+        return Schedule.of(self.weight).at(step, steps)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return LOSSES[self.name].options() | self.args
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return LOSSES[self.name].needs
+
+
+class DistillModule(nn.Module):
+    """A student and all losses of a stage; call it through whatever wraps it, DDP or FSDP.
+
+    The teacher is no submodule: no optimizer, no wrapper and no checkpoint sees its parameters. It
+    runs without gradients, once a batch, without its head where no loss needs it, and not at all
+    where none needs the teacher.
+
+    Args:
+        student: a causal language model of transformers, or of `hybridize`.
+        teacher: one with the same tokenizer, or None. It must not share what the student trains.
+        specs: the losses; each name once. Where the cross-entropy and a divergence are asked for,
+            both are computed in one pass from weights that `forward` is told.
+
+    Attributes:
+        projections: from the student's width to the teacher's, by loss, where losses compare
+            states of other widths. They are trained with the student and not part of it.
+    """
+
+    def __init__(self, student: Any, teacher: Any | None, specs: Sequence[LossSpec]):
+        super().__init__()
+        self.student = student
+        self.specs = tuple(specs)
+        names = [spec.name for spec in self.specs]
+        if not names or len(set(names)) < len(names):
+            raise DistillError(f"losses: each must be named once, and one at least, got {names}")
+        self._teacher = (teacher,)  # in a tuple, torch does not see it
+        self._teachers_own: set[int] = set()
+        if teacher is not None:
+            teacher.eval()
+            self._teachers_own = {id(parameter) for parameter in teacher.parameters()}
+        self._pairs: dict[str, tuple[tuple[int, int], ...]] = {}
+        self.projections = nn.ModuleDict()
+        for spec in self.specs:
+            if "teacher" in spec.needs and teacher is None:
+                raise DistillError(f"loss {spec.name}: needs a teacher that runs, got none")
+            if "layers" in spec.needs:
+                self._pairs[spec.name] = self._layer_pairs(spec)
+            if "widths" in spec.needs:
+                self._add_projections(spec)
+        logits = any("logits" in spec.needs for spec in self.specs)
+        pairs = [pair for of_loss in self._pairs.values() for pair in of_loss]
+        self._wanted = tuple(Wanted(logits, frozenset(p[side] for p in pairs)) for side in (0, 1))
+
+    @property
+    def teacher(self) -> Any | None:
+        return self._teacher[0]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        words: TopK | None = None,
+        weights: Mapping[str, float] | None = None,
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """The sum and the count of each loss, both on the device, before any weight.
+
+        Args:
+            input_ids: (B, T).
+            labels: (B, T), not shifted, -100 where a word does not count.
+            cu_seqlens: (S + 1,) int32, where documents begin in the one row of packed ones. The
+                first word of a document counts for none before it.
+            words: of a teacher cache, of all tokens in order, (N, k) or (B, T, k).
+            weights: of the losses, by name. Where they are given, cross-entropy and a divergence
+                take one pass: the values are those of each loss, and so is the gradient of the sum
+                of losses times these weights, divided by one count for both; but no gradient
+                belongs to either alone. Without weights each loss has its own.
+        """
+        inputs = {} if cu_seqlens is None else _packed(cu_seqlens, input_ids)
+        student = Run(self.student, input_ids, inputs, self._wanted[0], grad=True)
+        teacher = None
+        if any(spec.needs & {"teacher", "words"} for spec in self.specs):
+            teacher = self._teacher_run(input_ids, inputs)
+            words = None if words is None else _rows(words, input_ids)
+            if words is None and teacher is None:
+                raise DistillError("losses: words must be given where there is no teacher")
+        context = LossContext(student, teacher, words, next_words(labels, cu_seqlens))
+        with nullcontext() if teacher is None else gathered(self.teacher):
+            found = self._in_one_pass(context, weights or {})
+            for spec in self.specs:
+                if spec.name not in found:
+                    found[spec.name] = self._compute(spec, context)
+        return {spec.name: found[spec.name] for spec in self.specs}
+
+    def _compute(self, spec: LossSpec, context: LossContext, **more: Any) -> tuple[Tensor, Tensor]:
+        own: dict[str, Any] = {"pairs": self._pairs.get(spec.name, ())}
+        if spec.name in self.projections:
+            own["projections"] = self.projections[spec.name]
+        return LOSSES[spec.name].function(replace(context, **own, **more), **spec.args)
+
+    def _in_one_pass(
+        self, context: LossContext, weights: Mapping[str, float]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Cross-entropy and the first divergence, where there are both on the same backend.
+
+        The product with the head and those of its gradient then run once. The value of the
+        cross-entropy takes one product more, without a gradient; the divergence is the rest.
+        """
+        hard = next((spec for spec in self.specs if spec.name == "ce"), None)
+        soft = next((spec for spec in self.specs if "hard" in spec.needs), None)
+        if hard is None or soft is None or hard.options["backend"] != soft.options["backend"]:
+            return {}
+        ce_weight, kl_weight = (float(weights.get(spec.name, 0.0)) for spec in (hard, soft))
+        if not (ce_weight and kl_weight and torch.is_grad_enabled()):
+            return {}
+        options = {name: x for name, x in hard.options.items() if name != "backend"}
+        options |= {"ce_weight": ce_weight, "kl_weight": kl_weight}
+        both, count = self._compute(soft, context, hard=options)
+        with torch.no_grad():
+            ce, _ = self._compute(hard, context)
+        return {"ce": (ce, count), soft.name: ((both - ce_weight * ce) / kl_weight, count)}
+
+    def _teacher_run(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> Run | None:
+        teacher = self.teacher
+        if teacher is None:
+            return None
+        if any(p.requires_grad and id(p) in self._teachers_own for p in self.student.parameters()):
+            raise DistillError(
+                "losses: the student must not train weights that are the teacher's as well;"
+                " pass copy_weights=True to `hybridize`, or freeze them"
+            )
+        if teacher.device != input_ids.device:
+            teacher.to(input_ids.device)
+        return Run(teacher, input_ids, inputs, self._wanted[1])
+
+    def _layer_pairs(self, spec: LossSpec) -> tuple[tuple[int, int], ...]:
+        models = (self.student, self.teacher)
+        return layer_pairs(spec.options["layers"], *(len(decoder_layers(x)) for x in models))
+
+    def _add_projections(self, spec: LossSpec) -> None:
+        models: tuple[Any, Any] = (self.student, self.teacher)
+        embeds = "embedding" in spec.needs
+        own, theirs = (
+            x.get_input_embeddings().embedding_dim if embeds else x.config.hidden_size
+            for x in models
+        )
+        if own == theirs:
+            return
+        weight = next(self.student.parameters())
+        projections = nn.ModuleList()
+        for at in range(1 if embeds else len(self._pairs[spec.name])):
+            layer = nn.Linear(own, theirs, bias=False)
+            # From a generator of its own: the same on all ranks, whatever they have drawn before.
+            nn.init.orthogonal_(layer.weight, generator=torch.Generator().manual_seed(at))
+            projections.append(layer.to(weight))
+        self.projections[spec.name] = projections
+
+
+def _packed(cu_seqlens: Tensor, input_ids: Tensor) -> dict[str, Any]:
+    """What attention of transformers, and the mixer, know documents by."""
+    longest = input_ids.shape[1]  # an upper bound, which needs no look at the device
+    return {
+        "position_ids": packed_positions(cu_seqlens),
+        "cu_seq_lens_q": cu_seqlens,
+        "cu_seq_lens_k": cu_seqlens,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def _rows(words: TopK, input_ids: Tensor) -> TopK:
+    """(N, k) of a cache's, on the device."""
+    found = TopK(*(x.to(input_ids.device, non_blocking=True) for x in by_token(words)))
+    if len(found.ids) != input_ids.numel():
+        raise DistillError(
+            f"losses: words must be of {input_ids.numel()} tokens, got {len(found.ids)}"
+        )
+    return found

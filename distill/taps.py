@@ -1,0 +1,221 @@
+"""What a model of transformers computes on the way to its logits, of one batch, run at most once.
+
+Layers are tapped by hooks that are there while the model runs and gone when backward computes a
+layer again, so that activation checkpointing gives nothing twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from distill.errors import DistillError
+from distill.hybrid import FAMILIES, PREFIX
+from distill.teacher import TopK, topk_words
+
+# Types whose logits are those of the head and nothing more: no scale, no cap.
+PLAIN_HEADS = {*FAMILIES, "gpt_neox", "mistral", "olmo", "olmo3", "phi3", "smollm3"}
+IGNORED = -100  # as a label, as transformers has it
+HEAD_ROWS = 512  # of logits that live at a time where only the likeliest words are kept
+
+
+class Head(NamedTuple):
+    weight_VE: Tensor
+    bias_V: Tensor | None
+
+    def narrowed(self, vocabulary: int) -> Head:
+        """Of the first words, without a gradient."""
+        bias = None if self.bias_V is None else self.bias_V[:vocabulary].detach()
+        return Head(self.weight_VE[:vocabulary].detach(), bias)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of a model besides its last hidden states; layers count from 0."""
+
+    logits: bool = False
+    layers: frozenset[int] = frozenset()
+
+
+class Run:
+    """One model over one batch: nothing runs before something of it is read, and then once.
+
+    hidden_NE is what the head gets; N is B * T. The outputs of layers are those of the residual
+    stream, before the model's last norm.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        inputs: Mapping[str, Any],
+        wanted: Wanted = Wanted(),  # noqa: B008 - frozen
+        grad: bool = False,
+    ):
+        self.model, self.input_ids, self.inputs = model, input_ids, inputs
+        self.wanted, self.grad = wanted, grad and torch.is_grad_enabled()
+
+    @property
+    def has_plain_head(self) -> bool:
+        family = self.model.config.model_type.removeprefix(PREFIX)
+        return family in PLAIN_HEADS and type(self.model.get_output_embeddings()) is nn.Linear
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether a loss may start from `hidden_NE` and `head`, since nobody asks for logits."""
+        return self.has_plain_head and not self.wanted.logits
+
+    @property
+    def head(self) -> Head:
+        layer = self.model.get_output_embeddings()
+        return Head(layer.weight, layer.bias)
+
+    @property
+    def vocabulary(self) -> int:
+        return self.model.config.vocab_size
+
+    @cached_property
+    def logits_NV(self) -> Tensor:
+        if not self.has_plain_head:
+            return self._results["logits"].flatten(0, 1)
+        with torch.set_grad_enabled(self.grad):
+            return F.linear(self.hidden_NE, *self.head)
+
+    @property
+    def hidden_NE(self) -> Tensor:
+        return self._results["hidden"].flatten(0, 1)
+
+    @property
+    def layers_BTE(self) -> dict[int, Tensor]:
+        """Outputs of the layers that are wanted."""
+        return self._results["layers"]
+
+    @cached_property
+    def embedding_BTE(self) -> Tensor:
+        with torch.set_grad_enabled(self.grad):
+            return self.model.get_input_embeddings()(self.input_ids)
+
+    @torch.no_grad()
+    def words(self, k: int, vocabulary: int | None = None) -> TopK:
+        """The likeliest of the first `vocabulary` words after each token; (N, k), fewer if V is."""
+        V = min(self.vocabulary, vocabulary or self.vocabulary)
+        if self.is_linear:
+            head = self.head.narrowed(V)
+            chunks = (F.linear(x_NE, *head) for x_NE in self.hidden_NE.split(HEAD_ROWS))
+        else:
+            chunks = iter(self.logits_NV[:, :V].split(HEAD_ROWS))
+        parts = [topk_words(logits_NV, min(k, V)) for logits_NV in chunks]
+        return TopK(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+    @cached_property
+    def _results(self) -> dict[str, Any]:
+        call = {"use_cache": False, **self.inputs}
+        with torch.set_grad_enabled(self.grad), tapped(self.model, self.wanted) as taps:
+            if self.has_plain_head:
+                found = {"hidden": self.model.base_model(self.input_ids, **call)[0]}
+            else:
+                found = {"logits": self.model(self.input_ids, **call).logits}
+        return found | taps
+
+
+def next_words(labels_BT: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """The word after each token: the label one place on, none across the border of documents."""
+    targets_BT = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
+    if cu_seqlens is not None:
+        targets_BT[:, cu_seqlens[1:].long() - 1] = IGNORED
+    return targets_BT
+
+
+def by_token(words: TopK) -> TopK:
+    """Of all tokens in order: (N, ...), from that or from (B, T, ...)."""
+    return words if words.ids.dim() == 2 else TopK(*(x.flatten(0, 1) for x in words))
+
+
+@contextmanager
+def tapped(model: Any, wanted: Wanted) -> Iterator[dict[str, Any]]:
+    """What `wanted` names, filled in as the model runs within the context."""
+    taps: dict[str, Any] = {"layers": {}}
+    with ExitStack() as stack:
+        layers = decoder_layers(model) if wanted.layers else ()
+        for index in wanted.layers:
+
+            def keep(module: nn.Module, args: Any, output: Any, index: int = index) -> None:
+                taps["layers"][index] = output if isinstance(output, Tensor) else output[0]
+
+            stack.callback(layers[index].register_forward_hook(keep).remove)
+        yield taps
+
+
+@contextmanager
+def gathered(model: Any) -> Iterator[None]:
+    """A model that FSDP2 has sharded, with the weights that none of its layers holds."""
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    count = model.config.num_hidden_layers
+    children = model.base_model.children()
+    found = [x for x in children if isinstance(x, nn.ModuleList) and len(x) == count]
+    if len(found) != 1:
+        raise DistillError(
+            f"losses: {type(model).__name__} must have one list of {count} layers in its base"
+            f" model, got {len(found)}"
+        )
+    return found[0]
+
+
+def layer_pairs(layers: Any, student: int, teacher: int) -> tuple[tuple[int, int], ...]:
+    """Which of the student's layers learns from which of the teacher's; both count from 0.
+
+    Args:
+        layers: "all": each from its own, of as many; "uniform": layer m of M, from 1, from layer
+            m N / M of N, rounded up, so the last from the last; "every-K": layer m from layer K m;
+            "last": the last from the last; or a list of pairs, negative ones from the end.
+        student, teacher: how many each has.
+    """
+    if isinstance(layers, str):
+        step = layers.removeprefix("every-")
+        if layers == "last":
+            return ((student - 1, teacher - 1),)
+        if layers == "all" and student == teacher:
+            return tuple((m, m) for m in range(student))
+        if layers == "uniform":
+            return tuple((m, -(-(m + 1) * teacher // student) - 1) for m in range(student))
+        if step != layers and step.isdecimal() and 0 < int(step) * student <= teacher:
+            return tuple((m, (m + 1) * int(step) - 1) for m in range(student))
+    elif (
+        isinstance(layers, Sequence)
+        and len(layers) > 0
+        and all(_is_pair(pair, student, teacher) for pair in layers)
+    ):
+        return tuple((s % student, t % teacher) for s, t in layers)
+    raise DistillError(
+        "losses: layers must be 'all' (of equally many), 'uniform', 'every-K' (K times the"
+        f" student's are there), 'last' or pairs [student's, teacher's] of {student} and {teacher}"
+        f" layers, got {layers!r}"
+    )
+
+
+def _is_pair(pair: Any, student: int, teacher: int) -> bool:
+    return (
+        isinstance(pair, Sequence)
+        and len(pair) == 2
+        and all(isinstance(index, int) for index in pair)
+        and -student <= pair[0] < student
+        and -teacher <= pair[1] < teacher
+    )

@@ -1,0 +1,82 @@
+"""The losses over ranks: gradients of one process, whatever the batch is split into."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from hybrid_cases import hybrid, make_teacher, stir, tokens
+from ranks import run_on_ranks
+
+from distill.losses import DistillModule, LossSpec
+from xlstm_kernels.testing import relative_error
+
+pytestmark = pytest.mark.slow
+
+WEIGHTS = {"ce": 0.9, "topk_kl": 0.1, "hidden_mse": 0.5, "mixer_mse": 0.2}
+ROWS, LENGTH = 8, 12
+
+
+def make_module(teacher_width=48):
+    """A hybrid whose teacher is wider, so that there are projections too."""
+    student = stir(hybrid.hybridize(make_teacher(), window=3, copy_weights=True))
+    teacher = make_teacher(hidden_size=teacher_width)
+    return DistillModule(student, teacher, [LossSpec(name) for name in WEIGHTS])
+
+
+def batch():
+    """Rows whose words count unequally often."""
+    ids = tokens(LENGTH, B=ROWS)
+    labels = ids.clone()
+    for row in range(ROWS):
+        labels[row, : row + 1] = -100
+    return ids, labels
+
+
+def global_counts(module, batches, over_ranks):
+    with torch.no_grad():
+        found = [module(*rows) for rows in batches]
+    counts = torch.stack([sum(x[name][1] for x in found) for name in WEIGHTS])
+    if over_ranks:
+        dist.all_reduce(counts)
+    return dict(zip(WEIGHTS, counts, strict=True))
+
+
+def step(rank, ranks, micro_batches, way="wrapped"):
+    """Gradients and losses of a step over `batch`, as a trainer takes it."""
+    module = make_module()
+    mine = [x[rank * ROWS // ranks :][: ROWS // ranks] for x in batch()]
+    batches = list(zip(*(x.chunk(micro_batches) for x in mine), strict=True))
+    counts = global_counts(module, batches, ranks > 1)
+    wrapped = torch.nn.parallel.DistributedDataParallel(module) if ranks > 1 else module
+    values = torch.zeros(len(WEIGHTS))
+    for number, rows in enumerate(batches):
+        if ranks > 1:
+            wrapped.require_backward_grad_sync = number == len(batches) - 1
+        call = wrapped if way == "wrapped" or ranks == 1 else wrapped.module
+        found = call(*rows, weights=WEIGHTS)
+        parts = {name: total / counts[name] for name, (total, _) in found.items()}
+        values += torch.stack([x.detach() for x in parts.values()])
+        # DDP takes the mean over ranks of what is a sum.
+        (ranks * sum(WEIGHTS[name] * x for name, x in parts.items())).backward()
+    if ranks > 1:
+        dist.all_reduce(values)
+    return values, {name: p.grad for name, p in module.named_parameters()}
+
+
+def assert_same(got, want):
+    assert relative_error(got[0], want[0]) <= 1e-5
+    assert got[1].keys() == want[1].keys()
+    assert all(relative_error(got[1][name], grad) <= 1e-4 for name, grad in want[1].items())
+
+
+def test_eight_rows_are_four_times_two_and_two_ranks_times_four():
+    want = step(0, 1, 1)
+    assert_same(step(0, 1, 4), want)
+    for got in run_on_ranks(2, step, 2, 1) + run_on_ranks(2, step, 2, 2):
+        assert_same(got, want)
+
+
+def test_who_calls_past_ddp_gets_another_gradient():
+    """What is wrong with `wrapped.module(...)`: nobody adds the ranks' gradients up."""
+    want = step(0, 1, 1)[1]
+    for _, got in run_on_ranks(2, step, 2, 1, "past"):
+        assert max(relative_error(got[name], grad) for name, grad in want.items()) > 0.1
