@@ -5,15 +5,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distill import stages
+    from distill.compression import Compressed, compress
     from distill.hybrid import hybridize, load_student, new_parameters
     from distill.losses import DistillModule, LossSpec, register_loss
     from distill.teacher import TeacherCache
 
 # Imported when asked for: the command line's --help does not wait for torch and transformers.
 _MODULES = {
+    "Compressed": "distill.compression",
     "DistillModule": "distill.losses",
     "LossSpec": "distill.losses",
     "TeacherCache": "distill.teacher",
+    "compress": "distill.compression",
     "hybridize": "distill.hybrid",
     "load_student": "distill.hybrid",
     "new_parameters": "distill.hybrid",
@@ -21,9 +24,11 @@ _MODULES = {
 }
 
 __all__ = [
+    "Compressed",
     "DistillModule",
     "LossSpec",
     "TeacherCache",
+    "compress",
     "hybridize",
     "load_student",
     "new_parameters",

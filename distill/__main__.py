@@ -20,7 +20,7 @@ examples:
 """
 
 # Modules of distill.cli, in the order of --help.
-COMMANDS = ("demo", "cache")
+COMMANDS = ("demo", "cache", "compress")
 
 
 def build_parser() -> argparse.ArgumentParser:

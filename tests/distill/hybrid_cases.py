@@ -6,8 +6,18 @@ import torch
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from distill import hybrid, stages  # noqa: E402 - they import it
+from distill.corpus import load_corpus, train_tokenizer  # noqa: E402
 
-__all__ = ["TEACHERS", "families", "hybrid", "make_teacher", "stages", "stir", "tokens"]
+__all__ = [
+    "TEACHERS",
+    "families",
+    "hybrid",
+    "make_teacher",
+    "save_teacher",
+    "stages",
+    "stir",
+    "tokens",
+]
 
 VOCAB = 60
 SIZES = {
@@ -57,3 +67,22 @@ def stir(student):
 
 def tokens(T, B=2, seed=0):
     return torch.randint(2, VOCAB, (B, T), generator=torch.Generator().manual_seed(100 * T + seed))
+
+
+def save_teacher(folder, corpus_dir):
+    """A small Llama and a tokenizer of the corpus, as `save_pretrained` writes them."""
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=train_tokenizer(load_corpus(corpus_dir).train, 300), eos_token="<end>"
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder

@@ -8,7 +8,6 @@ import torch
 
 from distill.__main__ import main, resume_command
 from distill.capture import CaptureConfig, capture, load_teacher
-from distill.corpus import load_corpus, train_tokenizer
 from distill.errors import DistillError, Interrupt, Interrupted
 from distill.progress import Reporter
 from distill.stages import sparse_loss, topk_targets
@@ -16,26 +15,12 @@ from distill.teacher import TeacherCache
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
+from hybrid_cases import save_teacher  # noqa: E402 - it imports it
+
 
 @pytest.fixture(scope="module")
 def teacher_dir(tmp_path_factory, corpus_dir):
-    folder = tmp_path_factory.mktemp("teacher")
-    corpus = load_corpus(corpus_dir)
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=train_tokenizer(corpus.train, 300), eos_token="<end>"
-    )
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return save_teacher(tmp_path_factory.mktemp("teacher"), corpus_dir)
 
 
 def arguments(teacher_dir, corpus_dir, out, *more):

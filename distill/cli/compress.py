@@ -1,0 +1,108 @@
+"""The `compress` command: a smaller model of a teacher's own family, from its weights."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill.cli.flags import whole_number
+from distill.errors import DistillError
+
+if TYPE_CHECKING:
+    from distill.cli.flags import Commands
+
+SIZES = {
+    "width": "of the hidden states",
+    "heads": "of the queries",
+    "kv-heads": "of keys and values (default: as many queries' heads share one as before)",
+    "ffn": "neurons of the feed-forward",
+}
+
+
+def add(commands: Commands) -> None:
+    compress = commands.add_parser(
+        "compress",
+        help="a model with fewer layers or narrower ones, from a teacher's weights",
+        description=(
+            "Writes a model of the teacher's family to OUT that keeps some of its layers, and of "
+            "its width, heads and feed-forward what counts most: by the size of weights, or, with "
+            "--corpus, by what it does on text. The model is to be trained, as by `run`; its "
+            "configuration's layer_map says which layers of the teacher it began as."
+        ),
+        allow_abbrev=False,
+    )
+    for flag, what in (
+        ("--teacher", "what `save_pretrained` wrote"),
+        ("--out", "where the student goes"),
+    ):
+        compress.add_argument(flag, type=Path, metavar="DIR", required=True, help=what)
+    compress.add_argument(
+        "--layers", metavar="N", help="how many, or every-2, or the indices of those: 0,2,5"
+    )
+    compress.add_argument(
+        "--layer-map",
+        default="spread",
+        choices=("spread", "uniform", "first", "last", "influence"),
+        help="which, where --layers is a number (default: %(default)s)",
+    )
+    for name, what in SIZES.items():
+        compress.add_argument(f"--{name}", type=whole_number(1, 1 << 24), metavar="N", help=what)
+    compress.add_argument(
+        "--method",
+        choices=("weight", "activation", "svd"),
+        help="what counts (default: activation with --corpus, weight without)",
+    )
+    compress.add_argument(
+        "--corpus", type=Path, metavar="DIR", help="text to look at: the files below DIR"
+    )
+    compress.add_argument(
+        "--pattern", default="*.txt", metavar="GLOB", help="which files (default: %(default)s)"
+    )
+    compress.add_argument(
+        "--tokens",
+        type=whole_number(1, 1 << 30),
+        default=8192,
+        metavar="N",
+        help="of the text, 512 at a time (default: %(default)s)",
+    )
+    compress.set_defaults(command=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    from distill.capture import corpus_tokens, load_teacher
+    from distill.compression import compress
+
+    teacher, tokenizer = load_teacher(args.teacher)
+    inputs = None
+    if args.corpus is not None:
+        inputs = corpus_tokens(args.corpus, args.pattern, tokenizer)[: args.tokens].split(512)
+        inputs = [ids[None] for ids in inputs]
+    student, layer_map, _ = compress(
+        teacher,
+        layers=_layers(args.layers),
+        layer_map=args.layer_map,
+        width=args.width,
+        heads=args.heads,
+        kv_heads=args.kv_heads,
+        ffn=args.ffn,
+        method=args.method,
+        inputs=inputs,
+    )
+    student.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    before, after = teacher.num_parameters(), student.num_parameters()
+    print(
+        f"student  {args.out}: layers {', '.join(map(str, layer_map))} of the teacher's, {after:,}"
+        f" of {before:,} parameters ({after / before:.1%})"
+    )
+
+
+def _layers(text: str | None) -> Any:
+    if text is None or text.startswith("every-"):
+        return text
+    try:
+        indices = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise DistillError(f"--layers: must be as 6, every-2 or 0,2,5, got {text!r}") from error
+    return indices if "," in text else indices[0]

@@ -1,0 +1,124 @@
+"""What in a teacher counts most: from its activations on a few batches, or from its weights alone.
+
+Channels of the hidden width: their share of |x|^2 of what layers hand on, each token's x scaled to
+one length. Heads and neurons: the mean square of what they give, times that of the weights which
+read it. Layers: 1 - cos(x before, x after), as in ShortGPT (arXiv 2403.03853). Choosing by
+activations is Minitron's way (arXiv 2407.14679), these measures are ours; with the principal
+directions of the hidden width in place of channels it is SliceGPT's (arXiv 2401.15024), with one
+rotation for all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.families import Family
+
+
+@dataclass
+class Importance:
+    """hidden_E: of channels; covariance_EE: of what layers hand on, None from weights alone.
+
+    heads_LH and neurons_LF: of each layer's; layers_L: of layers, None from weights alone.
+    """
+
+    hidden_E: Tensor
+    heads_LH: Tensor
+    neurons_LF: Tensor
+    covariance_EE: Tensor | None = None
+    layers_L: Tensor | None = None
+
+
+def of_weights(teacher: Any, family: Family) -> Importance:
+    """Squares of weights alone, as if all activations had one size."""
+    layers = getattr(teacher.base_model, family.layers)
+    hidden_E = torch.zeros(teacher.config.hidden_size, dtype=torch.float64)
+    for name, weight in teacher.named_parameters():
+        axes = family.axes_of(name, teacher.config)
+        if weight.dim() == 2 and "E" in axes:
+            rest = 1 - axes.index("E")
+            hidden_E += weight.detach().double().square().sum(rest).cpu()
+    heads, neurons = (
+        torch.stack([_squares(layer, module, family, teacher.config) for layer in layers])
+        for module in (family.heads_out, family.neurons_out)
+    )
+    return Importance(hidden_E, _by_head(heads, teacher.config), neurons)
+
+
+@torch.no_grad()
+def of_activations(
+    teacher: Any, family: Family, batches: Iterable[Tensor], covariance: bool
+) -> Importance:
+    """One forward pass of the teacher over each of `batches`, (B, T) ids."""
+    decoder, config = teacher.base_model, teacher.config
+    layers = getattr(decoder, family.layers)
+    E = config.hidden_size
+    hidden = torch.zeros(E, E, dtype=torch.float64) if covariance else torch.zeros(E).double()
+    change_L = torch.zeros(len(layers), dtype=torch.float64)
+    squares: dict[Any, Tensor] = {}
+    last: list[Tensor] = []
+
+    def on_stream(at: int, x_BTE: Tensor) -> None:
+        x_NE = x_BTE.flatten(0, -2).float()
+        x_NE = x_NE / x_NE.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+        hidden.add_((x_NE.T @ x_NE if covariance else x_NE.square().sum(0)).cpu())
+        if at > 0:
+            change_L[at - 1] += (1 - (x_NE * last.pop()).sum(-1)).sum().cpu()
+        last[:] = [x_NE]
+
+    def on_read(module: Any, x: Tensor) -> None:
+        found = x.flatten(0, -2).float().square().sum(0)
+        squares[module] = squares[module] + found if module in squares else found
+
+    readers = [
+        layer.get_submodule(name)
+        for name in (family.heads_out, family.neurons_out)
+        for layer in layers
+    ]
+    hooks = [module.register_forward_pre_hook(lambda m, a: on_read(m, a[0])) for module in readers]
+    streams = [*layers, getattr(decoder, family.last_norm)]
+    for at, module in enumerate(streams):
+        hook: Any = lambda m, a, kw, at=at: on_stream(at, (a or (kw["hidden_states"],))[0])  # noqa: E731
+        hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    training, teacher_device = teacher.training, teacher.device
+    teacher.eval()
+    try:
+        for ids_BT in batches:
+            decoder(ids_BT.to(teacher_device), use_cache=False)
+    finally:
+        for handle in hooks:
+            handle.remove()
+        teacher.train(training)
+    heads, neurons = (
+        torch.stack(
+            [
+                squares[layer.get_submodule(name)].double().cpu()
+                * _squares(layer, name, family, config)
+                for layer in layers
+            ]
+        )
+        for name in (family.heads_out, family.neurons_out)
+    )
+    return Importance(
+        hidden.diagonal() if covariance else hidden,
+        _by_head(heads, config),
+        neurons,
+        hidden if covariance else None,
+        change_L,
+    )
+
+
+def _squares(layer: Any, module: str, family: Family, config: Any) -> Tensor:
+    """Of the weights that read each of a module's inputs."""
+    axes = family.axes_of(f"{module}.weight", config)
+    weight = layer.get_submodule(module).weight.detach().double()
+    return weight.square().sum(axes.index("E")).cpu()
+
+
+def _by_head(squares_LX: Tensor, config: Any) -> Tensor:
+    return squares_LX.unflatten(1, (config.num_attention_heads, -1)).sum(-1)
