@@ -218,7 +218,7 @@ def mixer_attention(
     tensors = [mixer_input, *(x.transpose(1, 2) for x in heads)]
     mixer: HybridMixer = module.mixer
     if mixer_observer is not None:
-        attention = _teacher_attention(module)
+        attention = attention_function(module.model_config, module.teacher_class)
         h_BTHD, _ = attention(
             *(module, *heads, attention_mask), scaling=scaling, dropout=0.0, **kwargs
         )
@@ -232,10 +232,10 @@ def mixer_attention(
 AttentionInterface.register(IMPLEMENTATION, mixer_attention)
 
 
-def _teacher_attention(module: Any) -> Any:
-    """The implementation that the model is set to; "eager" is a function beside the module."""
-    eager = sys.modules[module.teacher_class.__module__].eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS.get_interface(module.model_config._attn_implementation, eager)
+def attention_function(config: PretrainedConfig, attention_class: type) -> Any:
+    """The implementation that a config is set to; "eager" is a function beside the class."""
+    eager = sys.modules[attention_class.__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
 
 
 @cache

@@ -18,10 +18,12 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import xlstm_kernels as xk
+from distill.attention import Rows, log_weights, wide
 from distill.errors import DistillError
 from distill.stages import align_loss, topk_loss
 from distill.taps import IGNORED, Run
@@ -33,6 +35,7 @@ NEEDS = {
     "words": "the teacher's likeliest words, from a cache, or a teacher",
     "logits": "all logits at once; without it, losses start from hidden states where they can",
     "layers": "`ctx.pairs`, and the outputs of those layers; an argument `layers`, the layer map",
+    "attention": "`ctx.pairs`, and the attention of those layers; else as layers",
     "widths": "`ctx.projections`, to the teacher's width, where the student's is another",
     "embedding": "that the width is that of the embedding",
     "hard": "`ctx.hard`: takes the cross-entropy along",
@@ -219,7 +222,7 @@ def logit_mse(ctx: LossContext, *, center: bool = False) -> tuple[Tensor, Tensor
     """
     assert ctx.teacher is not None
     V = min(ctx.student.vocabulary, ctx.teacher.vocabulary)
-    rows = [_wide(run.logits_NV[:, :V]) for run in (ctx.student, ctx.teacher)]
+    rows = [wide(run.logits_NV[:, :V]) for run in (ctx.student, ctx.teacher)]
     got_NV, want_NV = (x - x.mean(-1, keepdim=True) if center else x for x in rows)
     return _masked_sum((got_NV - want_NV).square().mean(-1), ctx.targets_N != IGNORED), ctx.count
 
@@ -234,7 +237,7 @@ def hidden_mse(
         layers: of `taps.layer_pairs`.
         tokens: "labelled", those whose next word counts, or "all".
     """
-    return _over_layers(ctx, tokens, lambda a, b: (_wide(a) - _wide(b)).square().mean(-1))
+    return _over_layers(ctx, tokens, lambda a, b: (wide(a) - wide(b)).square().mean(-1))
 
 
 @register_loss("hidden_cosine", needs=("teacher", "layers", "widths"))
@@ -242,9 +245,7 @@ def hidden_cosine(
     ctx: LossContext, *, layers: Any = "uniform", tokens: str = "labelled"
 ) -> tuple[Tensor, Tensor]:
     """1 - cosine between layers' outputs; else as `hidden_mse`."""
-    return _over_layers(
-        ctx, tokens, lambda a, b: 1 - F.cosine_similarity(_wide(a), _wide(b), dim=-1)
-    )
+    return _over_layers(ctx, tokens, lambda a, b: 1 - F.cosine_similarity(wide(a), wide(b), dim=-1))
 
 
 def _over_layers(
@@ -260,9 +261,55 @@ def embedding(ctx: LossContext, *, tokens: str = "labelled") -> tuple[Tensor, Te
     """Squared difference of the tokens' embeddings, a mean over the width."""
     assert ctx.teacher is not None
     (got_BTE,) = ctx.widened([ctx.student.embedding_BTE])
-    error_BTE = _wide(got_BTE) - _wide(ctx.teacher.embedding_BTE)
+    error_BTE = wide(got_BTE) - wide(ctx.teacher.embedding_BTE)
     mask_BT = ctx.mask(tokens)
     return _masked_sum(error_BTE.square().mean(-1), mask_BT), mask_BT.sum()
+
+
+@register_loss("attention", needs=("teacher", "attention"))
+def attention(
+    ctx: LossContext,
+    *,
+    kind: str = "kl",
+    part: str = "mixer",
+    rows: int = 48,
+    layers: Any = "uniform",
+    tokens: str = "labelled",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """What queries attend to; counts queries times heads times pairs of layers.
+
+    Args:
+        kind: "kl", from the teacher's weights, or "mse", the squared differences of a row, added.
+        part: of a hybrid student, whose weights: the whole "mixer"'s, or its "mlstm"'s.
+        rows: how many queries of each sequence, `attention.Rows.sample`.
+        layers, tokens: as in `hidden_mse`, of the queries. Where the heads are not equally many,
+            their mean counts as one.
+    """
+    if kind not in ("kl", "mse"):
+        raise DistillError(f"loss attention: kind must be 'kl' or 'mse', got {kind!r}")
+    assert ctx.teacher is not None
+    input_ids = ctx.student.input_ids
+    sampled = Rows.sample(input_ids, rows, ctx.student.inputs.get("cu_seq_lens_q"))
+    mask_B1R = sampled.of(ctx.mask(tokens))[:, None]
+    sums, heads = [], 1
+    with torch.autocast(input_ids.device.type, enabled=False):
+        for s, t in ctx.pairs:
+            got_BHRT = ctx.student.attention[s].weights(sampled, part)
+            with torch.no_grad():
+                want_BHRT = ctx.teacher.attention[t].weights(sampled)
+            if got_BHRT.shape[1] != want_BHRT.shape[1]:
+                got_BHRT, want_BHRT = (x.mean(1, keepdim=True) for x in (got_BHRT, want_BHRT))
+            heads = got_BHRT.shape[1]
+            if kind == "mse":
+                error_BHR = (got_BHRT - want_BHRT).square().sum(-1)
+                sums.append(_masked_sum(error_BHR, mask_B1R))
+                continue
+            logs = (log_weights(x, sampled) for x in (got_BHRT, want_BHRT))
+            weight_BHR = mask_B1R.expand(got_BHRT.shape[:3]).to(got_BHRT.dtype)
+            how: dict[str, Any] = {"row_weight": weight_BHR, "reduction": "sum", "backend": backend}
+            sums.append(xk.kl_div(*logs, **how))
+    return sum(sums[1:], sums[0]), mask_B1R.sum() * (heads * len(sums))
 
 
 @register_loss("mixer_mse")
@@ -275,11 +322,6 @@ def mixer_mse(
         student.model, student.input_ids, relative=relative, mask=mask_BT, **student.inputs
     )
     return error, mask_BT.sum()
-
-
-def _wide(x: Tensor) -> Tensor:
-    """At least float32: a sum of squares of 16 bits loses most of them."""
-    return x if x.itemsize >= 4 else x.float()
 
 
 def _masked_sum(values: Tensor, mask: Tensor) -> Tensor:

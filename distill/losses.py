@@ -137,13 +137,15 @@ class DistillModule(nn.Module):
         for spec in self.specs:
             if "teacher" in spec.needs and teacher is None:
                 raise DistillError(f"loss {spec.name}: needs a teacher that runs, got none")
-            if "layers" in spec.needs:
+            if spec.needs & {"layers", "attention"}:
                 self._pairs[spec.name] = self._layer_pairs(spec)
             if "widths" in spec.needs:
                 self._add_projections(spec)
         logits = any("logits" in spec.needs for spec in self.specs)
-        pairs = [pair for of_loss in self._pairs.values() for pair in of_loss]
-        self._wanted = tuple(Wanted(logits, frozenset(p[side] for p in pairs)) for side in (0, 1))
+        self._wanted = tuple(
+            Wanted(logits, *(self._tapped(need, side) for need in ("layers", "attention")))
+            for side in (0, 1)
+        )
 
     @property
     def teacher(self) -> Any | None:
@@ -232,6 +234,11 @@ class DistillModule(nn.Module):
         models = (self.student, self.teacher)
         return layer_pairs(spec.options["layers"], *(len(decoder_layers(x)) for x in models))
 
+    def _tapped(self, need: str, side: int) -> frozenset[int]:
+        """Layers of the student, side 0, or the teacher, that losses with such a need look at."""
+        losses = (spec for spec in self.specs if need in spec.needs)
+        return frozenset(pair[side] for spec in losses for pair in self._pairs[spec.name])
+
     def _add_projections(self, spec: LossSpec) -> None:
         models: tuple[Any, Any] = (self.student, self.teacher)
         embeds = "embedding" in spec.needs
@@ -269,5 +276,10 @@ def _rows(words: TopK, input_ids: Tensor) -> TopK:
     if len(found.ids) != input_ids.numel():
         raise DistillError(
             f"losses: words must be of {input_ids.numel()} tokens, got {len(found.ids)}"
+        )
+    if found.logprobs.itemsize < 4:
+        raise DistillError(
+            f"losses: words must have float32 log-probabilities, got {found.logprobs.dtype}; a"
+            " wrapper that casts inputs (cast_forward_inputs of FSDP2) must leave them"
         )
     return found

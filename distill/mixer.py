@@ -11,6 +11,7 @@ values (G of them are there) repeat them for the mLSTM alone: the window keeps G
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
@@ -131,6 +132,8 @@ class HybridMixer(nn.Module):
         super().__init__()
         self.options = options
         self.heads, self.head_dim = heads, head_dim
+        # Called with q, k, scale, and what goes into the mLSTM and its gate o.
+        self.observer: Callable[..., None] | None = None
         if options.feature_map == "elu":
             self.feature_q = self.feature_k = None
         else:
@@ -197,6 +200,8 @@ class HybridMixer(nn.Module):
             q_BTHD, k_BTGD, v_BTGD, scale=scale, **self._window, **where
         )
         mlstm_inputs, o_BTH1 = self._prepare(x_BTE, q_BTHD, k_BTGD, v_BTGD)
+        if self.observer is not None:
+            self.observer(q_BTHD, k_BTGD, scale, mlstm_inputs, o_BTH1)
         h_BTHD, state = xk.mlstm(*mlstm_inputs, **(self._mlstm | where))
         return torch.lerp(window_BTHD, h_BTHD, o_BTH1), state
 

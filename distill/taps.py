@@ -6,24 +6,29 @@ layer again, so that activation checkpointing gives nothing twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from transformers import AttentionInterface
 
+from distill.attention import MixerAttention, SoftmaxAttention
 from distill.errors import DistillError
-from distill.hybrid import FAMILIES, PREFIX
+from distill.hybrid import FAMILIES, PREFIX, attention_function
+from distill.mixer import HybridMixer
 from distill.teacher import TopK, topk_words
 
 # Types whose logits are those of the head and nothing more: no scale, no cap.
 PLAIN_HEADS = {*FAMILIES, "gpt_neox", "mistral", "olmo", "olmo3", "phi3", "smollm3"}
 IGNORED = -100  # as a label, as transformers has it
+IMPLEMENTATION = "tapped_attention"
 HEAD_ROWS = 512  # of logits that live at a time where only the likeliest words are kept
 
 
@@ -43,6 +48,7 @@ class Wanted:
 
     logits: bool = False
     layers: frozenset[int] = frozenset()
+    attention: frozenset[int] = frozenset()
 
 
 class Run:
@@ -98,6 +104,11 @@ class Run:
         """Outputs of the layers that are wanted."""
         return self._results["layers"]
 
+    @property
+    def attention(self) -> dict[int, SoftmaxAttention | MixerAttention]:
+        """Of the layers whose attention is wanted."""
+        return self._results["attention"]
+
     @cached_property
     def embedding_BTE(self) -> Tensor:
         with torch.set_grad_enabled(self.grad):
@@ -118,7 +129,7 @@ class Run:
     @cached_property
     def _results(self) -> dict[str, Any]:
         call = {"use_cache": False, **self.inputs}
-        with torch.set_grad_enabled(self.grad), tapped(self.model, self.wanted) as taps:
+        with torch.set_grad_enabled(self.grad), tapped(self.model, self.wanted, self.grad) as taps:
             if self.has_plain_head:
                 found = {"hidden": self.model.base_model(self.input_ids, **call)[0]}
             else:
@@ -140,18 +151,89 @@ def by_token(words: TopK) -> TopK:
 
 
 @contextmanager
-def tapped(model: Any, wanted: Wanted) -> Iterator[dict[str, Any]]:
+def tapped(model: Any, wanted: Wanted, grad: bool) -> Iterator[dict[str, dict[int, Any]]]:
     """What `wanted` names, filled in as the model runs within the context."""
-    taps: dict[str, Any] = {"layers": {}}
+    taps: dict[str, dict[int, Any]] = {"layers": {}, "attention": {}}
+
+    def keep(kind: str, index: int, value: Any) -> None:
+        if grad and not torch.is_grad_enabled():
+            raise DistillError(
+                "losses: activation checkpointing must be without use_reentrant where losses look"
+                " into a layer, got use_reentrant=True"
+            )
+        taps[kind][index] = value
+
     with ExitStack() as stack:
-        layers = decoder_layers(model) if wanted.layers else ()
+        layers = decoder_layers(model) if wanted.layers or wanted.attention else ()
         for index in wanted.layers:
-
-            def keep(module: nn.Module, args: Any, output: Any, index: int = index) -> None:
-                taps["layers"][index] = output if isinstance(output, Tensor) else output[0]
-
-            stack.callback(layers[index].register_forward_hook(keep).remove)
+            stack.enter_context(_tapped_layer(layers[index], partial(keep, "layers", index)))
+        for index in wanted.attention:
+            attention = attention_of(model, layers[index])
+            stack.enter_context(_tapped_attention(attention, partial(keep, "attention", index)))
         yield taps
+
+
+@contextmanager
+def _tapped_layer(layer: nn.Module, keep: Callable[[Tensor], None]) -> Iterator[None]:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        keep(output if isinstance(output, Tensor) else output[0])
+
+    handle = layer.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _tapped_attention(module: Any, keep: Callable[[Any], None]) -> Iterator[None]:
+    """Tells `keep` what the module computes attention from."""
+    mixer: HybridMixer | None = getattr(module, "mixer", None)
+    if mixer is not None:
+        mixer.observer = partial(_keep_mixer, mixer, keep)
+        try:
+            yield
+        finally:
+            mixer.observer = None
+        return
+    module.tap, module.tapped_config = keep, module.config
+    module.config = copy.copy(module.config)
+    module.config._attn_implementation = IMPLEMENTATION
+    try:
+        yield
+    finally:
+        module.config = module.tapped_config
+        del module.tap, module.tapped_config
+
+
+def _keep_mixer(
+    mixer: HybridMixer,
+    keep: Callable[[Any], None],
+    q_BTHD: Tensor,
+    k_BTGD: Tensor,
+    scale: float | None,
+    mlstm_inputs: Any,
+    o_BTH1: Tensor,
+) -> None:
+    options = mixer.options
+    scale = mixer.head_dim**-0.5 if scale is None else scale
+    local = SoftmaxAttention(q_BTHD, k_BTGD, scale, options.window, options.sinks)
+    phi_q_BTHD, phi_k_BTHD, _, i_BTH, f_BTH = mlstm_inputs
+    features = phi_q_BTHD, phi_k_BTHD, i_BTH, f_BTH, o_BTH1
+    keep(MixerAttention(local, *features, options.input_gate))
+
+
+def tapped_attention(
+    module: Any, q_BHTD: Tensor, k_BGTD: Tensor, *args: Any, scaling: float, **kwargs: Any
+) -> tuple[Tensor, Any]:
+    """The attention implementation of a tapped module: its own, after it was tapped."""
+    q_BTHD, k_BTGD = q_BHTD.transpose(1, 2), k_BGTD.transpose(1, 2)
+    module.tap(SoftmaxAttention(q_BTHD, k_BTGD, scaling, kwargs.get("sliding_window")))
+    own = attention_function(module.tapped_config, type(module))
+    return own(module, q_BHTD, k_BGTD, *args, scaling=scaling, **kwargs)
+
+
+AttentionInterface.register(IMPLEMENTATION, tapped_attention)
 
 
 @contextmanager
@@ -177,6 +259,15 @@ def decoder_layers(model: Any) -> nn.ModuleList:
             f" model, got {len(found)}"
         )
     return found[0]
+
+
+def attention_of(model: Any, layer: nn.Module) -> Any:
+    family = model.config.model_type.removeprefix(PREFIX)
+    if family not in FAMILIES:
+        raise DistillError(
+            f"loss attention: models must be of type {', '.join(FAMILIES)}, got {family}"
+        )
+    return getattr(layer, FAMILIES[family][1])
 
 
 def layer_pairs(layers: Any, student: int, teacher: int) -> tuple[tuple[int, int], ...]:

@@ -164,6 +164,8 @@ def test_cached_words_are_those_of_the_teacher():
         offline(ids, labels)
     with pytest.raises(DistillError, match="words must be of 24 tokens, got 3"):
         offline(ids, labels, words=topk_words(torch.randn(3, 60), 8))
+    with pytest.raises(DistillError, match="words must have float32 log-probabilities"):
+        offline(ids, labels, words=words._replace(logprobs=words.logprobs.bfloat16()))
 
 
 @pytest.mark.parametrize("name", ["kl", "topk_kl"])
@@ -242,7 +244,7 @@ def test_taps_fire_once_under_checkpointing(reentrant):
 
     want = both()
     hooks = [len(layer._forward_hooks) for layer in student.model.layers]
-    student.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    student.activation_checkpointing_enable({"use_reentrant": reentrant})
     assert_same(both(), want, student)
     assert hooks == [len(layer._forward_hooks) for layer in student.model.layers] == [0, 0, 0]
 

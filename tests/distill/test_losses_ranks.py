@@ -5,13 +5,14 @@ import torch
 import torch.distributed as dist
 from hybrid_cases import hybrid, make_teacher, stir, tokens
 from ranks import run_on_ranks
+from torch.distributed.fsdp import fully_shard
 
 from distill.losses import DistillModule, LossSpec
 from xlstm_kernels.testing import relative_error
 
 pytestmark = pytest.mark.slow
 
-WEIGHTS = {"ce": 0.9, "topk_kl": 0.1, "hidden_mse": 0.5, "mixer_mse": 0.2}
+WEIGHTS = {"ce": 0.9, "topk_kl": 0.1, "hidden_mse": 0.5, "mixer_mse": 0.2, "attention": 0.3}
 ROWS, LENGTH = 8, 12
 
 
@@ -80,3 +81,30 @@ def test_who_calls_past_ddp_gets_another_gradient():
     want = step(0, 1, 1)[1]
     for _, got in run_on_ranks(2, step, 2, 1, "past"):
         assert max(relative_error(got[name], grad) for name, grad in want.items()) > 0.1
+
+
+def sharded_step(rank, shards_teacher):
+    """`step` of two ranks under FSDP2, the layers and what is outside of them apart."""
+    module = make_module()
+    if shards_teacher:
+        for layer in module.teacher.model.layers:
+            fully_shard(layer)
+        fully_shard(module.teacher)
+    for layer in module.student.model.layers:
+        fully_shard(layer)
+    fully_shard(module)
+    rows = [x[rank * ROWS // 2 :][: ROWS // 2] for x in batch()]
+    counts = global_counts(module, [rows], True)
+    found = module(*rows, weights=WEIGHTS)
+    parts = {name: total / counts[name] for name, (total, _) in found.items()}
+    values = torch.stack([x.detach() for x in parts.values()])
+    dist.all_reduce(values)
+    (2 * sum(WEIGHTS[name] * x for name, x in parts.items())).backward()
+    return values, {name: p.grad.full_tensor() for name, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("shards_teacher", [False, True])
+def test_fsdp_of_two_ranks_is_one_process(shards_teacher):
+    want = step(0, 1, 1)
+    for got in run_on_ranks(2, sharded_step, shards_teacher):
+        assert_same(got, want)
