@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distill import stages
     from distill.compression import Compressed, compress
+    from distill.evaluation import evaluate
     from distill.hybrid import hybridize, load_student, new_parameters
     from distill.losses import DistillModule, LossSpec, register_loss
     from distill.teacher import TeacherCache
@@ -17,6 +18,7 @@ _MODULES = {
     "LossSpec": "distill.losses",
     "TeacherCache": "distill.teacher",
     "compress": "distill.compression",
+    "evaluate": "distill.evaluation",
     "hybridize": "distill.hybrid",
     "load_student": "distill.hybrid",
     "new_parameters": "distill.hybrid",
@@ -29,6 +31,7 @@ __all__ = [
     "LossSpec",
     "TeacherCache",
     "compress",
+    "evaluate",
     "hybridize",
     "load_student",
     "new_parameters",
