@@ -32,14 +32,15 @@ from distill.teacher import TopK
 # What a loss may need, and `DistillModule` then sees to:
 NEEDS = {
     "teacher": "a teacher that runs beside the student",
-    "words": "the teacher's likeliest words, from a cache, or a teacher",
+    "layers": "`ctx.layers()`: outputs of both, paired by the loss's argument `layers`",
+    "attention": "`attention` of both runs, at `ctx.pairs`, by the argument `layers`",
+    "widths": "`ctx.projections` from the student's width to the teacher's, where they differ",
+    "embedding": "that those widths are the embeddings'",
+    "words": "`ctx.words` of a cache, or a teacher",
     "logits": "all logits at once; without it, losses start from hidden states where they can",
-    "layers": "`ctx.pairs`, and the outputs of those layers; an argument `layers`, the layer map",
-    "attention": "`ctx.pairs`, and the attention of those layers; else as layers",
-    "widths": "`ctx.projections`, to the teacher's width, where the student's is another",
-    "embedding": "that the width is that of the embedding",
     "hard": "`ctx.hard`: takes the cross-entropy along",
 }
+OF_A_TEACHER = {"teacher", "layers", "attention", "widths", "embedding"}
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ def logit_mse(ctx: LossContext, *, center: bool = False) -> tuple[Tensor, Tensor
     return _masked_sum((got_NV - want_NV).square().mean(-1), ctx.targets_N != IGNORED), ctx.count
 
 
-@register_loss("hidden_mse", needs=("teacher", "layers", "widths"))
+@register_loss("hidden_mse", needs=("layers", "widths"))
 def hidden_mse(
     ctx: LossContext, *, layers: Any = "uniform", tokens: str = "labelled"
 ) -> tuple[Tensor, Tensor]:
@@ -240,7 +241,7 @@ def hidden_mse(
     return _over_layers(ctx, tokens, lambda a, b: (wide(a) - wide(b)).square().mean(-1))
 
 
-@register_loss("hidden_cosine", needs=("teacher", "layers", "widths"))
+@register_loss("hidden_cosine", needs=("layers", "widths"))
 def hidden_cosine(
     ctx: LossContext, *, layers: Any = "uniform", tokens: str = "labelled"
 ) -> tuple[Tensor, Tensor]:
@@ -256,7 +257,7 @@ def _over_layers(
     return sum(sums[1:], sums[0]), mask_BT.sum() * len(sums)
 
 
-@register_loss("embedding", needs=("teacher", "widths", "embedding"))
+@register_loss("embedding", needs=("widths", "embedding"))
 def embedding(ctx: LossContext, *, tokens: str = "labelled") -> tuple[Tensor, Tensor]:
     """Squared difference of the tokens' embeddings, a mean over the width."""
     assert ctx.teacher is not None
@@ -266,7 +267,7 @@ def embedding(ctx: LossContext, *, tokens: str = "labelled") -> tuple[Tensor, Te
     return _masked_sum(error_BTE.square().mean(-1), mask_BT), mask_BT.sum()
 
 
-@register_loss("attention", needs=("teacher", "attention"))
+@register_loss("attention", needs=("attention",))
 def attention(
     ctx: LossContext,
     *,

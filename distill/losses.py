@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import xlstm_kernels as xk
 from distill.errors import DistillError
 from distill.hybrid import packed_positions
-from distill.loss_functions import LOSSES, LossContext, nearest, register_loss
+from distill.loss_functions import LOSSES, OF_A_TEACHER, LossContext, nearest, register_loss
 from distill.taps import Run, Wanted, by_token, decoder_layers, gathered, layer_pairs, next_words
 from distill.teacher import TopK
 
@@ -41,9 +42,16 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise DistillError(nearest("schedule: kind", self.kind, KINDS))
-        object.__setattr__(self, "points", tuple((int(at), float(x)) for at, x in self.points))
-        if list(self.points) != sorted(self.points):
-            raise DistillError(f"schedule: points must be in the order of steps, got {self.points}")
+        try:
+            points = tuple((int(at), float(value)) for at, value in self.points)
+        except (TypeError, ValueError):
+            points = None
+        if points is None or list(points) != sorted(points):
+            raise DistillError(
+                "schedule: points must be pairs [step, value] in the order of steps, got"
+                f" {self.points!r}"
+            )
+        object.__setattr__(self, "points", points)
 
     @classmethod
     def of(cls, value: Any) -> Schedule:
@@ -101,6 +109,10 @@ class LossSpec:
     def needs(self) -> frozenset[str]:
         return LOSSES[self.name].needs
 
+    @property
+    def needs_teacher(self) -> bool:
+        return bool(self.needs & OF_A_TEACHER)
+
 
 class DistillModule(nn.Module):
     """A student and all losses of a stage; call it through whatever wraps it, DDP or FSDP.
@@ -135,7 +147,7 @@ class DistillModule(nn.Module):
         self._pairs: dict[str, tuple[tuple[int, int], ...]] = {}
         self.projections = nn.ModuleDict()
         for spec in self.specs:
-            if "teacher" in spec.needs and teacher is None:
+            if spec.needs_teacher and teacher is None:
                 raise DistillError(f"loss {spec.name}: needs a teacher that runs, got none")
             if spec.needs & {"layers", "attention"}:
                 self._pairs[spec.name] = self._layer_pairs(spec)
@@ -175,12 +187,13 @@ class DistillModule(nn.Module):
         """
         inputs = {} if cu_seqlens is None else _packed(cu_seqlens, input_ids)
         student = Run(self.student, input_ids, inputs, self._wanted[0], grad=True)
+        words = None if words is None else _rows(words, input_ids)
+        asks_for_words = words is None and any("words" in spec.needs for spec in self.specs)
+        if asks_for_words and self.teacher is None:
+            raise DistillError("losses: words must be given where there is no teacher")
         teacher = None
-        if any(spec.needs & {"teacher", "words"} for spec in self.specs):
+        if asks_for_words or any(spec.needs_teacher for spec in self.specs):
             teacher = self._teacher_run(input_ids, inputs)
-            words = None if words is None else _rows(words, input_ids)
-            if words is None and teacher is None:
-                raise DistillError("losses: words must be given where there is no teacher")
         context = LossContext(student, teacher, words, next_words(labels, cu_seqlens))
         with nullcontext() if teacher is None else gathered(self.teacher):
             found = self._in_one_pass(context, weights or {})
@@ -193,7 +206,13 @@ class DistillModule(nn.Module):
         own: dict[str, Any] = {"pairs": self._pairs.get(spec.name, ())}
         if spec.name in self.projections:
             own["projections"] = self.projections[spec.name]
-        return LOSSES[spec.name].function(replace(context, **own, **more), **spec.args)
+        try:
+            return LOSSES[spec.name].function(replace(context, **own, **more), **spec.args)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            # An option that an operation refuses, with the operation's name, is a recipe's mistake.
+            if str(error).partition(":")[0] not in dir(xk):
+                raise
+            raise DistillError(f"loss {spec.name}: {error}") from error
 
     def _in_one_pass(
         self, context: LossContext, weights: Mapping[str, float]
@@ -217,10 +236,8 @@ class DistillModule(nn.Module):
             ce, _ = self._compute(hard, context)
         return {"ce": (ce, count), soft.name: ((both - ce_weight * ce) / kl_weight, count)}
 
-    def _teacher_run(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> Run | None:
-        teacher = self.teacher
-        if teacher is None:
-            return None
+    def _teacher_run(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> Run:
+        teacher: Any = self.teacher
         if any(p.requires_grad and id(p) in self._teachers_own for p in self.student.parameters()):
             raise DistillError(
                 "losses: the student must not train weights that are the teacher's as well;"

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from hybrid_cases import hybrid, make_teacher, stages, stir, tokens
+from hybrid_cases import hybrid, make_teacher, stages, stir, tokens, transformers
 
 from distill.errors import DistillError
 from distill.losses import LOSSES, DistillModule, LossSpec, Schedule, register_loss
-from distill.taps import layer_pairs
+from distill.taps import PLAIN_HEADS, Run, layer_pairs
 from distill.teacher import TopK, topk_words
 from xlstm_kernels.testing import relative_error
 
@@ -291,8 +291,9 @@ def test_wrong_names_say_the_nearest():
         LossSpec("kl", weight={"star": 1})
     with pytest.raises(DistillError, match="schedule: must be a number"):
         LossSpec("kl", weight="1e-3x")
-    with pytest.raises(DistillError, match="points must be in the order"):
-        Schedule("steps", points=((5, 1.0), (2, 1.0)))
+    for points in ([[5, 1.0], [2, 1.0]], [5, 1.0], [["a", "b"]], 3):
+        with pytest.raises(DistillError, match=r"points must be pairs .* in the order"):
+            Schedule("steps", points=points)
 
 
 def test_modules_that_cannot_be():
@@ -306,6 +307,9 @@ def test_modules_that_cannot_be():
     with pytest.raises(DistillError, match="tokens must be 'labelled' or 'all'"):
         spec = LossSpec("hidden_mse", args={"tokens": "some"})
         DistillModule(student, teacher, [spec])(*batch())
+    for name, option in (("kl", {"temperature": "hot"}), ("topk_kl", {"support": "all"})):
+        with pytest.raises(DistillError, match=f"loss {name}: .*{next(iter(option))} must be"):
+            DistillModule(student, teacher, [LossSpec(name, args=option)])(*batch())
     with pytest.raises(DistillError, match="name must be a new identifier"):
         register_loss("kl")
     with pytest.raises(DistillError, match="needs must be of"):
@@ -324,3 +328,52 @@ def test_a_registered_loss():
         assert relative_error(total, student(batch()[0]).logits.norm()) <= 1e-6
     finally:
         del LOSSES["length"]
+
+
+HEADS = {"intermediate_size": 48, "num_key_value_heads": 2}
+SMALL = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+SMALL |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def of_type(model_type, **changes):
+    config = transformers.CONFIG_MAPPING[model_type](**SMALL | changes)
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).eval().double()
+
+
+@pytest.mark.parametrize("model_type", sorted(PLAIN_HEADS))
+def test_logits_of_plain_heads_are_those_of_the_model(model_type):
+    student, ids = of_type(model_type, **({} if model_type == "gpt2" else HEADS)), tokens(12)
+    run = Run(student, ids, {})
+    assert run.is_linear
+    with torch.no_grad():
+        want = student(ids).logits.flatten(0, 1)
+        assert relative_error(run.logits_NV, want) <= 1e-6
+
+
+def test_other_models_give_their_own_logits():
+    """Granite divides its logits: what starts from the head would not see it."""
+    student, teacher = of_type("granite", logits_scaling=3.0, **HEADS), make_teacher().double()
+    ids, labels = batch()
+    module = DistillModule(student, teacher, [LossSpec("ce"), LossSpec("kl"), LossSpec("topk_kl")])
+    found = module(ids, labels, weights={"ce": 0.5, "kl": 0.5})
+    assert relative_error(found["ce"][0], plain_ce(student, teacher, ids, labels)) <= 1e-6
+    assert found["topk_kl"][0].isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_under_autocast(dtype):
+    student, teacher = (model.float() for model in models(hidden_size=48))
+    student = stir(hybrid.hybridize(student, window=4, copy_weights=True))
+    ids, labels = batch()
+    names = [*PLAIN, "attention", "mixer_mse"]
+    module = DistillModule(student, teacher, [LossSpec(name) for name in names])
+    weights = dict.fromkeys(names, 1.0)
+    want = module(ids, labels, weights=weights)
+    with torch.autocast("cpu", dtype):
+        got = module(ids, labels, weights=weights)
+    for name in names:
+        assert got[name][0].dtype == torch.float32
+        assert relative_error(got[name][0], want[name][0]) <= 0.1, name
+    sum(total for total, _ in got.values()).backward()
+    assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
