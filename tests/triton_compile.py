@@ -178,7 +178,26 @@ def kl_div(dtype: str, V: int, words: int = 0, support: str = "tail", **options:
         dense.forward(student, torch.zeros_like(student), *rest, True)
 
 
+def attention(
+    dtype: str = "bfloat16",
+    D: int = 128,
+    E: int = 128,
+    G: int = 2,
+    sinks: int = 4,
+    packed: bool = False,
+) -> None:
+    """Both passes of `xk.sliding_window_attention`."""
+    from xlstm_kernels.ops.sliding_window_attention import triton as backend
+
+    kind = getattr(torch, dtype)
+    q, k, v = (torch.zeros(1, 600, n, width, dtype=kind) for n, width in ((4, D), (G, D), (G, E)))
+    options = ([0, 600] if packed else None, 128, sinks, 1.0)
+    h, lse = backend.forward(q, k, v, *options)
+    backend.backward(h, q, k, v, h, lse, *options)
+
+
 RUNS = {"mlstm": run, "mlstm_step": step, "recurrence": recurrence, "kl_div": kl_div}
+RUNS |= {"attention": attention}
 
 if __name__ == "__main__":
     asked = json.loads(sys.argv[1])

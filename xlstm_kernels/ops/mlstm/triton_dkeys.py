@@ -18,9 +18,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ...cells.triton_products import dot
 from .triton_gradients import takes
 from .triton_tiles import (
-    dot,
     load_block,
     load_gate,
     load_log_f,

@@ -14,8 +14,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ...cells.triton_products import dot
 from .triton_states import walk
-from .triton_tiles import INTERVAL, dot, first_slot, indices, load_block, load_tile, store_block
+from .triton_tiles import INTERVAL, first_slot, indices, load_block, load_tile, store_block
 
 
 @triton.jit

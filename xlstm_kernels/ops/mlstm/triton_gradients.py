@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ...cells.triton_products import dot
 from .triton_tiles import (
     INTERVAL,
-    dot,
     load_block,
     load_key_log,
     load_log_f,

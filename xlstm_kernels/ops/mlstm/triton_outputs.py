@@ -13,8 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ...cells.triton_products import dot
 from .triton_tiles import (
-    dot,
     load_block,
     load_log_f,
     load_log_i,

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from ...cells.mlstm import LARGEST_EXPONENT
 from ...cells.triton_math import log_sigmoid
+from ...cells.triton_products import dot
 from .shapes import STATE_INTERVAL
 
 INTERVAL = tl.constexpr(STATE_INTERVAL)
@@ -191,19 +192,6 @@ def store_block(state, row, head, H, k, v, c, n, K: tl.constexpr, V: tl.constexp
 def indices(block, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):
     k = block // tl.cdiv(V, BLOCK_V) * BLOCK_K + tl.arange(0, BLOCK_K)
     return k, block % tl.cdiv(V, BLOCK_V) * BLOCK_V + tl.arange(0, BLOCK_V)
-
-
-@triton.jit
-def dot(a, b, DOT: tl.constexpr):
-    """a b. DOT: the operands' precision; "bf16_emulated" is "bf16" in the interpreter, whose own
-    product of bfloat16 is wrong."""
-    if DOT == "bf16":
-        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
-    elif DOT == "bf16_emulated":
-        a = a.to(tl.bfloat16).to(tl.float32)
-        return tl.dot(a, b.to(tl.bfloat16).to(tl.float32), input_precision="ieee")
-    else:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=DOT)
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +44,7 @@ def sliding_window_attention(
         scale: of the scores; None is D ** -0.5.
         cu_seqlens: (S + 1,) int32 token offsets of S packed sequences, read on the host; B is then
             1. Each has sinks of its own.
-        backend: "auto", or one of "reference", "cpu"; a named backend runs or raises.
+        backend: "auto", or one of "reference", "cpu", "triton"; a named backend runs or raises.
 
     Returns:
         h (B, T, H, E) in q's dtype, with exact gradients by q, k and v. Time and memory grow
@@ -70,9 +70,43 @@ def sliding_window_attention(
     if cu_seqlens is not None:
         starts = token_starts(function, cu_seqlens, q.shape[1])
     chosen = op.SLIDING_WINDOW_ATTENTION.resolve(backend, q, k, v)
-    form = reference if chosen is Backend.REFERENCE else op.SLIDING_WINDOW_ATTENTION.table[chosen]
     with no_autocast(q.device):
-        return form.forward(q, k, v, options, starts)
+        if chosen is Backend.TRITON:
+            return KernelAttention.apply(chosen.value, (starts, *options), q, k, v)
+        table = {Backend.REFERENCE: reference, **op.SLIDING_WINDOW_ATTENTION.table}
+        return table[chosen].forward(q, k, v, options, starts)
+
+
+class KernelAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, backend: str, call: tuple[Any, ...], *inputs: Tensor) -> Tensor:
+        h, lse = op.forward(*inputs, *call, backend)
+        ctx.backend, ctx.call = backend, call
+        ctx.save_for_backward(*inputs, h, lse)
+        return h
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
+        grads = KernelAttentionGrad.apply(ctx.backend, ctx.call, dh, *ctx.saved_tensors)
+        return (None, None, *grads)
+
+
+class KernelAttentionGrad(torch.autograd.Function):
+    """The gradient as a function of its own, so that differentiating it is an error, not a zero."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, backend: str, call: tuple[Any, ...], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.backend = backend
+        return tuple(op.backward(*tensors, *call, backend))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError(
+            f"sliding_window_attention: backend {ctx.backend!r} has no second derivative;"
+            " use backend='reference'"
+        )
 
 
 class SlidingWindowCache(NamedTuple):

@@ -42,3 +42,17 @@ def sequences(
     if not parts:
         return q.new_zeros(*q.shape[:3], v.shape[3]) + 0 * (q.sum() + k.sum() + v.sum())
     return torch.cat(parts, dim=1)
+
+
+# Queries whose share of the first tokens' gradients is summed together.
+SPAN = 1024
+
+
+def cut(starts: list[int], size: int) -> list[list[int]]:
+    """Packed sequences cut into tiles of `size` tokens: of each tile where its sequence begins and
+    how long that is, the tile's first token in it, and how many spans lie before the sequence."""
+    rows, spans = [], 0
+    for begin, end in pairwise(starts):
+        rows += [[begin, end - begin, first, spans] for first in range(0, end - begin, size)]
+        spans += -(-(end - begin) // SPAN)
+    return rows
