@@ -1,13 +1,4 @@
-"""The losses of distillation by name, each (sum, count): divide by the count over all batches.
-
-`register_loss` adds one:
-
-    @register_loss("entropy", needs=("logits",))
-    def entropy(ctx: LossContext, *, tokens: str = "labelled") -> tuple[Tensor, Tensor]:
-        log_q_NV = ctx.student.logits_NV.float().log_softmax(-1)
-        mask_BT = ctx.mask(tokens)
-        return -(log_q_NV.exp() * log_q_NV).sum(-1)[mask_BT.flatten()].sum(), mask_BT.sum()
-"""
+"""The losses of distillation by name, each (sum, count): divide by the count of all batches."""
 
 from __future__ import annotations
 
@@ -15,7 +6,6 @@ import difflib
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -48,13 +38,13 @@ class LossContext:
     """What a loss is computed from. N is B * T."""
 
     student: Run
-    teacher: Run | None
-    words: TopK | None  # (N, k)
+    teacher: Run  # there where a loss needs it
+    words: TopK | None  # (N, k), of a cache
     targets_BT: Tensor  # the word after each token, -100 where it does not count
     pairs: tuple[tuple[int, int], ...] = ()
     projections: nn.ModuleList | None = None  # of each pair
     # Options of `xk.kl_div` that add the weighted cross-entropy to the weighted divergence.
-    hard: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    hard: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def targets_N(self) -> Tensor:
@@ -74,7 +64,6 @@ class LossContext:
 
     def layers(self) -> list[tuple[Tensor, Tensor]]:
         """Outputs (B, T, E') of each pair of layers, the student's as wide as the teacher's."""
-        assert self.teacher is not None
         student, teacher = self.student.layers_BTE, self.teacher.layers_BTE
         got = [student[s] for s, _ in self.pairs]
         return list(zip(self.widened(got), (teacher[t] for _, t in self.pairs), strict=True))
@@ -107,6 +96,13 @@ def register_loss(name: str, needs: Collection[str] = ()) -> Callable[[Function]
     Args:
         name: that recipes use.
         needs: names of `NEEDS`.
+
+    Example:
+        >>> import distill
+        >>> @distill.register_loss("confidence", needs=("logits",))
+        ... def confidence(ctx, *, power=1.0):
+        ...     most_N = ctx.student.logits_NV.float().softmax(-1).amax(-1) ** power
+        ...     return (most_N * (ctx.targets_N != -100)).sum(), ctx.count
     """
     if unknown := set(needs) - NEEDS.keys():
         raise DistillError(f"register_loss: needs must be of {', '.join(NEEDS)}, got {unknown}")
@@ -160,7 +156,6 @@ def kl(
     options: dict[str, Any] = {"temperature": temperature, "divergence": divergence, "beta": beta}
     options |= {"reduction": "sum", "backend": backend, **ctx.hard}
     student, teacher = ctx.student, ctx.teacher
-    assert teacher is not None
     if student.is_linear and teacher.is_linear:
         head, theirs = student.head, teacher.head.narrowed(student.vocabulary)
         loss = xk.linear_kl_div(
@@ -193,7 +188,6 @@ def topk_kl(
     """
     words = ctx.words
     if words is None:
-        assert ctx.teacher is not None
         words = ctx.teacher.words(k, ctx.student.vocabulary)
     else:
         words = _within(words, ctx.student.vocabulary)
@@ -221,7 +215,6 @@ def logit_mse(ctx: LossContext, *, center: bool = False) -> tuple[Tensor, Tensor
     Args:
         center: take each row's mean away first, which no softmax sees.
     """
-    assert ctx.teacher is not None
     V = min(ctx.student.vocabulary, ctx.teacher.vocabulary)
     rows = [wide(run.logits_NV[:, :V]) for run in (ctx.student, ctx.teacher)]
     got_NV, want_NV = (x - x.mean(-1, keepdim=True) if center else x for x in rows)
@@ -260,7 +253,6 @@ def _over_layers(
 @register_loss("embedding", needs=("widths", "embedding"))
 def embedding(ctx: LossContext, *, tokens: str = "labelled") -> tuple[Tensor, Tensor]:
     """Squared difference of the tokens' embeddings, a mean over the width."""
-    assert ctx.teacher is not None
     (got_BTE,) = ctx.widened([ctx.student.embedding_BTE])
     error_BTE = wide(got_BTE) - wide(ctx.teacher.embedding_BTE)
     mask_BT = ctx.mask(tokens)
@@ -289,7 +281,6 @@ def attention(
     """
     if kind not in ("kl", "mse"):
         raise DistillError(f"loss attention: kind must be 'kl' or 'mse', got {kind!r}")
-    assert ctx.teacher is not None
     input_ids = ctx.student.input_ids
     sampled = Rows.sample(input_ids, rows, ctx.student.inputs.get("cu_seq_lens_q"))
     mask_B1R = sampled.of(ctx.mask(tokens))[:, None]

@@ -187,11 +187,11 @@ class DistillModule(nn.Module):
         """
         inputs = {} if cu_seqlens is None else _packed(cu_seqlens, input_ids)
         student = Run(self.student, input_ids, inputs, self._wanted[0], grad=True)
-        words = None if words is None else _rows(words, input_ids)
+        words = None if words is None else _of_tokens(words, input_ids)
         asks_for_words = words is None and any("words" in spec.needs for spec in self.specs)
         if asks_for_words and self.teacher is None:
             raise DistillError("losses: words must be given where there is no teacher")
-        teacher = None
+        teacher: Any = None
         if asks_for_words or any(spec.needs_teacher for spec in self.specs):
             teacher = self._teacher_run(input_ids, inputs)
         context = LossContext(student, teacher, words, next_words(labels, cu_seqlens))
@@ -287,7 +287,7 @@ def _packed(cu_seqlens: Tensor, input_ids: Tensor) -> dict[str, Any]:
     }
 
 
-def _rows(words: TopK, input_ids: Tensor) -> TopK:
+def _of_tokens(words: TopK, input_ids: Tensor) -> TopK:
     """(N, k) of a cache's, on the device."""
     found = TopK(*(x.to(input_ids.device, non_blocking=True) for x in by_token(words)))
     if len(found.ids) != input_ids.numel():

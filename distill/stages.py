@@ -60,7 +60,8 @@ def align_loss(
         with torch.enable_grad():
             got_BTHD = mixer(*(x.detach() for x in tensors), **how)
             error = squares(got_BTHD - want_BTHD)
-            sums.append(error * count / squares(want_BTHD) if relative else error)
+            # Where no token counts, both are 0.
+            sums.append(error * count / squares(want_BTHD).clamp_min(1e-30) if relative else error)
 
     _observe("align_loss", student, input_ids, compare, **inputs)
     return torch.stack(sums).sum(), count
@@ -122,6 +123,9 @@ def _observe(
         student.base_model(input_ids, use_cache=False, mixer_observer=observer, **inputs)
     finally:
         student.train(training)
+        # Weights that autocast has cast here have no gradient: some versions of torch would take
+        # them for the next pass, which wants one.
+        torch.clear_autocast_cache()
 
 
 def topk_targets(teacher: Any, input_ids: Tensor, k: int = 256, **inputs: Any) -> TopK:

@@ -120,6 +120,10 @@ class Run:
         V = min(self.vocabulary, vocabulary or self.vocabulary)
         if self.is_linear:
             head = self.head.narrowed(V)
+            kind = self.input_ids.device.type
+            if torch.is_autocast_enabled(kind):  # once, not for each chunk
+                weight_VE = head.weight_VE.to(torch.get_autocast_dtype(kind))
+                head = head._replace(weight_VE=weight_VE)
             chunks = (F.linear(x_NE, *head) for x_NE in self.hidden_NE.split(HEAD_ROWS))
         else:
             chunks = iter(self.logits_NV[:, :V].split(HEAD_ROWS))
