@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from distill.evaluation import evaluate
     from distill.hybrid import hybridize, load_student, new_parameters
     from distill.losses import DistillModule, LossSpec, register_loss
+    from distill.recipe import Recipe
+    from distill.runs import run
     from distill.teacher import TeacherCache
 
 # Imported when asked for: the command line's --help does not wait for torch and transformers.
@@ -16,6 +18,7 @@ _MODULES = {
     "Compressed": "distill.compression",
     "DistillModule": "distill.losses",
     "LossSpec": "distill.losses",
+    "Recipe": "distill.recipe",
     "TeacherCache": "distill.teacher",
     "compress": "distill.compression",
     "evaluate": "distill.evaluation",
@@ -23,12 +26,14 @@ _MODULES = {
     "load_student": "distill.hybrid",
     "new_parameters": "distill.hybrid",
     "register_loss": "distill.losses",
+    "run": "distill.runs",
 }
 
 __all__ = [
     "Compressed",
     "DistillModule",
     "LossSpec",
+    "Recipe",
     "TeacherCache",
     "compress",
     "evaluate",
@@ -36,6 +41,7 @@ __all__ = [
     "load_student",
     "new_parameters",
     "register_loss",
+    "run",
     "stages",
 ]
 

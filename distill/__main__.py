@@ -20,7 +20,7 @@ examples:
 """
 
 # Modules of distill.cli, in the order of --help.
-COMMANDS = ("demo", "cache", "compress")
+COMMANDS = ("run", "cache", "demo")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def resume_command(argv: list[str]) -> str:
     """The command line that continues the one given by `argv`."""
-    flags = argv if "--resume" in argv or argv[0] != "demo" else [*argv, "--resume"]
+    flags = argv if "--resume" in argv or argv[0] not in ("run", "demo") else [*argv, "--resume"]
     return "python -m distill " + shlex.join(flags)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distill.corpus import read_documents
+from distill.data import Tokens
 from distill.errors import DistillError, Interrupt
 from distill.progress import Reporter
 from distill.teacher import CacheWriter, digest, id_bits, model_digest, topk_words
@@ -25,30 +26,43 @@ class CaptureConfig:
     max_tokens: int | None
 
 
-def load_teacher(path: Path) -> tuple[Any, Any]:
-    """Model and tokenizer from a folder, from safetensors alone; no code beside them is run."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def load_teacher(path: Path, dtype: Any = "auto") -> tuple[Any, Any]:
+    """Model and tokenizer from a folder, from safetensors alone; no code beside them is run.
+
+    The model may be a student of `hybridize`. The folder of one without a tokenizer is refused.
+    """
+    from transformers import AutoTokenizer
+
+    model = load_model(path, dtype)
+    try:
+        return model, AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise DistillError(f"teacher: no tokenizer in {path}: {error}") from error
+
+
+def load_model(path: Path, dtype: Any = "auto") -> Any:
+    """What `save_pretrained` wrote, of a causal language model or a student of `hybridize`."""
+    from transformers import AutoModelForCausalLM, PretrainedConfig
     from transformers.utils import logging
+
+    from distill.hybrid import PREFIX, load_student
 
     logging.disable_progress_bar()
     if not path.is_dir():
-        raise DistillError(f"teacher: {path} is not a folder that `save_pretrained` wrote")
+        raise DistillError(f"model: {path} is not a folder that `save_pretrained` wrote")
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True)
-        return model.eval(), AutoTokenizer.from_pretrained(path)
+        settings, _ = PretrainedConfig.get_config_dict(path)
+        if settings.get("model_type", "").startswith(PREFIX):
+            return load_student(path, dtype=dtype).eval()
+        options = {"use_safetensors": True, "dtype": dtype}
+        return AutoModelForCausalLM.from_pretrained(path, **options).eval()
     except (OSError, ValueError, KeyError) as error:
-        raise DistillError(f"teacher: cannot load {path}: {error}") from error
+        raise DistillError(f"model: cannot load {path}: {error}") from error
 
 
 def corpus_tokens(root: Path, pattern: str, tokenizer: Any) -> Tensor:
     """All files in the order of their paths, each closed by the tokenizer's end of text."""
-    if tokenizer.eos_token_id is None:
-        raise DistillError("teacher: its tokenizer must have an eos_token, to put between files")
-    ids: list[int] = []
-    for document in read_documents(root, pattern):
-        text = document.text.decode()
-        ids += [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    return torch.tensor(ids)
+    return torch.from_numpy(Tokens.of(read_documents(root, pattern), tokenizer).ids_N).long()
 
 
 @torch.no_grad()
@@ -81,7 +95,7 @@ def capture(
         return
     fingerprint = {
         "model": model_digest(model),
-        "data": digest([("tokens", kept)]),
+        "data": digest([("tokens", kept.int())]),
         "length": str(config.length),
     }
     with CacheWriter(out, fingerprint, config.k, vocabulary) as writer:

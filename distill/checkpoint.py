@@ -34,7 +34,7 @@ def write_atomically(path: Path, data: bytes | str) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     except OSError as error:
         raise DistillError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -45,7 +45,7 @@ def _umask() -> int:
     return mask
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -106,13 +106,18 @@ class Checkpoint:
 
     def difference(self, settings: dict) -> str | None:
         """None if `settings` are those of the checkpoint, else the first few that differ."""
-        there, here = _flat(self.settings), _flat(settings)
-        changed = [
-            f"{key} {there.get(key)!r} there, {here.get(key)!r} here"
-            for key in sorted(there.keys() | here.keys())
-            if there.get(key) != here.get(key)
-        ]
-        return "; ".join(changed[:3]) or None
+        return settings_difference(self.settings, settings)
+
+
+def settings_difference(there: dict, here: dict) -> str | None:
+    """None if they are the same, else the first few that differ."""
+    there, here = _flat(there), _flat(here)
+    changed = [
+        f"{key} {there.get(key)!r} there, {here.get(key)!r} here"
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key)
+    ]
+    return "; ".join(changed[:3]) or None
 
 
 def _digest(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:

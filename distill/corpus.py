@@ -5,6 +5,7 @@ import math
 import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -208,23 +209,22 @@ class Batches:
                 f"corpus: training needs at least {rows * length + 1} tokens for one batch of "
                 f"{rows} x {length}, got {len(tokens_N)}"
             )
-        self._order: tuple[int, torch.Tensor] | None = None
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and labels of one step, each (rows, length) int64; labels are inputs shifted."""
         epoch, index = divmod(step, self.windows // self.rows)
-        order_W = self._epoch_order(epoch)
+        order_W = epoch_order(self.seed, epoch, self.windows)
         start_B1 = order_W[index * self.rows : (index + 1) * self.rows, None] * self.length
         position_BT = start_B1 + torch.arange(self.length + 1)
         window_BT = self.tokens_N[position_BT]
         return window_BT[:, :-1].contiguous(), window_BT[:, 1:].contiguous()
 
-    def _epoch_order(self, epoch: int) -> torch.Tensor:
-        if self._order is None or self._order[0] != epoch:
-            key = int(_digest(f"{self.seed}/{epoch}".encode())[:15], 16)
-            generator = torch.Generator().manual_seed(key)
-            self._order = epoch, torch.randperm(self.windows, generator=generator)
-        return self._order[1]
+
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, windows: int) -> torch.Tensor:
+    """(windows,): the order in which an epoch visits them."""
+    key = int(_digest(f"{seed}/{epoch}".encode())[:15], 16)
+    return torch.randperm(windows, generator=torch.Generator().manual_seed(key))
 
 
 def _digest(*parts: bytes) -> str:

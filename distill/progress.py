@@ -1,7 +1,7 @@
 """What the user sees while a run goes on: a live bar on a terminal, sparse lines elsewhere."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -24,7 +24,13 @@ PLAIN_INTERVAL_S = 10.0
 class Meter(Protocol):
     """Takes one call for every step done."""
 
-    def update(self, done: int, loss: float | None = None, tokens: int = 0) -> None: ...
+    def update(
+        self,
+        done: int,
+        loss: float | None = None,
+        tokens: int = 0,
+        parts: Mapping[str, float] | None = None,
+    ) -> None: ...
 
 
 def seconds(value: float) -> str:
@@ -79,11 +85,14 @@ class Pace:
     def __init__(self, total: int, start: int):
         self.total, self.start, self.began, self.tokens = total, start, time.perf_counter(), 0
 
-    def status(self, done: int, loss: float | None, tokens: int) -> str:
+    def status(
+        self, done: int, loss: float | None, tokens: int, losses: Mapping[str, float]
+    ) -> str:
         self.tokens += tokens
         elapsed = max(time.perf_counter() - self.began, 1e-9)
         left = elapsed / max(done - self.start, 1) * (self.total - done)
         parts = [f"loss {loss:.3f}"] if loss is not None else []
+        parts += [f"{name} {value:.3f}" for name, value in losses.items()]
         parts += [f"{rate(self.tokens / elapsed)} tokens/s"] if self.tokens else []
         return "  ".join([*parts, f"{seconds(left)} left"])
 
@@ -92,8 +101,14 @@ class LiveMeter:
     def __init__(self, progress: Progress, task: TaskID, total: int, start: int):
         self.progress, self.task, self.pace = progress, task, Pace(total, start)
 
-    def update(self, done: int, loss: float | None = None, tokens: int = 0) -> None:
-        status = self.pace.status(done, loss, tokens)
+    def update(
+        self,
+        done: int,
+        loss: float | None = None,
+        tokens: int = 0,
+        parts: Mapping[str, float] | None = None,
+    ) -> None:
+        status = self.pace.status(done, loss, tokens, parts or {})
         self.progress.update(self.task, completed=done, status=status)
 
 
@@ -104,8 +119,14 @@ class PlainMeter:
         self.reporter, self.title, self.total = reporter, title, total
         self.pace, self.said_at = Pace(total, start), -PLAIN_INTERVAL_S
 
-    def update(self, done: int, loss: float | None = None, tokens: int = 0) -> None:
-        status = self.pace.status(done, loss, tokens)
+    def update(
+        self,
+        done: int,
+        loss: float | None = None,
+        tokens: int = 0,
+        parts: Mapping[str, float] | None = None,
+    ) -> None:
+        status = self.pace.status(done, loss, tokens, parts or {})
         now = time.perf_counter()
         if done >= self.total or now - self.said_at >= PLAIN_INTERVAL_S:
             self.said_at = now

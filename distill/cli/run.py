@@ -1,0 +1,62 @@
+"""The `run` command: a recipe, from its teacher to a student on disk."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distill.errors import Interrupt
+
+if TYPE_CHECKING:
+    from distill.cli.flags import Commands
+
+
+def add(commands: Commands) -> None:
+    run_ = commands.add_parser(
+        "run",
+        help="train a student by a recipe: a preset, or a YAML file",
+        description=(
+            "Trains a student stage after stage and leaves it in RUN_DIR/student, beside the "
+            "resolved recipe, metrics.jsonl and checkpoints. RECIPE is a preset (linearize-paper, "
+            "compress-kd, distilbert, tinybert) or a YAML file; KEY=VALUE changes what is in it, "
+            "as teacher.path=models/llama data.corpus=~/notes stages.1.lr=1e-5. Ctrl-C leaves a "
+            "checkpoint; --resume goes on to the very same weights. On several GPUs: accelerate "
+            "launch --config_file FILE -m distill run ..., with a file of distill/launch."
+        ),
+        allow_abbrev=False,
+    )
+    run_.add_argument("recipe", metavar="RECIPE", help="name of a preset, or a file")
+    run_.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="changes to the recipe")
+    run_.add_argument(
+        "--run-dir",
+        type=Path,
+        default=Path("runs/run"),
+        metavar="DIR",
+        help="where everything goes (default: %(default)s)",
+    )
+    run_.add_argument("--resume", action="store_true", help="go on with what RUN_DIR holds")
+    run_.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print parameters, memory and the teacher's loss; write nothing",
+    )
+    run_.set_defaults(command=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from distill.progress import Reporter
+    from distill.recipe import Recipe
+    from distill.runs import describe
+    from distill.runs import run as run_recipe
+
+    recipe = Recipe.load(args.recipe, args.overrides)
+    reporter = Reporter(Console(highlight=False))
+    if args.dry_run:
+        describe(recipe, args.run_dir, reporter)
+        return
+    with Interrupt() as interrupt:
+        student = run_recipe(recipe, args.run_dir, reporter, interrupt, resume=args.resume)
+    reporter.say(f"student  {student}")

@@ -1,0 +1,236 @@
+"""A recipe from its teacher to a student on disk, stage after stage, in one run folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from distill import checks, parallel
+from distill.capture import load_model, load_teacher
+from distill.checkpoint import sync_directory, write_atomically
+from distill.compression import compress
+from distill.corpus import Corpus, load_corpus
+from distill.data import Rows, Tokens
+from distill.errors import DistillError, Interrupt
+from distill.hybrid import hybridize
+from distill.losses import DistillModule, LossSpec
+from distill.machine import describe_machine
+from distill.progress import Reporter
+from distill.recipe import Recipe, StageConfig
+from distill.stages import calibrate_gates
+from distill.teacher import TeacherCache, model_digest
+from distill.trainer import Metrics, Stage
+
+
+@dataclass
+class Run:
+    """What all stages share. `teacher` is read once, and only where something needs it."""
+
+    recipe: Recipe
+    folder: Path
+    reporter: Reporter
+    interrupt: Interrupt = field(default_factory=Interrupt)
+
+    def __post_init__(self) -> None:
+        recipe = self.recipe
+        if recipe.data.corpus is None:
+            raise DistillError("recipe: data.corpus must be a folder of text, got none")
+        self.accelerator: Accelerator = parallel.make_accelerator(
+            recipe.loop, recipe.log, self.folder
+        )
+        self.specs = {stage.name: loss_specs(stage) for stage in recipe.stages}
+        self.teacher, self.tokenizer = self._read_teacher()
+        data = recipe.data
+        self.corpus: Corpus = load_corpus(
+            Path(data.corpus or ""), data.pattern, data.heldout_fraction, data.heldout_bytes
+        )
+        self.tokens = Tokens.of(self.corpus.train, self.tokenizer)
+        self.rows = Rows(
+            self.tokens,
+            recipe.loop.rows,
+            data.length,
+            recipe.loop.seed,
+            data.boundaries,
+            self._read_cache(),
+        )
+
+    def _read_teacher(self) -> tuple[Any, Any]:
+        teacher = self.recipe.teacher
+        if teacher.path is not None:
+            return load_teacher(Path(teacher.path), getattr(torch, teacher.dtype))
+        if self.recipe.student.kind != "load" or self.recipe.student.path is None:
+            raise DistillError(
+                "recipe: teacher.path must be a folder, or student.kind=load with student.path,"
+                " got neither"
+            )
+        _, tokenizer = load_teacher(Path(self.recipe.student.path))
+        return None, tokenizer
+
+    def _read_cache(self) -> TeacherCache | None:
+        if self.recipe.teacher.cache is None:
+            return None
+        cache = TeacherCache(Path(self.recipe.teacher.cache))
+        expected = dict(cache.index.fingerprint)
+        expected |= self.tokens.fingerprint(self.recipe.data.length)
+        if self.teacher is not None:
+            expected["model"] = model_digest(self.teacher)
+        cache.index.require(cache.folder, expected)
+        return cache
+
+    def first_student(self) -> Any:
+        """What the first stage begins with, as the recipe says."""
+        chosen = self.recipe.student
+        if chosen.kind == "load":
+            if chosen.path is None:
+                raise DistillError("recipe: student.path must be a folder, got none")
+            student, tokenizer = load_teacher(Path(chosen.path), torch.float32)
+            checks.require_same_tokenizer(self.tokenizer, tokenizer)
+            return student
+        inputs = None
+        if chosen.calibration_rows:
+            first = torch.arange(min(chosen.calibration_rows, self.rows.windows))
+            inputs = self.rows.plain(first).to(self.teacher.device)
+        try:
+            if chosen.kind == "compress":
+                return compress(self.teacher, inputs=inputs, **chosen.options).student.float()
+            options = {**chosen.options, "copy_weights": True}
+            student = hybridize(self.teacher, **options).float()
+        except TypeError as error:
+            raise DistillError(f"recipe: student.options: {error}") from error
+        if inputs is not None:
+            calibrate_gates(student, inputs)
+        return student
+
+    def stage(self, config: StageConfig, student: Any) -> Stage:
+        """Ready to run. The teacher takes part where a loss needs it beside the cache."""
+        specs = self.specs[config.name]
+        needs = frozenset().union(*(spec.needs for spec in specs))
+        beside = "teacher" in needs or ("words" in needs and self.rows.cache is None)
+        if beside and self.teacher is None:
+            raise DistillError(f"recipe: teacher.path must be a folder for stage {config.name}")
+        checks.require_same_vocabulary(self.teacher, student, self.tokenizer)
+        words = "words" in needs and self.rows.cache is not None
+        self.rows.with_words = words
+        return Stage(
+            config,
+            self.recipe.loop,
+            self.recipe.log,
+            DistillModule(student, self.teacher if beside else None, specs),
+            self.rows,
+            self.accelerator,
+            self.folder / "checkpoints" / config.name,
+            self._settings(config),
+            Metrics(self.folder / "metrics.jsonl", self.accelerator),
+            interrupt=self.interrupt,
+        )
+
+    def _settings(self, config: StageConfig) -> dict[str, Any]:
+        """All that decides the weights of a stage."""
+        whole = self.recipe.as_dict()
+        stages = whole.pop("stages")
+        at = [stage["name"] for stage in stages].index(config.name)
+        kept = {"stages": {stage["name"]: _by_name(stage) for stage in stages[: at + 1]}}
+        del whole["log"]
+        for name in ("checkpoint_every", "keep", "heldout_every"):
+            del whole["loop"][name]
+        whole["data"].pop("corpus")
+        return whole | kept | {"tokens": self.tokens.digest()}
+
+
+def run(
+    recipe: Recipe,
+    folder: Path,
+    reporter: Reporter,
+    interrupt: Interrupt | None = None,
+    *,
+    resume: bool = False,
+) -> Path:
+    """Train the recipe's student; the folder of the finished one, `folder`/student.
+
+    Args:
+        resume: go on with what `folder` holds, to the bits that an uninterrupted run would have.
+
+    Raises:
+        DistillError: an input does not fit, or a number is not finite.
+        Interrupted: a signal came; a checkpoint is there.
+    """
+    if (folder / "recipe.yaml").exists() and not resume:
+        raise DistillError(f"run: {folder} holds a run; pass --resume, or another --run-dir")
+    shared = Run(recipe, folder, reporter, interrupt or Interrupt())
+    accelerator = shared.accelerator
+    if accelerator.is_main_process and not (folder / "recipe.yaml").exists():
+        environment = describe_machine() | {"ranks": accelerator.num_processes}
+        write_atomically(folder / "environment.json", json.dumps(environment, indent=1))
+        recipe.save(folder / "recipe.yaml")
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers("distill")
+    start: Callable[[], Any] = shared.first_student
+    for config in recipe.stages:
+        done = folder / "checkpoints" / config.name / "student"
+        if not done.exists():
+            stage = shared.stage(config, start())
+            checks.say(reporter, stage)
+            _train(stage, done, shared, resume)
+        start = partial(load_model, done, torch.float32)
+    if accelerator.is_main_process:
+        _replace(folder / "student", lambda to: shutil.copytree(done, to))
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return folder / "student"
+
+
+def describe(recipe: Recipe, folder: Path, reporter: Reporter) -> None:
+    """Say what `run` would train, and write nothing."""
+    shared = Run(recipe, folder, reporter)
+    student = shared.first_student()
+    for config in recipe.stages:
+        checks.say(reporter, shared.stage(config, student))
+
+
+def _train(stage: Stage, done: Path, shared: Run, resume: bool) -> None:
+    stage.prepare()
+    if resume:
+        stage.restore()
+    with shared.reporter.meter(stage.config.name, stage.steps, stage.step) as meter:
+        stage.run(meter)
+    weights = stage.wrapped.weights()
+    if shared.accelerator.is_main_process:
+        student = stage.module.student
+
+        def write(to: Path) -> None:
+            student.save_pretrained(to, state_dict=weights)
+            shared.tokenizer.save_pretrained(to)
+
+        _replace(done, write)
+    shared.accelerator.wait_for_everyone()
+    shared.accelerator.free_memory()
+
+
+def loss_specs(stage: StageConfig) -> list[LossSpec]:
+    return [LossSpec(loss.name, loss.weight, loss.args) for loss in stage.losses]
+
+
+def _by_name(stage: dict[str, Any]) -> dict[str, Any]:
+    return stage | {"losses": {loss["name"]: loss for loss in stage["losses"]}}
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """A folder, whole or not at all."""
+    temporary = path.with_name(f".{path.name}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        write(temporary)
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+        sync_directory(path.parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise DistillError(f"cannot write {path}: {error.strerror or error}") from error

@@ -1,0 +1,306 @@
+"""One stage of a recipe: steps over all ranks, checkpoints to go on from, and what is logged.
+
+    total = sum over losses of weight(step) * sum / count, both over micro-batches and ranks
+
+Batches and random draws are functions of the step: a run that goes on from a checkpoint makes the
+very steps that it would have made.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from distill import parallel, snapshot
+from distill.data import Batch, Rows
+from distill.errors import DistillError, Interrupt
+from distill.losses import DistillModule, LossSpec
+from distill.progress import Meter
+from distill.recipe import LogConfig, LoopConfig, StageConfig
+
+
+@dataclass
+class Metrics:
+    """metrics.jsonl: one JSON object a line, the main process's."""
+
+    path: Path
+    accelerator: Accelerator
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    @property
+    def size_bytes(self) -> int:
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def cut(self, size_bytes: int) -> None:
+        """Forget what was written after the checkpoint that a run goes on from."""
+        if self.accelerator.is_main_process and self.path.exists():
+            with self.path.open("r+b") as file:
+                file.truncate(size_bytes)
+
+
+@dataclass
+class Stage:
+    """Trains what `config.trainable` names of `module`, in place.
+
+    settings: all that decides the weights, so that a checkpoint of other settings is refused.
+    heldout: numbers of the student to log along the way, or {}; all ranks call it.
+    """
+
+    config: StageConfig
+    loop: LoopConfig
+    log: LogConfig
+    module: DistillModule
+    rows: Rows
+    accelerator: Accelerator
+    folder: Path
+    settings: dict[str, Any]
+    metrics: Metrics
+    heldout: Callable[[parallel.Wrapped], dict[str, float]] = lambda _: {}
+    interrupt: Interrupt = field(default_factory=Interrupt)
+    step: int = 0
+    train_s: float = 0.0
+    saved: Path | None = None
+    _counted: bool = False
+
+    def __post_init__(self) -> None:
+        choose_trainable(self.module.student, self.config.trainable, self.config.name)
+        ranks = self.accelerator.num_processes
+        if self.loop.rows % ranks:
+            raise DistillError(
+                f"recipe: loop.rows must be a multiple of the {ranks} ranks, got {self.loop.rows}"
+            )
+
+    def prepare(self) -> None:
+        """Spread the module over the ranks; the optimizer is of what is then there."""
+        self.wrapped = parallel.Wrapped(self.module, self.accelerator, self.loop)
+        groups = parameter_groups(self.module, self.config.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            groups, betas=(self.config.betas[0], self.config.betas[1]), fused=True
+        )
+
+    @property
+    def steps(self) -> int:
+        return self.config.steps or math.ceil((self.config.tokens or 0) / self.tokens_per_step)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.rows.rows * self.rows.length
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.steps
+
+    def restore(self) -> None:
+        """Go on from the last checkpoint, if there is one; one of other settings is refused."""
+        found = snapshot.checkpoints(self.folder)
+        if not found:
+            return
+        manifest = snapshot.read_manifest(found[-1], self.settings)
+        snapshot.load(found[-1], self.accelerator, self.module, self.optimizer, manifest)
+        self.step, self.train_s, self.saved = manifest.step, manifest.train_s, found[-1]
+        self.metrics.cut(manifest.metrics_bytes)
+
+    def save(self) -> None:
+        state = snapshot.training_state(self.module, self.optimizer)
+        manifest = snapshot.Manifest(
+            self.settings, self.step, self.train_s, self.metrics.size_bytes, {}
+        )
+        self.saved = snapshot.save(self.folder, self.accelerator, state, manifest, self.loop.keep)
+
+    def run(self, meter: Meter) -> None:
+        """Train up to the last step. A signal to any rank ends the run, with a checkpoint."""
+        while not self.finished:
+            began = time.perf_counter()
+            losses, norm, signum = self._train_step()
+            took = time.perf_counter() - began
+            self.train_s += took
+            self.step += 1
+            meter.update(self.step, self._total(losses), self.tokens_per_step, losses)
+            self._log(losses, norm, took)
+            if signum or self.finished or _due(self.step, self.loop.checkpoint_every):
+                self.save()
+            if signum:
+                self.interrupt.requested = signum
+                self.interrupt.check()
+
+    def _train_step(self) -> tuple[dict[str, float], float, int]:
+        """Losses over all rows, the gradient's norm before it is clipped, and a signal or 0."""
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        torch.manual_seed(hash((self.loop.seed, self.step, rank)) % 2**63)
+        weights = {spec.name: spec.weight_at(self.step, self.steps) for spec in self.module.specs}
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr_at(self.config, self.step, self.steps)
+        micro_rows = self.loop.micro_rows or self.loop.rows
+        batches = self.rows.micro_batches(self.step, rank, ranks, micro_rows)
+        whole = self.rows.sizes(self.step)
+        self.wrapped.inside.train()
+        self.optimizer.zero_grad()
+        parts = []
+        for at, batch in enumerate(batches, start=1):
+            with self.wrapped.sync(gradients=at == len(batches)):
+                parts.append(self._backward(batch, weights, whole, ranks))
+        norm = parallel.clip(self.module, self.config.clip)
+        signum = self.interrupt.requested or 0
+        mine = [torch.stack(parts).sum(0).flatten(), norm.double()[None] / ranks]
+        mine.append(mine[0].new_tensor([float(signum)]))
+        summed = self.accelerator.reduce(torch.cat(mine), "sum").tolist()  # the one wait of a step
+        sums, counts = summed[: len(weights)], summed[len(weights) : 2 * len(weights)]
+        losses = {
+            name: total / max(count, 1.0)
+            for name, total, count in zip(weights, sums, counts, strict=True)
+        }
+        self._require_finite(losses, summed[-2])
+        if not self._counted:
+            self._counted = True
+            found = dict(zip(weights, counts, strict=True))
+            self._require_proportional(found, parts[0], batches[0].sizes, whole)
+        self.optimizer.step()
+        return losses, summed[-2], signum or (signal.SIGTERM if summed[-1] else 0)
+
+    def _backward(
+        self, batch: Batch, weights: Mapping[str, float], whole: Mapping[str, int], ranks: int
+    ) -> Tensor:
+        """(2, losses) float64: sums and counts of a micro-batch, whose gradients are added."""
+        sizes = batch.sizes
+        batch = batch.to(self.accelerator.device)
+        found = self.wrapped(
+            batch.input_ids,
+            batch.labels,
+            cu_seqlens=batch.cu_seqlens,
+            words=batch.words,
+            weights=weights,
+        )
+        total: Any = 0.0
+        for spec in self.module.specs:
+            value, count = found[spec.name]
+            base = _base(spec)
+            # Of the step's count, which is as many times the step's tokens as this one is of its
+            # own; and ranks' gradients are averaged.
+            share = ranks * sizes[base] / max(whole[base], 1)
+            total = total + value * (weights[spec.name] * share / count.clamp_min(1))
+        self.accelerator.backward(total)
+        return torch.stack(
+            [torch.stack([x.detach().double() for x in found[name]]) for name in weights], dim=1
+        )
+
+    def _require_finite(self, losses: Mapping[str, float], norm: float) -> None:
+        for name, value in {**losses, "gradient norm": norm}.items():
+            if not math.isfinite(value):
+                kept = (
+                    f"the last good checkpoint is {self.saved}" if self.saved else "no checkpoint"
+                )
+                raise DistillError(
+                    f"{self.config.name}: {name} is {value} at step {self.step + 1} of"
+                    f" {self.steps} (lr {lr_at(self.config, self.step, self.steps):.2g}), on"
+                    f" {self.rows.describe(self.step)}; {kept}"
+                )
+
+    def _require_proportional(
+        self,
+        counts: Mapping[str, float],
+        part: Tensor,
+        sizes: Mapping[str, int],
+        whole: Mapping[str, int],
+    ) -> None:
+        """What the division by global counts rests on; a loss of one's own may break it."""
+        for index, spec in enumerate(self.module.specs):
+            base = _base(spec)
+            each = part[1, index].item() / max(sizes[base], 1)
+            if abs(each * whole[base] - counts[spec.name]) > 1e-6 * counts[spec.name]:
+                raise DistillError(
+                    f"{self.config.name}: loss {spec.name} must count a multiple of the {base}"
+                    f" tokens, the same in each micro-batch, got {counts[spec.name]:.0f} of"
+                    f" {whole[base]} in all and {each:.3g} times as many in the first"
+                )
+
+    def _log(self, losses: dict[str, float], norm: float, took: float) -> None:
+        at = {"stage": self.config.name, "step": self.step}
+        at["tokens"] = self.step * self.tokens_per_step
+        if self.finished or self.step % self.log.every == 0:
+            line = {
+                "loss": self._total(losses),
+                "losses": losses,
+                "lr": lr_at(self.config, self.step - 1, self.steps),
+                "grad_norm": norm,
+                "tokens_per_s": self.tokens_per_step / took,
+            }
+            self.metrics.write(at | line)
+            self._track(losses | {k: v for k, v in line.items() if k != "losses"})
+        if self.finished or _due(self.step, self.loop.heldout_every):
+            found = self.heldout(self.wrapped)
+            if found:
+                self.metrics.write(at | {"heldout": found})
+                self._track({f"heldout/{name}": value for name, value in found.items()})
+
+    def _track(self, values: Mapping[str, Any]) -> None:
+        named = {f"{self.config.name}/{name}": value for name, value in values.items()}
+        self.accelerator.log(named, step=self.step)
+
+    def _total(self, losses: Mapping[str, float]) -> float:
+        return sum(
+            spec.weight_at(self.step - 1, self.steps) * losses[spec.name]
+            for spec in self.module.specs
+        )
+
+
+def lr_at(config: StageConfig, step: int, steps: int) -> float:
+    """Learning rate of the step with this index: a linear rise, then the schedule."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    if config.schedule == "constant":
+        return config.lr
+    done = (step - config.warmup) / max(steps - 1 - config.warmup, 1)
+    left = 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return config.final_lr + (config.lr - config.final_lr) * left
+
+
+def choose_trainable(student: nn.Module, patterns: list[str], stage: str) -> None:
+    """Freeze what no pattern matches; one that matches nothing is an error."""
+    names = [name for name, _ in student.named_parameters()]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise DistillError(
+                f"recipe: trainable of stage {stage} must match names such as {names[0]},"
+                f" got {pattern!r}"
+            )
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(any(fnmatch.fnmatchcase(name, x) for x in patterns))
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """What is trained. Matrices decay; norms and biases, whatever their shape, do not."""
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            matrix = parameter.dim() >= 2 and not name.endswith("bias")
+            (decayed if matrix else free).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": free, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _base(spec: LossSpec) -> str:
+    """Which tokens a loss counts."""
+    return spec.options.get("tokens", "labelled")
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

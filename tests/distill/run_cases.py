@@ -1,0 +1,91 @@
+"""Recipes small enough to run in a second, and their teachers, corpora and runs."""
+
+import io
+import os
+
+import pytest
+import torch
+
+for package in ("transformers", "accelerate", "omegaconf", "tensorboard"):
+    pytest.importorskip(package, reason=f"{package} is not installed: the extra `distill`")
+
+import transformers  # noqa: E402
+from rich.console import Console  # noqa: E402
+
+from distill import runs  # noqa: E402 - they import it
+from distill.data import byte_tokenizer  # noqa: E402
+from distill.errors import Interrupt  # noqa: E402
+from distill.progress import Reporter  # noqa: E402
+from distill.recipe import Recipe  # noqa: E402
+
+RECIPE = """
+student: {options: {window: 8}}
+data: {pattern: '*.py', length: 24}
+loop: {rows: 8, checkpoint_every: 2, heldout_every: 0}
+log: {trackers: [], every: 1}
+stages:
+- {name: align, trainable: ['*mixer*'], losses: [{name: mixer_mse}], steps: 3, lr: 1.0e-2}
+- name: distill
+  losses: [{name: ce, weight: 0.9}, {name: topk_kl, weight: 0.1, args: {k: 8}}]
+  steps: 5
+  lr: 3.0e-3
+"""
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "bos_token_id": 256,
+    "eos_token_id": 256,
+}
+
+
+def write_teacher(folder, family="Llama", **changes):
+    """Of bytes, with dropout-free weights large enough that words differ."""
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(vocab_size=257, **SIZES | changes)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_recipe(tmp_path, teacher, corpus, *overrides):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    given = [f"teacher.path={teacher}", f"data.corpus={corpus}", *overrides]
+    return Recipe.load(path, given)
+
+
+def do(recipe, folder, resume=False, interrupt=None):
+    """Its output; the student is in folder/student."""
+    output = io.StringIO()
+    reporter = Reporter(Console(file=output))
+    runs.run(recipe, folder, reporter, interrupt or Interrupt(), resume=resume)
+    return output.getvalue()
+
+
+def first_stage(recipe, folder):
+    """Of a recipe, ready to step."""
+    shared = runs.Run(recipe, folder, Reporter(Console(quiet=True)))
+    stage = shared.stage(recipe.stages[0], shared.first_student())
+    stage.prepare()
+    return stage
+
+
+def steps_on_rank(rank, ranks, recipe, folder, count):
+    """Losses of each step, and the weights after them, whole."""
+    if ranks > 1:
+        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        os.environ |= {name: str(value) for name, value in own.items()} | {"OMP_NUM_THREADS": "1"}
+    stage = first_stage(recipe, folder)
+    losses = []
+    for _ in range(count):
+        losses.append(stage._train_step()[0])
+        stage.step += 1
+    return losses, stage.wrapped.weights()
