@@ -4,9 +4,9 @@ import pytest
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from distill.errors import DistillError  # noqa: E402 - the losses import it
-from distill.losses import LossSpec, Schedule  # noqa: E402
-from distill.taps import layer_pairs  # noqa: E402
+from distill.errors import DistillError
+from distill.losses import LossSpec, Schedule
+from distill.taps import layer_pairs
 
 
 def test_layer_maps():

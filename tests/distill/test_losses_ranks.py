@@ -69,20 +69,6 @@ def assert_same(got, want):
     assert all(relative_error(got[1][name], grad) <= 1e-4 for name, grad in want[1].items())
 
 
-def test_eight_rows_are_four_times_two_and_two_ranks_times_four():
-    want = step(0, 1, 1)
-    assert_same(step(0, 1, 4), want)
-    for got in run_on_ranks(2, step, 2, 1) + run_on_ranks(2, step, 2, 2):
-        assert_same(got, want)
-
-
-def test_who_calls_past_ddp_gets_another_gradient():
-    """What is wrong with `wrapped.module(...)`: nobody adds the ranks' gradients up."""
-    want = step(0, 1, 1)[1]
-    for _, got in run_on_ranks(2, step, 2, 1, "past"):
-        assert max(relative_error(got[name], grad) for name, grad in want.items()) > 0.1
-
-
 def sharded_step(rank, shards_teacher):
     """`step` of two ranks under FSDP2, the layers and what is outside of them apart."""
     module = make_module()
@@ -103,8 +89,39 @@ def sharded_step(rank, shards_teacher):
     return values, {name: p.grad.full_tensor() for name, p in module.named_parameters()}
 
 
-@pytest.mark.parametrize("shards_teacher", [False, True])
-def test_fsdp_of_two_ranks_is_one_process(shards_teacher):
-    want = step(0, 1, 1)
-    for got in run_on_ranks(2, sharded_step, shards_teacher):
-        assert_same(got, want)
+def every_way(rank):
+    """In one group of processes, which take longer to start than to compute."""
+    return {
+        "wrapped": step(rank, 2, 1),
+        "accumulated": step(rank, 2, 2),
+        "past": step(rank, 2, 1, "past"),
+        "sharded": sharded_step(rank, shards_teacher=False),
+        "teacher sharded": sharded_step(rank, shards_teacher=True),
+    }
+
+
+@pytest.fixture(scope="module")
+def of_ranks():
+    return run_on_ranks(2, every_way)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return step(0, 1, 1)
+
+
+def test_eight_rows_are_four_times_two(alone):
+    assert_same(step(0, 1, 4), alone)
+
+
+@pytest.mark.parametrize("way", ["wrapped", "accumulated", "sharded", "teacher sharded"])
+def test_two_ranks_times_four_are_one_process(way, of_ranks, alone):
+    for got in of_ranks:
+        assert_same(got[way], alone)
+
+
+def test_who_calls_past_ddp_gets_another_gradient(of_ranks, alone):
+    """What is wrong with `wrapped.module(...)`: nobody adds the ranks' gradients up."""
+    for got in of_ranks:
+        errors = [relative_error(got["past"][1][name], grad) for name, grad in alone[1].items()]
+        assert max(errors) > 0.1
