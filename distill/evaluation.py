@@ -165,16 +165,22 @@ def evaluate(
 
 def encode(tokenizer: Any, document: Document) -> tuple[list[int], int]:
     """Ids, the first of which is not predicted, and the bytes that the others stand for."""
-    n_bytes = len(document.text)
+    ids, n_bytes = words(tokenizer, document.text.decode()), len(document.text)
     if tokenizer is None:
-        return list(document.text), n_bytes - 1
-    text = document.text.decode()
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids, n_bytes - 1
     start = tokenizer.bos_token_id
     start = tokenizer.eos_token_id if start is None else start
     if start is not None:
         return [start, *ids], n_bytes
     return ids, n_bytes - len(tokenizer.decode(ids[:1]).encode())
+
+
+def words(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text alone; without a tokenizer its bytes."""
+    if tokenizer is None:
+        return list(text.encode())
+    found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return found
 
 
 @dataclass(frozen=True)
@@ -203,8 +209,9 @@ def _score_batch(model: Any, teacher: Any, windows: list[_Window]) -> int:
     logits_BTV = _logits(model, ids_BT)
     top_BT = logits_BTV.argmax(dim=-1)
     labels_BT = ids_BT[:, 1:].to(logits_BTV.device)
-    logits_BVT = logits_BTV.float().transpose(1, 2)
-    nats_BT = F.cross_entropy(logits_BVT, labels_BT, reduction="none").double().cpu()
+    logits_NV = logits_BTV.flatten(0, 1).float()
+    nats_N = F.cross_entropy(logits_NV, labels_BT.flatten(), reduction="none")
+    nats_BT = nats_N.view_as(labels_BT).double().cpu()
     correct_BT = (top_BT == labels_BT).cpu()
     agreed_BT = None
     if teacher is not None:

@@ -27,6 +27,11 @@ def whole_number(least: int, most: int) -> Callable[[str], int]:
     return parse
 
 
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """The type of a flag with several, rising, between commas."""
+    return tuple(sorted({whole_number(1, 1 << 24)(part) for part in text.split(",")}))
+
+
 def scale(text: str) -> float:
     try:
         value = float(text)

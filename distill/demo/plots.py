@@ -1,60 +1,19 @@
-"""The report's figures as inline SVG that takes its ink from the page, in light and in dark."""
+"""The demo's figures."""
 
-import io
-import re
-from collections.abc import Callable
-from typing import Any
+from functools import partial
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+
+from distill.plots import INK, svg
 
 # Read on white and on near-black alike.
 COLORS = {"teacher": "#8b93a1", "student": "#2f8fe0", "control": "#e0822f"}
-# Stands for the page's text colour until the SVG is written.
-INK = "#010203"
-
-# Any: matplotlib 3.11 and newer spell out the names of their settings as the keys' type.
-STYLE: dict[Any, object] = {
-    "font.size": 10,
-    "svg.fonttype": "none",
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "text.color": INK,
-    "axes.axisbelow": True,
-    "grid.color": INK,
-    "grid.alpha": 0.12,
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 2.0,
-    "lines.solid_capstyle": "round",
-}
 
 
 def figures(metrics: dict) -> dict[str, str]:
     """Every figure of the report by name, as SVG text."""
     draw = {"curves": _curves, "files": _files, "speed": _speed, "size": _size}
-    return {name: _svg(name, function, metrics) for name, function in draw.items()}
-
-
-def _svg(name: str, draw: Callable[[Axes, dict], None], metrics: dict) -> str:
-    # The salt keeps the ids of several figures in one page apart, and the same in every run.
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(5.4, 3.3), layout="constrained")
-        draw(figure.subplots(), metrics)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    svg = re.sub(r"(font: [0-9.]+px) [^;\"]+", r"\1 system-ui, sans-serif", svg)
-    size = re.search(r'width="([0-9.]+)pt" height="([0-9.]+)pt"', svg)
-    return svg.replace(size.group(0), 'role="img"', 1) if size else svg
+    return {name: svg(name, partial(function, metrics=metrics)) for name, function in draw.items()}
 
 
 def _curves(axes: Axes, metrics: dict) -> None:

@@ -1,0 +1,89 @@
+"""The `bench` command: speed and memory of models by the length of what they have read."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distill.cli.flags import whole_number, whole_numbers
+
+if TYPE_CHECKING:
+    from distill.cli.flags import Commands
+
+
+def add(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="time a teacher and a student over context lengths",
+        description=(
+            "Times how fast two models of transformers read a prompt and write after it, and sizes "
+            "what they remember, for each length of the prompt; prints from which length on the "
+            "student writes faster. A teacher's cache is timed growing and of fixed size; the "
+            "faster counts."
+        ),
+        allow_abbrev=False,
+    )
+    for role in ("teacher", "student"):
+        parser.add_argument(
+            f"--{role}", type=Path, metavar="DIR", required=True, help="what save_pretrained wrote"
+        )
+    parser.add_argument(
+        "--contexts",
+        type=whole_numbers,
+        default=(256, 1024, 4096, 16384),
+        metavar="N,N",
+        help="lengths of the prompt (default: 256,1024,4096,16384)",
+    )
+    for flag, default, what in (
+        ("--steps", 16, "tokens written after each"),
+        ("--rows", 1, "sequences at once"),
+        ("--threads", None, "CPU threads (default: torch's choice)"),
+    ):
+        shown = "" if default is None else " (default: %(default)s)"
+        parser.add_argument(
+            flag, type=whole_number(1, 1 << 16), default=default, metavar="N", help=what + shown
+        )
+    parser.add_argument("--device", default="cpu", help="as torch names it (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements there")
+    parser.set_defaults(command=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    import json
+
+    import torch
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from distill.bench import bench
+    from distill.capture import load_model
+    from distill.checkpoint import write_atomically
+    from distill.progress import Reporter
+    from distill.report import crossover_sentence, timing_table
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    console = Console(highlight=False)
+    models = {
+        role: load_model(getattr(args, role)).to(args.device) for role in ("teacher", "student")
+    }
+    with Reporter(console).meter("bench", len(args.contexts) * len(models)) as meter:
+        timing = bench(
+            models,
+            args.contexts,
+            steps=args.steps,
+            rows=args.rows,
+            after_case=lambda done, _: meter.update(done),
+        )
+    shown = timing_table(timing)
+    table = Table(box=box.SIMPLE_HEAD)
+    for head in shown.heads:
+        table.add_column(head, justify="right")
+    for row in shown.rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print(crossover_sentence(timing), soft_wrap=True, markup=False)
+    if args.json:
+        write_atomically(args.json, json.dumps(timing, indent=1) + "\n")

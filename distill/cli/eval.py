@@ -1,0 +1,138 @@
+"""The `eval` and `report` commands: models on text that none has seen, and the page about a run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill.cli.flags import whole_number, whole_numbers
+from distill.errors import DistillError
+
+if TYPE_CHECKING:
+    from distill.cli.flags import Commands
+
+
+def add(commands: Commands) -> None:
+    _add_eval(commands)
+    report = commands.add_parser(
+        "report",
+        help="write report.html and report.md of a run's folder anew",
+        description=(
+            "Writes RUN_DIR/report.html and RUN_DIR/report.md from its metrics.jsonl, scores.json, "
+            "recipe.yaml and environment.json, and from the runs below RUN_DIR/controls."
+        ),
+        allow_abbrev=False,
+    )
+    report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    report.set_defaults(command=run_report)
+
+
+def _add_eval(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "eval",
+        help="compare a student with its teacher and controls, and write the report",
+        description=(
+            "Scores models of transformers on the held-out files of a corpus: bits per byte, next "
+            "tokens that are right, agreement with the teacher; each folder of the corpus is a "
+            "task of the win-and-tie curve. Writes scores.json, report.html and report.md to OUT, "
+            "which may be a run's folder."
+        ),
+        allow_abbrev=False,
+    )
+    for flag, what in (
+        ("--teacher", "what `save_pretrained` wrote, tokenizer too"),
+        ("--student", "the same of the student"),
+        ("--corpus", "score the files below DIR"),
+        ("--out", "where scores and report go"),
+    ):
+        parser.add_argument(flag, type=Path, metavar="DIR", required=True, help=what)
+    parser.add_argument(
+        "--control",
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="a model to show beside them, as 'hard labels=runs/ce/student'; may be repeated",
+    )
+    parser.add_argument(
+        "--pattern", default="*.txt", metavar="GLOB", help="which files (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--all-files",
+        action="store_true",
+        help="all of the corpus, not the files that training on it would hold out",
+    )
+    for flag, default, what in (
+        ("--length", 512, "tokens that are read at once"),
+        ("--rows", 8, "how often at once"),
+        ("--overlap", 0, "of these tokens, how many the window before has too"),
+    ):
+        parser.add_argument(
+            flag,
+            type=whole_number(min(default, 1), 1 << 24),
+            default=default,
+            metavar="N",
+            help=f"{what} (default: %(default)s)",
+        )
+    for flag, what in (
+        ("--needle", "look for a number in texts of so many tokens"),
+        ("--contexts", "time teacher and student after prompts of so many tokens"),
+    ):
+        parser.add_argument(flag, type=whole_numbers, default=(), metavar="N,N", help=what)
+    parser.set_defaults(command=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    import json
+
+    from rich.console import Console
+
+    from distill.assessment import Plan, assess
+    from distill.checkpoint import write_atomically
+    from distill.corpus import load_corpus, read_documents
+    from distill.progress import Reporter
+    from distill.report import sentences, write_report
+    from distill.run_folder import SCORES
+
+    if args.overlap >= args.length:
+        raise DistillError(f"--overlap: must be below --length, {args.length}, got {args.overlap}")
+    reporter = Reporter(Console(highlight=False))
+    models, tokenizer = _load(args)
+    if args.all_files:
+        documents = read_documents(args.corpus, args.pattern)
+    else:
+        documents = list(load_corpus(args.corpus, args.pattern).heldout)
+    plan = Plan(args.length, args.rows, args.overlap, args.needle, args.contexts)
+    scores = assess(models, tokenizer, documents, plan, say=reporter.say)
+    write_atomically(args.out / SCORES, json.dumps(scores, indent=1) + "\n")
+    write_report(args.out)
+    for sentence in sentences(scores):
+        reporter.say(sentence)
+    reporter.say(f"report   {args.out / 'report.html'}")
+
+
+def run_report(args: argparse.Namespace) -> None:
+    from distill.report import write_report
+
+    write_report(args.run_dir)
+    print(f"report   {args.run_dir / 'report.html'}")
+
+
+def _load(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+    """Models by name, teacher first, and their tokenizer."""
+    from distill.capture import load_teacher
+
+    folders = {"teacher": args.teacher, "student": args.student}
+    for text in args.control:
+        name, _, folder = text.partition("=")
+        if not name or not folder or name in folders:
+            raise DistillError(f"--control: must be NAME=DIR, each name once, got {text!r}")
+        folders[name] = Path(folder)
+    models: dict[str, Any] = {}
+    tokenizer = None
+    for name, folder in folders.items():
+        models[name], its_own = load_teacher(folder)
+        tokenizer = tokenizer or its_own
+        if its_own.get_vocab() != tokenizer.get_vocab():
+            raise DistillError(f"{name}: {folder} must have the tokenizer of the teacher")
+    return models, tokenizer
