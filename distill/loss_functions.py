@@ -26,11 +26,13 @@ NEEDS = {
     "attention": "`attention` of both runs, at `ctx.pairs`, by the argument `layers`",
     "widths": "`ctx.projections` from the student's width to the teacher's, where they differ",
     "embedding": "that those widths are the embeddings'",
+    "mixers": "a student of `hybridize`",
     "words": "`ctx.words` of a cache, or a teacher",
     "logits": "all logits at once; without it, losses start from hidden states where they can",
     "hard": "`ctx.hard`: takes the cross-entropy along",
 }
 OF_A_TEACHER = {"teacher", "layers", "attention", "widths", "embedding"}
+BEFORE_THE_HEAD = {"layers", "attention", "embedding", "mixers"}
 
 
 @dataclass(frozen=True)
@@ -304,7 +306,7 @@ def attention(
     return sum(sums[1:], sums[0]), mask_B1R.sum() * (heads * len(sums))
 
 
-@register_loss("mixer_mse")
+@register_loss("mixer_mse", needs=("mixers",))
 def mixer_mse(
     ctx: LossContext, *, relative: bool = False, tokens: str = "labelled"
 ) -> tuple[Tensor, Tensor]:

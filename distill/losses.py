@@ -13,8 +13,15 @@ from torch import Tensor, nn
 
 import xlstm_kernels as xk
 from distill.errors import DistillError
-from distill.hybrid import packed_positions
-from distill.loss_functions import LOSSES, OF_A_TEACHER, LossContext, nearest, register_loss
+from distill.hybrid import new_parameters, packed_positions
+from distill.loss_functions import (
+    BEFORE_THE_HEAD,
+    LOSSES,
+    OF_A_TEACHER,
+    LossContext,
+    nearest,
+    register_loss,
+)
 from distill.taps import Run, Wanted, by_token, decoder_layers, gathered, layer_pairs, next_words
 from distill.teacher import TopK
 
@@ -149,6 +156,11 @@ class DistillModule(nn.Module):
         for spec in self.specs:
             if spec.needs_teacher and teacher is None:
                 raise DistillError(f"loss {spec.name}: needs a teacher that runs, got none")
+            if "mixers" in spec.needs and not new_parameters(student):
+                raise DistillError(
+                    f"loss {spec.name}: needs a student of `hybridize`, got"
+                    f" {type(student).__name__}"
+                )
             if spec.needs & {"layers", "attention"}:
                 self._pairs[spec.name] = self._layer_pairs(spec)
             if "widths" in spec.needs:
@@ -162,6 +174,11 @@ class DistillModule(nn.Module):
     @property
     def teacher(self) -> Any | None:
         return self._teacher[0]
+
+    @property
+    def leaves_unused(self) -> bool:
+        """Whether no loss reaches the head: DDP has to `find_unused_parameters` then."""
+        return all(spec.needs & BEFORE_THE_HEAD for spec in self.specs)
 
     def forward(
         self,

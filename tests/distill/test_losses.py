@@ -270,6 +270,8 @@ def test_modules_that_cannot_be():
     student, teacher = models()
     with pytest.raises(DistillError, match="loss kl: needs a teacher"):
         DistillModule(student, None, [LossSpec("kl")])
+    with pytest.raises(DistillError, match="loss mixer_mse: needs a student of `hybridize`"):
+        DistillModule(student, None, [LossSpec("mixer_mse")])
     with pytest.raises(DistillError, match="each must be named once"):
         DistillModule(student, teacher, [LossSpec("ce"), LossSpec("ce")])
     with pytest.raises(DistillError, match="must not train weights that are the teacher's"):

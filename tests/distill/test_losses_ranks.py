@@ -89,6 +89,21 @@ def sharded_step(rank, shards_teacher):
     return values, {name: p.grad.full_tensor() for name, p in module.named_parameters()}
 
 
+def steps_before_the_head(rank):
+    """Two, since DDP misses a gradient when the next step begins."""
+    student = make_teacher()
+    specs = [LossSpec("hidden_mse"), LossSpec("embedding")]
+    module = DistillModule(student, make_teacher(hidden_size=48), specs)
+    wrapped = torch.nn.parallel.DistributedDataParallel(
+        module, find_unused_parameters=module.leaves_unused
+    )
+    for _ in range(2):
+        student.zero_grad()
+        found = wrapped(*(x[4 * rank :][:4] for x in batch()))
+        sum(total for total, _ in found.values()).backward()
+    return student.model.layers[0].mlp.up_proj.weight.grad
+
+
 def every_way(rank):
     """In one group of processes, which take longer to start than to compute."""
     return {
@@ -96,6 +111,7 @@ def every_way(rank):
         "accumulated": step(rank, 2, 2),
         "past": step(rank, 2, 1, "past"),
         "sharded": sharded_step(rank, shards_teacher=False),
+        "before the head": steps_before_the_head(rank),
         "teacher sharded": sharded_step(rank, shards_teacher=True),
     }
 
@@ -125,3 +141,8 @@ def test_who_calls_past_ddp_gets_another_gradient(of_ranks, alone):
     for got in of_ranks:
         errors = [relative_error(got["past"][1][name], grad) for name, grad in alone[1].items()]
         assert max(errors) > 0.1
+
+
+def test_losses_that_leave_the_head_unused(of_ranks):
+    first, second = (got["before the head"] for got in of_ranks)
+    assert first.norm() > 0 and torch.equal(first, second)
