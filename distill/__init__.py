@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from distill.evaluation import evaluate
     from distill.hybrid import hybridize, load_student, new_parameters
     from distill.losses import DistillModule, LossSpec, register_loss
+    from distill.merging import merge
     from distill.recipe import Recipe
     from distill.runs import run
     from distill.teacher import TeacherCache
@@ -24,6 +25,7 @@ _MODULES = {
     "evaluate": "distill.evaluation",
     "hybridize": "distill.hybrid",
     "load_student": "distill.hybrid",
+    "merge": "distill.merging",
     "new_parameters": "distill.hybrid",
     "register_loss": "distill.losses",
     "run": "distill.runs",
@@ -39,6 +41,7 @@ __all__ = [
     "evaluate",
     "hybridize",
     "load_student",
+    "merge",
     "new_parameters",
     "register_loss",
     "run",

@@ -4,9 +4,12 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,6 +39,20 @@ def write_atomically(path: Path, data: bytes | str) -> None:
             raise
         sync_directory(path.parent)
     except OSError as error:
+        raise DistillError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def replace_folder(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a folder beside `path` and put it there, whole or not at all."""
+    temporary = path.with_name(f".{path.name}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        write(temporary)
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+        sync_directory(path.parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise DistillError(f"cannot write {path}: {error.strerror or error}") from error
 
 

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from distill import checks, parallel
 from distill.capture import load_model, load_teacher
-from distill.checkpoint import sync_directory, write_atomically
+from distill.checkpoint import replace_folder, write_atomically
 from distill.compression import compress
 from distill.corpus import Corpus, load_corpus
 from distill.data import Rows, Tokens
@@ -181,7 +181,7 @@ def run(
             _train(stage, done, shared, resume)
         start = partial(load_model, done, torch.float32)
     if accelerator.is_main_process:
-        _replace(folder / "student", lambda to: shutil.copytree(done, to))
+        replace_folder(folder / "student", lambda to: shutil.copytree(done, to))
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return folder / "student"
@@ -209,7 +209,7 @@ def _train(stage: Stage, done: Path, shared: Run, resume: bool) -> None:
             student.save_pretrained(to, state_dict=weights)
             shared.tokenizer.save_pretrained(to)
 
-        _replace(done, write)
+        replace_folder(done, write)
     shared.accelerator.wait_for_everyone()
     shared.accelerator.free_memory()
 
@@ -220,17 +220,3 @@ def loss_specs(stage: StageConfig) -> list[LossSpec]:
 
 def _by_name(stage: dict[str, Any]) -> dict[str, Any]:
     return stage | {"losses": {loss["name"]: loss for loss in stage["losses"]}}
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """A folder, whole or not at all."""
-    temporary = path.with_name(f".{path.name}")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        write(temporary)
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
-        sync_directory(path.parent)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise DistillError(f"cannot write {path}: {error.strerror or error}") from error

@@ -1,0 +1,90 @@
+"""The `merge` command: trained students of one architecture as one."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distill.cli.flags import whole_number
+from distill.errors import DistillError
+
+if TYPE_CHECKING:
+    from distill.cli.flags import Commands
+
+
+def add(commands: Commands) -> None:
+    merge = commands.add_parser(
+        "merge",
+        help="merge trained models of one architecture into one, by weighted mean",
+        description=(
+            "Writes the mean of models to OUT, a tensor at a time: each weighs the same, or what "
+            "--weights says, or what scores best on text among all multiples of 1 / N (--sweep N)."
+        ),
+        allow_abbrev=False,
+    )
+    merge.add_argument(
+        "experts", nargs="+", metavar="NAME=DIR", help="what `save_pretrained` wrote"
+    )
+    merge.add_argument("--out", type=Path, metavar="DIR", required=True, help="the merged model")
+    how = merge.add_mutually_exclusive_group()
+    how.add_argument("--weights", metavar="NAME=X,...", help="of each, summing to 1")
+    how.add_argument(
+        "--sweep", type=whole_number(1, 100), metavar="N", help="try all multiples of 1 / N"
+    )
+    merge.add_argument("--corpus", type=Path, metavar="DIR", help="text that --sweep scores on")
+    merge.add_argument(
+        "--pattern", default="*.txt", metavar="GLOB", help="which files (default: %(default)s)"
+    )
+    merge.set_defaults(command=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    from distill.merging import merge
+
+    experts = {name: Path(folder) for name, folder in map(_pair, args.experts)}
+    if len(experts) != len(args.experts):
+        raise DistillError("merge: each expert must have a name of its own")
+    weights: dict[str, float] | str = "uniform"
+    if args.weights is not None:
+        weights = {}
+        for name, number in map(_pair, args.weights.split(",")):
+            try:
+                weights[name] = float(number)
+            except ValueError as error:
+                raise DistillError(f"--weights: must be numbers, got {number!r}") from error
+    if args.sweep is not None:
+        weights = _swept(args, experts)
+    print(f"merged   {merge(experts, weights, out=args.out)}")
+
+
+def _swept(args: argparse.Namespace, experts: dict[str, Path]) -> dict[str, float]:
+    """The weights that take the fewest bits per byte."""
+    from distill.capture import load_teacher
+    from distill.corpus import load_corpus
+    from distill.evaluation import evaluate
+    from distill.merging import Trial, sweep
+
+    if args.corpus is None:
+        raise DistillError("--sweep: --corpus must be given, the text to score on")
+    documents = load_corpus(args.corpus, args.pattern).heldout
+    _, tokenizer = load_teacher(next(iter(experts.values())))
+
+    def show(trial: Trial, done: int, total: int) -> None:
+        shown = ",".join(f"{name}={weight:g}" for name, weight in trial.weights.items())
+        print(f"trial    {done}/{total}  {trial.score:.4f} bits per byte  {shown}")
+
+    found = sweep(
+        experts,
+        lambda model: evaluate(model, tokenizer, documents).bits_per_byte,
+        steps=args.sweep,
+        after_trial=show,
+    )
+    return found[0].weights
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, _, value = text.partition("=")
+    if not name or not value:
+        raise DistillError(f"merge: must be as NAME=VALUE, got {text!r}")
+    return name, value
