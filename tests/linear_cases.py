@@ -6,6 +6,7 @@ import zlib
 from dataclasses import dataclass, fields
 
 import torch
+from kl_div_cases import DEVICES, short
 from torch import Tensor
 
 import xlstm_kernels as xk
@@ -16,12 +17,7 @@ from xlstm_kernels.testing import Results, check_results, lay_out
 BACKENDS = [backend.value for backend in LINEAR_KL_DIV.table]
 EVERYWHERE = ["reference", *BACKENDS]
 FUNCTIONS = LINEAR_KL_DIV.functions
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HEAD = ("hidden", "weight", "bias")
-
-
-def short(value: object) -> str:
-    return str(value).replace("torch.", "")
 
 
 @dataclass(frozen=True)
@@ -126,12 +122,13 @@ def call(case: Case, tensors: Results, backend: str) -> Tensor:
 
 
 def run(case: Case, tensors: Results, backend: str) -> dict[str, Tensor]:
-    """The loss, and the gradients by hidden, weight and bias."""
+    """The loss, and the gradients by hidden, weight and bias, on the CPU."""
+    tensors = {name: tensor.to(DEVICES.get(backend, "cpu")) for name, tensor in tensors.items()}
     leaves = {name: tensors[name].detach().requires_grad_() for name in HEAD if name in tensors}
     loss = call(case, {**tensors, **leaves}, backend)
     grads = torch.autograd.grad(loss, tuple(leaves.values()), tensors["dloss"].to(loss.dtype))
-    named = {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
-    return {"loss": loss.detach(), **named}
+    named = {f"d{name}": grad.cpu() for name, grad in zip(leaves, grads, strict=True)}
+    return {"loss": loss.detach().cpu(), **named}
 
 
 def check_case(case: Case) -> None:

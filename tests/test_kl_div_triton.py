@@ -70,4 +70,4 @@ def test_what_a_gpu_does_not_look_at(monkeypatch):
 @ON_CPU
 def test_many_words_are_refused():
     why = topk.supports(torch.zeros(1, 9), torch.zeros(1, 5000))
-    assert why == "K must be at most 2048, got 5000"
+    assert why == "topk_logprobs must be (..., K), K at most 2048, got 5000"

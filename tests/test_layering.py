@@ -42,18 +42,18 @@ MAY_IMPORT = {
     r"|ops\.mlstm\.(api|arguments)|backends|cells|arguments",
     r"ops\.mlstm_step\.triton_kernel": r"ops\.mlstm\.triton_tiles|cells\.triton_math",
     # Another target of the same rows of student logits.
-    r"ops\.(?P<op>kl_div)\.compiled": rf"{HELPERS}|memory|cells",
+    r"ops\.(?P<op>kl_div)\.(compiled|verbs)": rf"{HELPERS}|memory|cells",
     r"ops\.(?P<op>kl_div)\.triton_launch": rf"{HELPERS}|cells|backends|memory",
     r"ops\.(?P<op>topk_kl_div)\.(cpu|cuda|compiled|triton)": rf"{HELPERS}|cells|backends|memory"
-    r"|ops\.kl_div\.(compiled|options|ranks|rows|triton_launch)",
+    r"|ops\.kl_div\.(compiled|options|ranks|rows|triton_launch|verbs)",
     r"ops\.(?P<op>topk_kl_div)\.op": rf"{{op}}\.(cpu|cuda|triton)|{HELPERS}|ops\.kl_div\.op"
     r"|backends",
     r"ops\.(?P<op>topk_kl_div)\.\w+": r"{op}\.(?!cpu$|cuda$|triton$)\w+"
     r"|ops\.kl_div\.(?!api$|cpu$|cuda$|triton$)\w+|cells",
     # Products, and then the rows of logits are those of kl_div and topk_kl_div.
-    r"ops\.(?P<op>linear_kl_div)\.cpu": rf"{HELPERS}|ops\.(topk_)?kl_div\.(cpu|options|ranks)"
-    r"|gemm|memory",
-    r"ops\.(?P<op>linear_kl_div)\.\w+": r"{op}\.\w+|backends|library|cells|arguments"
+    r"ops\.(?P<op>linear_kl_div)\.(?P<backend>cpu|cuda|triton)": rf"{HELPERS}|memory"
+    r"|ops\.(topk_)?kl_div\.{backend}",
+    r"ops\.(?P<op>linear_kl_div)\.\w+": r"{op}\.\w+|backends|library|cells|arguments|memory|gemm"
     r"|ops\.(topk_)?kl_div\.(?!api$|cpu$|cuda$|triton$)\w+",
     r"ops\.(?P<op>\w+)\.api": r"{op}\.(?!cpu$|cuda$|triton$)\w+|backends|cells(\.\w+)?|arguments",
     r"ops\.(?P<op>\w+)\.op": rf"{{op}}\.(cpu|cuda|triton)|{HELPERS}|backends|library|cells",
@@ -169,7 +169,9 @@ def test_python_imports_follow_the_layers() -> None:
             for room, allowed in MAY_IMPORT.items()
             if (match := re.fullmatch(room, name))
         )
-        allowed = allowed.replace("{op}", rf"ops\.{room.groupdict().get('op')}")
+        named = room.groupdict()
+        allowed = allowed.replace("{op}", rf"ops\.{named.get('op')}")
+        allowed = allowed.replace("{backend}", named.get("backend") or "")
         for imported in set(filter(lambda n: within(n) is not None, imports(path))):
             if not re.fullmatch(allowed, within(imported) or ""):
                 wrong.append(f"{name} imports {imported}, may import {allowed}")

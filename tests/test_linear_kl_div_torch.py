@@ -7,7 +7,8 @@ import re
 
 import pytest
 import torch
-from linear_cases import BACKENDS, DTYPES, EVERYWHERE, FUNCTIONS, HEAD, Case, call, inputs, run
+from kl_div_cases import DTYPES
+from linear_cases import BACKENDS, EVERYWHERE, FUNCTIONS, HEAD, Case, call, inputs, run
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 

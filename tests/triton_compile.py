@@ -161,8 +161,11 @@ def recurrence(
     backend.backward(h, dlast, r, *saved, starts, cell, 0.0, None, x.new_empty(0), want)
 
 
-def kl_div(dtype: str, V: int, words: int = 0, support: str = "tail", **options: Any) -> None:
-    """A call of `xk.kl_div`, or of `xk.topk_kl_div` with this many words."""
+def kl_div(
+    dtype: str, V: int, words: int = 0, support: str = "tail", grad: str = "", **options: Any
+) -> None:
+    """A call of `xk.kl_div`, or of `xk.topk_kl_div` with this many words; `grad`: the dtype of the
+    gradient, where it is not the student's."""
     from xlstm_kernels.ops.kl_div import triton as dense
     from xlstm_kernels.ops.kl_div.options import Options
     from xlstm_kernels.ops.topk_kl_div import triton as sparse
@@ -170,12 +173,13 @@ def kl_div(dtype: str, V: int, words: int = 0, support: str = "tail", **options:
     student = torch.zeros(16, V, dtype=getattr(torch, dtype))
     labels = torch.zeros(16, dtype=torch.int64) if options.get("ce_weight") else None
     rest = (labels, None, *Options(**options))
+    into = torch.zeros(16, V, dtype=getattr(torch, grad or dtype))
     if words:
         ids = torch.zeros(16, words, dtype=torch.int64)
         logprobs = torch.zeros(16, words)
-        sparse.forward(student, logprobs, ids, None, *rest, support, True)
+        sparse.overwrite(student, logprobs, ids, None, *rest, support, grad=into)
     else:
-        dense.forward(student, torch.zeros_like(student), *rest, True)
+        dense.overwrite(student, torch.zeros_like(student), *rest, grad=into)
 
 
 def attention(

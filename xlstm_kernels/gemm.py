@@ -1,7 +1,10 @@
-"""Matrix products on CPU tensors whose result is not rounded to the factors' dtype.
+"""Matrix products whose result is not rounded to the factors' dtype.
 
-torch's own product of bfloat16 matrices is a bfloat16 matrix. MKL, inside the torch of x86-64, has
-one with a float32 result at the speed of the other; where it is missing, factors become float32.
+torch's own product of bfloat16 matrices is a bfloat16 matrix. One with a float32 result, at the
+speed of the other, is torch's `out_dtype`, which CUDA and ROCm have, and on CPU tensors a function
+of MKL, inside the torch of x86-64. Where there is none, factors become float32; so do float16 ones
+everywhere, whose gradients would leave float16's range. Products of float32 on a GPU are what torch
+makes of them: TF32 where `torch.backends.cuda.matmul.allow_tf32` says so.
 """
 
 from __future__ import annotations
@@ -19,9 +22,9 @@ from .backends import torch_symbol
 _ROW_MAJOR, _PLAIN, _TRANSPOSED = 101, 111, 112
 
 
-def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What `multiply` wants factors of `dtype` to be converted to, without loss."""
-    if dtype == torch.bfloat16 and _bf16_gemm() is not None:
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What `multiply` wants factors of `dtype` on `device` to be converted to, without loss."""
+    if dtype == torch.bfloat16 and _widens(device.type):
         return dtype
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -34,7 +37,16 @@ def multiply(out_MN: Tensor, a_MK: Tensor, b_KN: Tensor, accumulate: bool) -> No
             torch.addmm(out_MN, a_MK, b_KN, out=out_MN)
         else:
             torch.mm(a_MK, b_KN, out=out_MN)
-        return
+    elif out_MN.device.type == "cpu":
+        _multiply_bf16(out_MN, a_MK, b_KN, accumulate)
+    elif accumulate:
+        torch.addmm(out_MN, a_MK, b_KN, out_dtype=out_MN.dtype, out=out_MN)
+    else:
+        torch.mm(a_MK, b_KN, out_dtype=out_MN.dtype, out=out_MN)
+
+
+def _multiply_bf16(out_MN: Tensor, a_MK: Tensor, b_KN: Tensor, accumulate: bool) -> None:
+    """On CPU tensors, into float32."""
     (M, K), N = a_MK.shape, b_KN.shape[1]
     if M == 0 or N == 0:
         return
@@ -58,6 +70,14 @@ def _factor(matrix: Tensor) -> tuple[Tensor, int, int]:
         if (columns == 1 or stored.stride(1) == 1) and (rows == 1 or stored.stride(0) >= columns):
             return matrix, transposed, max(stored.stride(0), columns)
     return matrix.contiguous(), _PLAIN, matrix.shape[1]
+
+
+def _widens(kind: str) -> bool:
+    """Whether a device of this kind has a product of bfloat16 matrices with a float32 result."""
+    if kind == "cpu":
+        return _bf16_gemm() is not None
+    # Looked up, not tried: that would launch work, and perhaps into a graph that is captured.
+    return torch._C._dispatch_has_kernel_for_dispatch_key("aten::addmm.dtype_out", kind.upper())
 
 
 @cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 from typing import TypeVar
@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .backends import cuda_refuses, load_cpu, load_cuda
+from .backends import cuda_refuses, load_cpu, load_cuda, triton_refuses
 
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
@@ -22,18 +22,28 @@ _HUGE_PAGE_BYTES = 2 << 20
 
 def refused_by_cpu(**tensors: Tensor) -> str | None:
     """Why the C++ kernels cannot read the tensors, or None."""
-    for name, tensor in tensors.items():
-        if tensor.device.type != "cpu":
-            return f"it runs on CPU tensors, {name} is on {tensor.device}"
-        if tensor.dtype not in CPU_DTYPES:
-            return f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}"
-    return None
+    return _refused(_cpu_refuses, tensors)
+
+
+def _cpu_refuses(argument: str, device: torch.device) -> str | None:
+    return None if device.type == "cpu" else f"it runs on CPU tensors, {argument} is on {device}"
 
 
 def refused_by_cuda(**tensors: Tensor) -> str | None:
     """Why the CUDA kernels cannot read the tensors, or None."""
+    return _refused(cuda_refuses, tensors)
+
+
+def refused_by_triton(**tensors: Tensor) -> str | None:
+    """Why the losses' Triton kernels cannot read the tensors, or None."""
+    return _refused(triton_refuses, tensors)
+
+
+def _refused(
+    refuses: Callable[[str, torch.device], str | None], tensors: Mapping[str, Tensor]
+) -> str | None:
     for name, tensor in tensors.items():
-        if why := cuda_refuses(name, tensor.device):
+        if why := refuses(name, tensor.device):
             return why
         if tensor.dtype not in CPU_DTYPES:
             return f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}"
@@ -75,6 +85,13 @@ def plain(tensor: MaybeTensor, dtype: torch.dtype) -> MaybeTensor:
 def dense_rows(tensor: MaybeTensor) -> MaybeTensor:
     """With neighbours in the last axis side by side, which a vector loads at once."""
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor; on the CPU, `fresh_cpu`'s."""
+    if device.type == "cpu":
+        return fresh_cpu(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def fresh_cpu(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ from ...cells import compute_dtype
 from ...memory import address, dtype_code, plain
 from .options import DIVERGENCES, REDUCTIONS, Options
 from .ranks import Split
-from .rows import Strides, row_strides
+from .rows import Strides, read_rows
 
 
 def scale(scale_rows: Callable[..., None], grad: Tensor, factor: Tensor, *stream: int) -> None:
@@ -105,12 +105,7 @@ def kl_div_call(
 ) -> tuple[StudentCall, Tensor, tuple[Any, ...]]:
     """The call and the teacher, whose tensors must outlive it, and its arguments in the order of
     csrc/bind.cpp."""
-    if row_strides(student, teacher) is None:
-        student, teacher = student.contiguous(), teacher.contiguous()
-    logits = (student, teacher) if grad is None else (student, teacher, grad)
-    found = row_strides(*logits)
-    assert found is not None  # a gradient of its own is contiguous
-    rows, strides = found
+    (student, teacher), rows, strides = read_rows((student, teacher), grad)
     call = StudentCall(
         student, strides[0], rows, labels, row_weight, options, grad, strides[-1], split
     )

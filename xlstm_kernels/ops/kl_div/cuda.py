@@ -10,26 +10,11 @@ from torch import Tensor
 from ...memory import address, launching, refused_by_cuda
 from . import compiled
 from .options import Options
-from .rows import row_strides
+from .verbs import verbs
 
 
 def supports(student: Tensor, teacher: Tensor) -> str | None:
     return refused_by_cuda(student_logits=student, teacher_logits=teacher)
-
-
-def forward(student: Tensor, *call: Any) -> list[Tensor]:
-    *call_, want_grad = call
-    grad = student.new_empty(student.shape) if want_grad else None
-    loss = _launch(student, *call_, grad=grad)
-    return [loss] if grad is None else [loss, grad]
-
-
-def overwrite(student: Tensor, teacher: Tensor, *call: Any) -> Tensor:
-    if row_strides(student, teacher) is None:
-        loss, grad = forward(student, teacher, *call, True)
-        student.copy_(grad)
-        return loss
-    return _launch(student, teacher, *call, grad=student)
 
 
 def scale(grad: Tensor, factor: Tensor) -> None:
@@ -53,3 +38,6 @@ def _launch(
     with launching(student) as (kernels, stream):
         kernels.kl_div(*arguments, address(counted), stream)
     return call.loss
+
+
+forward, overwrite = verbs(_launch, logits=2)

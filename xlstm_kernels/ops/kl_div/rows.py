@@ -74,13 +74,21 @@ def check_beside(
 
 
 def valid_rows(
-    function: str, student: Tensor, labels: Tensor | None, V: int, ignore_index: int
+    function: str,
+    student: Tensor,
+    labels: Tensor | None,
+    V: int,
+    ignore_index: int,
+    look: bool = True,
 ) -> Tensor:
-    """Which rows of `student` are not ignored. A label out of range is an error."""
+    """Which rows of `student` are not ignored. A label out of range is an error, where we may look
+    at values: on a GPU that is to wait for it."""
     if labels is None:
         return torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
     labels = labels.to(torch.int64)
     valid = labels != ignore_index
+    if not look:
+        return valid
     outside = valid & ((labels < 0) | (labels >= V))
     readable = not (torch.compiler.is_compiling() or labels.is_meta)
     if readable and bool(outside.any()):
@@ -95,16 +103,30 @@ def valid_rows(
 def weigh_rows(
     row_weight: Tensor | None, reduction: str, valid: Tensor, dtype: torch.dtype
 ) -> Tensor | None:
-    """The weights of rows with the reduction's factor in them; None for ones."""
+    """The weights of rows with the reduction's factor in them, counted on their device; None for
+    ones."""
     weight = None if row_weight is None else row_weight.to(dtype)
-    rows = {"mean": int(valid.sum()), "batchmean": valid.numel()}.get(reduction, 1)
-    if rows <= 1:
+    if reduction not in ("mean", "batchmean"):
         return weight
-    return valid.new_full(valid.shape, 1 / rows, dtype=dtype) if weight is None else weight / rows
+    rows = valid.sum().clamp(min=1) if reduction == "mean" else max(1, valid.numel())
+    weight = valid.new_ones(valid.shape, dtype=dtype) if weight is None else weight
+    return weight / rows
 
 
 def sum_rows(loss: Tensor) -> Tensor:
     return loss.sum(dtype=torch.float64).to(loss.dtype)
+
+
+def read_rows(
+    logits: tuple[Tensor, ...], grad: Tensor | None
+) -> tuple[tuple[Tensor, ...], tuple[int, int], list[Strides]]:
+    """The logits, copied where two strides do not address their rows, and what row_strides() says
+    of them and of grad, the last, which is logits' own or lies as their copies do."""
+    if row_strides(*logits) is None:
+        logits = tuple(part.contiguous() for part in logits)
+    found = row_strides(*logits) if grad is None else row_strides(*logits, grad)
+    assert found is not None  # a gradient of its own is contiguous
+    return logits, *found
 
 
 def row_strides(*tensors: Tensor) -> tuple[tuple[int, int], list[Strides]] | None:

@@ -12,47 +12,17 @@ from typing import Any
 
 from torch import Tensor
 
-from ...backends import TRITON_INTERPRETED, triton_refuses
+from ...backends import TRITON_INTERPRETED
 from ...cells import compute_dtype
+from ...memory import on_device, refused_by_triton
 from .options import Options
-from .rows import row_strides
-from .triton_launch import DTYPES, StudentCall, choose, first_bits, logits, on_device
+from .rows import read_rows, row_strides
+from .triton_launch import StudentCall, choose, first_bits, logits
+from .verbs import verbs
 
 
 def supports(student: Tensor, teacher: Tensor) -> str | None:
-    for name, tensor in (("student_logits", student), ("teacher_logits", teacher)):
-        if tensor.dtype not in DTYPES:
-            return f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}"
-    return triton_refuses("student_logits", student.device)
-
-
-def forward(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    row_weight: Tensor | None,
-    *call: Any,
-) -> list[Tensor]:
-    *options, want_grad = call
-    grad = student.new_empty(student.shape) if want_grad else None
-    if row_strides(student, teacher) is None:
-        student, teacher = student.contiguous(), teacher.contiguous()
-    loss = _launch(student, teacher, labels, row_weight, Options(*options), grad)
-    return [loss] if grad is None else [loss, grad]
-
-
-def overwrite(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    row_weight: Tensor | None,
-    *options: Any,
-) -> Tensor:
-    if row_strides(student, teacher) is None:
-        loss, grad = forward(student, teacher, labels, row_weight, *options, True)
-        student.copy_(grad)
-        return loss
-    return _launch(student, teacher, labels, row_weight, Options(*options), student)
+    return refused_by_triton(student_logits=student, teacher_logits=teacher)
 
 
 def scale(grad: Tensor, factor: Tensor) -> None:
@@ -83,14 +53,13 @@ def _launch(
     teacher: Tensor,
     labels: Tensor | None,
     row_weight: Tensor | None,
-    options: Options,
+    *call_: Any,
     grad: Tensor | None,
 ) -> Tensor:
     from .triton_kernel import kl_div_kernel
 
-    found = row_strides(*((student, teacher) if grad is None else (student, teacher, grad)))
-    assert found is not None  # forward and overwrite have seen to it
-    (_, inner_rows), strides = found
+    options = Options(*call_)
+    (student, teacher), (_, inner_rows), strides = read_rows((student, teacher), grad)
     call = StudentCall("kl_div", student, labels, row_weight, options, grad is not None)
     how, warps = call.how(max(student.shape[-1], teacher.shape[-1]))
     if call.N > 0:
@@ -111,3 +80,6 @@ def _launch(
                 num_warps=warps,
             )
     return call.loss()
+
+
+forward, overwrite = verbs(_launch, logits=2)

@@ -8,7 +8,6 @@ tests/test_kl_div_triton_compile.py holds them to, and not by timing in the user
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +18,6 @@ from ...cells import compute_dtype
 from ...memory import plain
 from .options import Options
 from .rows import Strides, valid_rows
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Blocks(NamedTuple):
@@ -56,10 +53,6 @@ def choose(V: int, N: int, interpreted: bool, largest: int | None = None) -> Blo
 def power_of_two(width: int) -> int:
     """The smallest that holds `width`."""
     return 1 << max(0, width - 1).bit_length()
-
-
-def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
 class StudentCall:

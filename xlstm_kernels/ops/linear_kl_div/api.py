@@ -45,8 +45,10 @@ def linear_kl_div(
     bits they would cost the gradient its digits as student and teacher come close. Products are
     computed in the dtype of the hidden states, to which a weight of another dtype is rounded (under
     autocast the hidden states are cast as for a linear layer), and summed in float32, float64 for
-    float64. Only what is needed runs: no product for a gradient that nobody wants, none for a row
-    that is ignored or of weight 0.
+    float64. Only what is needed runs: no product for a gradient that nobody wants and, on the CPU,
+    none for a row that is ignored or of weight 0. A GPU is not waited for, to know which those are.
+    Its products of float32, and of float16, are TF32 where
+    `torch.backends.cuda.matmul.allow_tf32` says so.
 
     Args:
         student_hidden: (..., E), student_weight: (V, E), student_bias: (V,). float64, float32,
@@ -56,7 +58,7 @@ def linear_kl_div(
         labels, divergence, beta, temperature, ce_weight, kl_weight, label_smoothing, z_loss,
             softcap, teacher_softcap, ignore_index, row_weight, reduction: as in `xk.kl_div`.
         chunk_rows: rows of a chunk, which decide memory and speed; results differ by rounding
-            alone. None: as ops/linear_kl_div/plan.py says, 128 to 512.
+            alone. None: as ops/linear_kl_div/plan.py says, 128 to 512, on a GPU 1024 to 4096.
         process_group: where given, the vocabulary is split over its ranks, as in `xk.kl_div`: the
             weights and biases are this rank's rows of them; all else is the same on every rank, and
             so is the gradient of student_hidden, which the ranks add up: no other sum over them
@@ -64,7 +66,8 @@ def linear_kl_div(
             gradient once, while the weight's is computed. The ranks go backward together where the
             gradients are computed there: a second time, for float16, and for reduction "none"
             where weight or bias requires one.
-        backend: "auto", or one of "reference", "cpu"; a named backend runs or raises.
+        backend: "auto", or one of "reference", "cpu", "triton"; a named backend runs or raises. On
+            a GPU "triton" reads nothing back: a label or a word out of range makes its row NaN.
 
     Returns:
         The loss, (...) for reduction "none": float32, float64 for float64 hidden states. The

@@ -2,7 +2,8 @@
 
 Of each chunk, C rows:  z_s = x_s W_s^T + b_s,  z_t = x_t W_t^T + b_t,  then the row kernel, which
 writes dz = dloss/dz_s over z_s, and  dx = dz W_s,  dW_s += dz^T x_s,  db_s += sum dz.  Only what is
-wanted is computed, and rows that are ignored or of weight 0 are left out before the products.
+wanted is computed. On a host, rows that are ignored or of weight 0 are left out of the products. To
+know how many is to wait for a GPU: there they have logits that nobody reads, and zeros for dz.
 Logits and sums are float32 (float64 for float64 hidden states); dz is rounded to bfloat16 where the
 products are bfloat16. Rounded logits would cost digits of q - p as student and teacher come close;
 a rounded q - p does not. Where dz of all rows is smaller than the sum of dW_s, the chunks leave it
@@ -11,7 +12,7 @@ there, and the products with it come once, at the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -19,8 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ... import gemm
 from ...cells import compute_dtype, no_autocast
+from ...memory import fresh
 from ..kl_div.autograd import Others
+from ..kl_div.options import Options
 from ..kl_div.ranks import Shard, exchange
 from ..kl_div.rows import sum_rows, weigh_rows
 from .inputs import Inputs, Settings, valid_rows
@@ -29,41 +33,49 @@ from .plan import blocks, holds_rows, plan_rows
 Rows = slice | Tensor
 
 
-class Machine(NamedTuple):
-    """`product_dtype` and `multiply` of xlstm_kernels.gemm; `fresh(shape, dtype)`; the backend of
-    kl_div and that of topk_kl_div: `forward` and `overwrite`."""
+class Kernels(NamedTuple):
+    """The backend of kl_div and that of topk_kl_div: `forward` and `overwrite`. on_host: they run
+    where we may look at values, and write a gradient of a narrower dtype over its own logits."""
 
-    product_dtype: Callable[[torch.dtype], torch.dtype]
-    multiply: Callable[[Tensor, Tensor, Tensor, bool], None]
-    fresh: Callable[[Any, torch.dtype], Tensor]
     kl_div: ModuleType
     topk_kl_div: ModuleType
+    on_host: bool
 
 
-def run(inputs: Inputs, settings: Settings, wanted: list[bool], machine: Machine) -> list[Tensor]:
-    """The loss and the wanted gradients by hidden, weight and bias."""
+def run(kernels: Kernels, *call: Any, shard: Shard | None = None) -> list[Tensor]:
+    """The loss and the wanted gradients by hidden, weight and bias. `call` is what SCHEMA says, and
+    which gradients are wanted."""
+    count = len(Inputs._fields)
+    inputs = Inputs(*call[:count])
+    *options, support, chunk_rows, wanted = call[count:]
+    settings = Settings(Options(*options), support, chunk_rows, shard)
     with no_autocast(inputs.hidden.device), torch.no_grad():
-        return _run(inputs, settings, wanted, machine)
+        return _run(inputs, settings, wanted, kernels)
 
 
-def _run(inputs: Inputs, settings: Settings, wanted: list[bool], machine: Machine) -> list[Tensor]:
+def _run(inputs: Inputs, settings: Settings, wanted: list[bool], kernels: Kernels) -> list[Tensor]:
     options, dtype = settings.options, compute_dtype(inputs.hidden.dtype)
-    leading = inputs.hidden.shape[:-1]
-    valid, N = valid_rows(inputs, settings), leading.numel()
+    leading, device = inputs.hidden.shape[:-1], inputs.hidden.device
+    N, look = leading.numel(), device.type == "cpu" or settings.shard is not None
+    valid = valid_rows(inputs, settings, look)
     weight = weigh_rows(inputs.row_weight, options.reduction, valid, dtype)
     weight_N = None if weight is None else weight.reshape(N)
     labels_N = None if inputs.labels is None else inputs.labels.reshape(N)
-    student = Head(inputs.hidden, inputs.weight, inputs.bias, N, machine)
-    kept = _kept(valid.reshape(N), weight_N)
+    student = Head(inputs.hidden, inputs.weight, inputs.bias, N)
+    kept = None
+    if kernels.on_host:
+        kept = _kept(valid.reshape(N), weight_N)
+    elif labels_N is not None or inputs.row_weight is not None:
+        student.drop(valid.reshape(N), weight_N)
     total = N if kept is None else len(kept)
     held = holds_rows(inputs, wanted, student.dtype, total)
     gradients = Gradients(student, inputs, wanted, held, settings.shard)
-    size = min(total, settings.chunk_rows or plan_rows(inputs, wanted[1], settings.shard))
-    target = Target(inputs, settings, N, machine)
-    z, dz, spare = _buffers(student, target, size, dtype, wanted, machine)
-    if held and size < total:
-        dz = machine.fresh((total, student.V), student.dtype)
-    loss_N = torch.zeros(N, dtype=dtype)
+    how = inputs, wanted, student.dtype, settings.shard, kernels.on_host
+    size = min(total, settings.chunk_rows or plan_rows(*how))
+    target = Target(inputs, settings, N, kernels)
+    sizes = size, total if held else size
+    z, dz, spare = _buffers(student, target, sizes, dtype, wanted, kernels.on_host)
+    loss_N = torch.zeros(N, dtype=dtype, device=device)
     for chunk in _chunks(total, size):
         rows, count = chunk if kept is None else kept[chunk], chunk.stop - chunk.start
         x, z_CV = student.take(rows), z[:count]
@@ -85,18 +97,23 @@ def _run(inputs: Inputs, settings: Settings, wanted: list[bool], machine: Machin
 class Head:
     """Hidden states and the matrix that turns them into logits."""
 
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, N: int, machine: Machine
-    ):
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, N: int):
         self.hidden_NE = hidden.reshape(N, hidden.shape[-1])
         # As autocast does: one copy for a call, where the dtypes differ.
         self.weight_VE = weight.to(hidden.dtype)
-        self.bias, self.machine = bias, machine
+        self.bias = bias
+        self.dropped_N1: Tensor | None = None
         self.V, self.E = weight.shape
-        self.dtype = machine.product_dtype(hidden.dtype)
+        self.dtype = gemm.product_dtype(hidden.dtype, hidden.device)
+
+    def drop(self, valid_N: Tensor, weight_N: Tensor | None) -> None:
+        """Rows that do not count count as zeros: NaN there would meet the zeros of dz."""
+        counts = valid_N if weight_N is None else valid_N & (weight_N != 0)
+        self.dropped_N1 = counts.logical_not().unsqueeze(1)
 
     def take(self, rows: Rows) -> Tensor:
-        return self.hidden_NE[rows].to(self.dtype)
+        x_CE = self.hidden_NE[rows].to(self.dtype)
+        return x_CE if self.dropped_N1 is None else x_CE.masked_fill(self.dropped_N1[rows], 0)
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """The weight as the products want it, in parts where it must be converted first."""
@@ -110,18 +127,18 @@ class Head:
         if self.bias is not None:
             out_CV.copy_(self.bias.expand(out_CV.shape))
         for block, weight in self.blocks():
-            self.machine.multiply(out_CV[:, block], x_CE, weight.mT, self.bias is not None)
+            gemm.multiply(out_CV[:, block], x_CE, weight.mT, self.bias is not None)
 
 
 class Target:
     """What rows of the student's logits are compared with: a teacher's logits, its likeliest words,
     or nothing but labels."""
 
-    def __init__(self, inputs: Inputs, settings: Settings, N: int, machine: Machine):
+    def __init__(self, inputs: Inputs, settings: Settings, N: int, kernels: Kernels):
         options = settings.options._replace(reduction="none")
         self.head, self.shard = None, settings.shard
         # Without a teacher, or where nobody asks what it says: one of no words.
-        self.kernel = machine.topk_kl_div
+        self.kernel = kernels.topk_kl_div
         self.options: tuple[Any, ...] = (*options, "tail")
         nothing = inputs.hidden.new_empty(N, 0)
         self.words: Others = (nothing, nothing.to(torch.int64), None)
@@ -129,8 +146,8 @@ class Target:
             return
         if inputs.teacher_hidden is not None and inputs.teacher_weight is not None:
             teacher = inputs.teacher_hidden, inputs.teacher_weight, inputs.teacher_bias
-            self.head = Head(*teacher, N, machine)
-            self.kernel, self.options = machine.kl_div, tuple(options)
+            self.head = Head(*teacher, N)
+            self.kernel, self.options = kernels.kl_div, tuple(options)
         elif inputs.topk_logprobs is not None and inputs.topk_ids is not None:
             self.options = *options, settings.support
             tail = inputs.tail_logmass
@@ -178,23 +195,23 @@ class Gradients:
     ):
         self.head, self.inputs, self.shard = head, inputs, shard
         want_hidden, want_weight, want_bias = wanted
-        dtype = compute_dtype(inputs.hidden.dtype)
+        dtype, device = compute_dtype(inputs.hidden.dtype), inputs.hidden.device
         self.dhidden = self.dbias = self.dweight = None
         self.begun = False
         if want_hidden:
             self.dhidden = torch.zeros_like(head.hidden_NE)
         if want_bias:
-            self.dbias = torch.zeros(head.V, dtype=dtype)
+            self.dbias = torch.zeros(head.V, dtype=dtype, device=device)
         if want_weight:
             # Sums are the result itself where it has their dtype, or all rows come at once; else
             # blocks of their own, freed one after the other: both are never there as a whole.
-            self.dweight = head.machine.fresh(inputs.weight.shape, inputs.weight.dtype)
+            self.dweight = fresh(inputs.weight.shape, inputs.weight.dtype, device)
             self.sums = [
                 (
                     block,
                     self.dweight[block]
                     if held or self.dweight.dtype == dtype
-                    else head.machine.fresh((block.stop - block.start, head.E), dtype),
+                    else fresh((block.stop - block.start, head.E), dtype, device),
                 )
                 for block in blocks(head.V, head.E)
             ]
@@ -205,16 +222,16 @@ class Gradients:
         if dz_CV.dtype != self.head.dtype:
             rounded = spare.view(self.head.dtype)[:, : dz_CV.shape[1]]
             dz_CV = rounded.copy_(dz_CV)
-        multiply, summing = self.head.machine.multiply, None
+        summing = None
         if self.dhidden is not None:
-            dx_CE = torch.empty(x_CE.shape, dtype=compute_dtype(self.dhidden.dtype))
+            dx_CE = x_CE.new_empty(x_CE.shape, dtype=compute_dtype(self.dhidden.dtype))
             for i, (block, weight) in enumerate(self.head.blocks()):
-                multiply(dx_CE, dz_CV[:, block], weight, i > 0)
+                gemm.multiply(dx_CE, dz_CV[:, block], weight, i > 0)
             if self.shard is not None:  # while the weight's product runs
                 summing = dist.all_reduce(dx_CE, group=self.shard.group, async_op=True)
         if self.dweight is not None:
             for block, total in self.sums:
-                multiply(total, dz_CV[:, block].mT, x_CE, self.begun)
+                gemm.multiply(total, dz_CV[:, block].mT, x_CE, self.begun)
         if summing is not None:
             summing.wait()
         if self.dhidden is not None:
@@ -252,18 +269,22 @@ def _chunks(total: int, size: int) -> Iterator[slice]:
 def _buffers(
     student: Head,
     target: Target,
-    size: int,
+    sizes: tuple[int, int],
     dtype: torch.dtype,
     wanted: list[bool],
-    machine: Machine,
+    on_host: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """For a chunk's logits of the student; for the gradient by them, in the same memory, None where
-    nobody wants it; and for the teacher's logits, which then make room for the gradient rounded."""
-    V, width = student.V, target.V
-    z = dz = machine.fresh((size, V), dtype)
+    """For a chunk's logits of the student; for the gradient by the logits of as many rows, or more,
+    in the same memory where it fits, None where nobody wants it; and for the teacher's logits,
+    which then make room for the gradient rounded. `sizes`: rows of both."""
+    V, width, device = student.V, target.V, student.hidden_NE.device
+    size, rows = sizes
+    z = dz = fresh((size, V), dtype, device)
     if student.dtype != dtype and any(wanted):
         if wanted[2]:  # the bias's is a sum of what is not rounded
             width = max(width, (V * student.dtype.itemsize - 1) // dtype.itemsize + 1)
-        else:
+        elif on_host and rows == size:
             dz = z.view(student.dtype)[:, :V]
-    return z, dz if any(wanted) else None, machine.fresh((size, width), dtype)
+        else:
+            dz = fresh((rows, V), student.dtype, device)
+    return z, dz if any(wanted) else None, fresh((size, width), dtype, device)

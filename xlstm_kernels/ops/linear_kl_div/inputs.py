@@ -28,6 +28,12 @@ class Inputs(NamedTuple):
     labels: Tensor | None
     row_weight: Tensor | None
 
+    def read(self) -> dict[str, Tensor]:
+        """By name the tensors that are there and have numbers a kernel reads."""
+        others = ("topk_ids", "labels", "row_weight")
+        named = self._asdict().items()
+        return {name: t for name, t in named if t is not None and name not in others}
+
     @property
     def function(self) -> str:
         """The public function that was called."""
@@ -56,10 +62,11 @@ SCHEMA = (
 DIFFERENTIABLE = ("hidden", "weight", "bias")
 
 
-def valid_rows(inputs: Inputs, settings: Settings) -> Tensor:
-    """Which rows are not ignored. A label or a word out of range is an error."""
+def valid_rows(inputs: Inputs, settings: Settings, look: bool = True) -> Tensor:
+    """Which rows are not ignored. A label or a word out of range is an error, where we may look at
+    values."""
     function, ignore_index = inputs.function, settings.options.ignore_index
     V = inputs.weight.shape[0] if settings.shard is None else settings.shard.V
-    if inputs.topk_ids is not None:
+    if inputs.topk_ids is not None and look:
         check_ids(function, inputs.topk_ids, V)
-    return rows.valid_rows(function, inputs.hidden, inputs.labels, V, ignore_index)
+    return rows.valid_rows(function, inputs.hidden, inputs.labels, V, ignore_index, look)

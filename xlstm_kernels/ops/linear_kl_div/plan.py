@@ -4,12 +4,14 @@ A chunk of C rows holds C (V + V') logits in float32, and nothing else of the lo
 each chunk the products read the weights, and the sum of the weight's gradient moves through memory
 twice, beside 8 C operations an element: from some hundred rows on the products hide it. So C is
 what fits, beside that sum, into EAGER_SHARE of the memory that eager torch takes, or into
-LEAST_BYTES where that is more, within MIN_ROWS and MAX_ROWS.
+LEAST_BYTES where that is more, within limits of the machine. The gradient by the logits takes their
+place on a host, and has its own on a GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -17,9 +19,20 @@ from ...cells import compute_dtype
 from ..kl_div.ranks import Shard
 from .inputs import Inputs
 
+
+class Limits(NamedTuple):
+    """On the rows of a chunk."""
+
+    least: int
+    most: int
+
+
 # Of 16-bit products with V = 128256 and E = 1024, on one core with matrix units: 385 GFLOP/s for 64
 # rows, 530 for 128, 700 for 256; float32 ones 133, 163, 185.
-MIN_ROWS, MAX_ROWS = 128, 512
+HOST_ROWS = Limits(128, 512)
+# Predicted, not measured: of 790 TFLOP/s and 4.3 TB/s a product needs 184 operations for each byte
+# it moves. A weight of 2 bytes is read for C of them a byte, a sum of 4 read and written for C / 4.
+GPU_ROWS = Limits(1024, 4096)
 ROWS_STEP = 32
 # Tensors of N V elements that F.kl_div of log_softmax and softmax holds at its peak.
 EAGER_TENSORS = 7
@@ -30,8 +43,11 @@ LEAST_BYTES = 64 << 20  # logits of no consequence
 BLOCK_BYTES = 40 << 20
 
 
-def plan_rows(inputs: Inputs, want_weight: bool, shard: Shard | None) -> int:
+def plan_rows(
+    inputs: Inputs, wanted: list[bool], product_dtype: torch.dtype, shard: Shard | None, host: bool
+) -> int:
     """Rows of a chunk, the same on all ranks of a shard."""
+    limits = HOST_ROWS if host else GPU_ROWS
     N, itemsize = inputs.hidden.shape[:-1].numel(), inputs.hidden.dtype.itemsize
     sum_itemsize = compute_dtype(inputs.hidden.dtype).itemsize
     (V, E), weight_dtype = inputs.weight.shape, inputs.weight.dtype
@@ -39,10 +55,11 @@ def plan_rows(inputs: Inputs, want_weight: bool, shard: Shard | None) -> int:
     if shard is not None:
         V, teacher_V = max(shard.widths), max(shard.teacher_widths) if teacher_V else 0
     budget = EAGER_SHARE * EAGER_TENSORS * N * V * itemsize
-    if want_weight and weight_dtype.itemsize != sum_itemsize:
+    if wanted[1] and weight_dtype.itemsize != sum_itemsize:
         budget -= min(sum_itemsize * V * E + BLOCK_BYTES, itemsize * N * V)
-    rows = int(max(budget, LEAST_BYTES) / (sum_itemsize * (V + teacher_V)))
-    return min(max(rows // ROWS_STEP * ROWS_STEP, MIN_ROWS), MAX_ROWS)
+    own = 0 if host or product_dtype.itemsize == sum_itemsize else product_dtype.itemsize * V
+    rows = int(max(budget, LEAST_BYTES) / (sum_itemsize * (V + teacher_V) + own * any(wanted)))
+    return min(max(rows // ROWS_STEP * ROWS_STEP, limits.least), limits.most)
 
 
 def holds_rows(inputs: Inputs, wanted: list[bool], product_dtype: torch.dtype, total: int) -> bool:

@@ -12,7 +12,7 @@ from ...memory import address, plain
 from ..kl_div.compiled import StudentCall
 from ..kl_div.options import Options
 from ..kl_div.ranks import Split
-from ..kl_div.rows import row_strides
+from ..kl_div.rows import read_rows
 from .support import SUPPORTS
 
 
@@ -29,13 +29,9 @@ def topk_kl_div_call(
 ) -> tuple[StudentCall, tuple[Tensor | None, ...], tuple[Any, ...]]:
     """The call and the target, whose tensors must outlive it, and its arguments in the order of
     csrc/bind.cpp."""
-    if row_strides(student) is None:
-        student = student.contiguous()
     *options_, support = call
     options, dtype = Options(*options_), compute_dtype(student.dtype)
-    found = row_strides(student) if grad is None else row_strides(student, grad)
-    assert found is not None  # a gradient of its own is contiguous
-    rows, strides = found
+    (student,), rows, strides = read_rows((student,), grad)
     student_call = StudentCall(
         student, strides[0], rows, labels, row_weight, options, grad, strides[-1], split
     )

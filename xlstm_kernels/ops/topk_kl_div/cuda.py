@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...memory import address, launching, refused_by_cuda
-from ..kl_div.rows import row_strides
+from ..kl_div.verbs import verbs
 from .compiled import topk_kl_div_call
 
 MAX_WORDS = 2048  # of a row; a block has them in shared memory
@@ -22,24 +22,12 @@ def supports(student: Tensor, topk_logprobs: Tensor) -> str | None:
     return None
 
 
-def forward(student: Tensor, *call: Any) -> list[Tensor]:
-    *call_, want_grad = call
-    grad = student.new_empty(student.shape) if want_grad else None
-    loss = _launch(student, *call_, grad=grad)
-    return [loss] if grad is None else [loss, grad]
-
-
-def overwrite(student: Tensor, *call: Any) -> Tensor:
-    if row_strides(student) is None:
-        loss, grad = forward(student, *call, True)
-        student.copy_(grad)
-        return loss
-    return _launch(student, *call, grad=student)
-
-
 def _launch(student: Tensor, *call: Any, grad: Tensor | None) -> Tensor:
     student_call, _target, arguments = topk_kl_div_call(student, *call, grad=grad)
     counted = student.new_empty((), dtype=torch.float64)
     with launching(student) as (kernels, stream):
         kernels.topk_kl_div(*arguments, address(counted), stream)
     return student_call.loss
+
+
+forward, overwrite = verbs(_launch, logits=1)

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backends import triton_refuses
 from ...cells import compute_dtype
-from ...memory import plain
+from ...memory import on_device, plain, refused_by_triton
 from ..kl_div.options import Options
-from ..kl_div.rows import row_strides
-from ..kl_div.triton_launch import DTYPES, StudentCall, logits, on_device, power_of_two
+from ..kl_div.rows import read_rows
+from ..kl_div.triton_launch import StudentCall, logits, power_of_two
+from ..kl_div.verbs import verbs
 from .arguments import check_ids
 from .support import WITH_TAIL
 
@@ -29,29 +29,11 @@ PROGRAM_WORDS, PROGRAM_PAIRS = 1024, 4096
 
 
 def supports(student: Tensor, topk_logprobs: Tensor) -> str | None:
-    for name, tensor in (("student_logits", student), ("topk_logprobs", topk_logprobs)):
-        if tensor.dtype not in DTYPES:
-            return f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}"
-    if topk_logprobs.shape[-1] > LARGEST_K:
-        return f"K must be at most {LARGEST_K}, got {topk_logprobs.shape[-1]}"
-    return triton_refuses("student_logits", student.device)
-
-
-def forward(student: Tensor, *call: Any) -> list[Tensor]:
-    *call_, want_grad = call
-    grad = student.new_empty(student.shape) if want_grad else None
-    if row_strides(student) is None:
-        student = student.contiguous()
-    loss = _launch(student, *call_, grad=grad)
-    return [loss] if grad is None else [loss, grad]
-
-
-def overwrite(student: Tensor, *call: Any) -> Tensor:
-    if row_strides(student) is None:
-        loss, grad = forward(student, *call, True)
-        student.copy_(grad)
-        return loss
-    return _launch(student, *call, grad=student)
+    if why := refused_by_triton(student_logits=student, topk_logprobs=topk_logprobs):
+        return why
+    if (K := topk_logprobs.shape[-1]) > LARGEST_K:
+        return f"topk_logprobs must be (..., K), K at most {LARGEST_K}, got {K}"
+    return None
 
 
 def _launch(
@@ -69,9 +51,7 @@ def _launch(
 
     *options_, support = call
     options, dtype = Options(*options_), compute_dtype(student.dtype)
-    found = row_strides(student) if grad is None else row_strides(student, grad)
-    assert found is not None  # forward and overwrite have seen to it
-    (_, inner_rows), strides = found
+    (student,), (_, inner_rows), strides = read_rows((student,), grad)
     ids = plain(topk_ids, torch.int64)
     if ids.device.type == "cpu":
         check_ids("topk_kl_div", ids, student.shape[-1])
@@ -105,6 +85,9 @@ def _launch(
                 num_warps=warps,
             )
     return student_call.loss()
+
+
+forward, overwrite = verbs(_launch, logits=1)
 
 
 def _topk(how: Any, K: int, support: str, tail_given: bool) -> tuple[Any, Any]:
