@@ -156,8 +156,8 @@ struct RowLoss {
   double softcap;  // z counts as softcap tanh(z / softcap); 0: as z
   void* row_loss;  // (N) compute type of the student: weighted loss of each row
   void* loss;      // their reduction, one element; null for Reduction::kNone
-  // Gradient of that, rows of V_student; null: loss only. It may be `student`, in elements no larger
-  // than the student's: a row is read before it is written, from its beginning.
+  // Gradient of that, rows of V_student; null: loss only. It may be `student` in the same dtype, on the
+  // CPU in a narrower one too: a row is read before it is written, from its beginning.
   void* grad;
   std::int64_t grad_stride[2];
 };

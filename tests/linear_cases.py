@@ -121,9 +121,10 @@ def call(case: Case, tensors: Results, backend: str) -> Tensor:
     )
 
 
-def run(case: Case, tensors: Results, backend: str) -> dict[str, Tensor]:
+def run(case: Case, tensors: Results, backend: str, device: str = "") -> dict[str, Tensor]:
     """The loss, and the gradients by hidden, weight and bias, on the CPU."""
-    tensors = {name: tensor.to(DEVICES.get(backend, "cpu")) for name, tensor in tensors.items()}
+    device = device or DEVICES.get(backend, "cpu")
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     leaves = {name: tensors[name].detach().requires_grad_() for name in HEAD if name in tensors}
     loss = call(case, {**tensors, **leaves}, backend)
     grads = torch.autograd.grad(loss, tuple(leaves.values()), tensors["dloss"].to(loss.dtype))
@@ -131,9 +132,10 @@ def run(case: Case, tensors: Results, backend: str) -> dict[str, Tensor]:
     return {"loss": loss.detach().cpu(), **named}
 
 
-def check_case(case: Case) -> None:
+def check_case(case: Case, device: str = "") -> None:
     """The backend against the float64 reference, within what plain torch's error earns."""
     tensors = inputs(case)
     exactly = {k: v.double() if v.is_floating_point() else v for k, v in tensors.items()}
     exact = run(case, exactly, "reference")
-    check_results(run(case, tensors, case.backend), exact, iter([run(case, tensors, "reference")]))
+    got = run(case, tensors, case.backend, device)
+    check_results(got, exact, iter([run(case, tensors, "reference")]))

@@ -10,7 +10,7 @@ namespace xlstm {
 
 enum class DType : int { kFloat64 = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
-constexpr int size_of(DType dtype) {
+constexpr XLSTM_HD int size_of(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 

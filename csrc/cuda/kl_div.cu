@@ -52,7 +52,7 @@ class KlDivRow {
                  begin_, args.softcap, kept, shape.kept),
         teacher_({args.teacher, args.teacher_dtype, args.V_teacher, args.teacher_stride, args, n},
                  begin_, args.teacher_softcap, kept + shape.kept, shape.kept),
-        grad_(args.grad, args.student_dtype, args.V_student, args.grad_stride, args, n),
+        grad_(args, n),
         hard_(args),
         scale_(static_cast<C>(XLSTM_ISA::kLog2E / args.temperature)),
         vectors_(slice_vectors(widest(args), begin_, kN, shape.slice)) {}
@@ -256,7 +256,7 @@ class KlDivRow {
   const std::int64_t n_;
   const int begin_;
   const Slice<E> student_, teacher_;
-  const Row<E> grad_;
+  const Gradient<E> grad_;
   HardLabel<C> hard_;
   const C scale_;
   const int vectors_;
@@ -287,8 +287,12 @@ void run(const KlDiv& args, RowScale scale, void* stream) {
 
 void kl_div_cuda(const KlDiv& args, void* counted, void* stream) {
   const RowScale scale = row_scale(args, static_cast<double*>(counted), stream);
-  dispatch_rows(args, args.teacher_dtype,
-                [&](auto element) { run<decltype(element)>(args, scale, stream); });
+  if (args.student_dtype != args.teacher_dtype && args.student_dtype != DType::kFloat64) {
+    run<Any<float>>(args, scale, stream);
+  } else {
+    dispatch_rows(args.student_dtype,
+                  [&](auto element) { run<decltype(element)>(args, scale, stream); });
+  }
   sum_rows(args, scale, stream);
 }
 

@@ -35,6 +35,15 @@ struct alignas(16) Vector {
 template <class E>
 constexpr int kCount = 16 / static_cast<int>(sizeof(kept_t<E>));
 
+// The first element of row n.
+__device__ __forceinline__ std::int64_t row_at(const RowLoss& args, const std::int64_t (&stride)[2],
+                                               std::int64_t n) {
+  return n / args.rows[1] * stride[0] + n % args.rows[1] * stride[1];
+}
+__device__ __forceinline__ bool aligned(const void* p, int bytes) {
+  return reinterpret_cast<std::uintptr_t>(p) % bytes == 0;
+}
+
 // A row in device memory; `V` elements, and -inf beyond.
 template <class E>
 class Row {
@@ -47,12 +56,8 @@ class Row {
                                  const std::int64_t (&stride)[2], const RowLoss& args,
                                  std::int64_t n)
       : V_(static_cast<int>(V)), dtype_(dtype) {
-    const std::int64_t at = n / args.rows[1] * stride[0] + n % args.rows[1] * stride[1];
-    const int bytes = dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-    data_ = static_cast<char*>(const_cast<void*>(data)) + at * bytes;
-    whole_ = !std::is_same_v<E, Any<C>> && reinterpret_cast<std::uintptr_t>(data_) % 16 == 0
-                 ? V_ / kN * kN
-                 : 0;
+    data_ = static_cast<const char*>(data) + row_at(args, stride, n) * size_of(dtype);
+    whole_ = std::is_same_v<E, T> && aligned(data_, 16) ? V_ / kN * kN : 0;
   }
 
   __device__ __forceinline__ int V() const { return V_; }
@@ -61,7 +66,7 @@ class Row {
 
   __device__ __forceinline__ C operator[](int at) const {
     if constexpr (std::is_same_v<E, T>) {
-      return load(static_cast<const T*>(static_cast<const void*>(data_)) + at);
+      return load(reinterpret_cast<const T*>(data_) + at);
     } else {
       return load_any(at);
     }
@@ -76,25 +81,6 @@ class Row {
 #pragma unroll
     for (int k = 0; k < kN; ++k) z[k] = at + k < V_ ? (*this)[at + k] : XLSTM_ISA::kMasked<C>;
     return pack(z);
-  }
-
-  __device__ __forceinline__ void write(int at, const C (&z)[kN]) const {
-    if (at < whole_) {
-      const Vector packed = pack(z);
-      *reinterpret_cast<Vector*>(data_ + static_cast<std::int64_t>(at) * sizeof(T)) = packed;
-      return;
-    }
-#pragma unroll
-    for (int k = 0; k < kN; ++k) {
-      if (at + k < V_) write_one(at + k, z[k]);
-    }
-  }
-  __device__ __forceinline__ void write_one(int at, C z) const {
-    if constexpr (std::is_same_v<E, T>) {
-      store(static_cast<T*>(static_cast<void*>(data_)) + at, z);
-    } else {
-      store_any(at, z);
-    }
   }
 
   static __device__ __forceinline__ Vector pack(const C (&z)[kN]) {
@@ -114,8 +100,8 @@ class Row {
 
  private:
   template <class S>
-  __device__ __forceinline__ S* as() const {
-    return static_cast<S*>(static_cast<void*>(data_));
+  __device__ __forceinline__ const S* as() const {
+    return reinterpret_cast<const S*>(data_);
   }
   __device__ __forceinline__ C load_any(int at) const {
     switch (dtype_) {
@@ -129,20 +115,78 @@ class Row {
         return load(as<f16>() + at);
     }
   }
-  __device__ __forceinline__ void store_any(int at, C z) const {
+
+  int V_, whole_;
+  DType dtype_;
+  const char* data_;
+};
+
+// The gradient of a row, of as many elements as the student's, in their dtype or another.
+template <class E>
+class Gradient {
+ public:
+  using C = typename Row<E>::C;
+  static constexpr int kN = Row<E>::kN;
+
+  __device__ __forceinline__ Gradient(const RowLoss& args, std::int64_t n)
+      : V_(static_cast<int>(args.V_student)),
+        dtype_(args.grad_dtype),
+        data_(static_cast<char*>(args.grad) + row_at(args, args.grad_stride, n) * size_of(dtype_)) {
+    const bool packs = !std::is_same_v<E, Any<C>> && dtype_ == args.student_dtype;
+    if (packs || narrow()) whole_ = aligned(data_, kN * size_of(dtype_)) ? V_ / kN * kN : 0;
+  }
+
+  __device__ __forceinline__ int V() const { return V_; }
+
+  __device__ __forceinline__ void write(int at, const C (&g)[kN]) const {
+    if (at < whole_) {
+      char* const to = data_ + static_cast<std::int64_t>(at) * size_of(dtype_);
+      if constexpr (kNarrows) {
+        if (narrow()) return write_bf16(to, g);
+      }
+      *reinterpret_cast<Vector*>(to) = Row<E>::pack(g);
+      return;
+    }
+#pragma unroll
+    for (int k = 0; k < kN; ++k) {
+      if (at + k < V_) write_one(at + k, g[k]);
+    }
+  }
+  __device__ __forceinline__ void write_one(int at, C g) const {
     switch (dtype_) {
       case DType::kFloat64:
-        return store(as<double>() + at, static_cast<double>(z));
+        return store(as<double>() + at, static_cast<double>(g));
       case DType::kFloat32:
-        return store(as<float>() + at, static_cast<float>(z));
+        return store(as<float>() + at, static_cast<float>(g));
       case DType::kBFloat16:
-        return store(as<bf16>() + at, static_cast<float>(z));
+        return store(as<bf16>() + at, static_cast<float>(g));
       default:
-        return store(as<f16>() + at, static_cast<float>(z));
+        return store(as<f16>() + at, static_cast<float>(g));
     }
   }
 
-  int V_, whole_;
+ private:
+  // Of float32 logits a linear loss wants it in bfloat16.
+  static constexpr bool kNarrows = std::is_same_v<E, float>;
+  struct alignas(8) Half {
+    std::uint32_t words[2];
+  };
+
+  __device__ __forceinline__ bool narrow() const { return kNarrows && dtype_ == DType::kBFloat16; }
+  static __device__ __forceinline__ void write_bf16(char* to, const C (&g)[kN]) {
+    bf16 parts[kN];
+#pragma unroll
+    for (int k = 0; k < kN; ++k) store(&parts[k], g[k]);
+    Half packed;
+    std::memcpy(&packed, parts, sizeof packed);
+    *reinterpret_cast<Half*>(to) = packed;
+  }
+  template <class S>
+  __device__ __forceinline__ S* as() const {
+    return reinterpret_cast<S*>(data_);
+  }
+
+  int V_, whole_ = 0;
   DType dtype_;
   char* data_;
 };

@@ -114,8 +114,8 @@ struct HardPart {
 
 // One number in all of a gradient's slice.
 template <class E>
-__device__ __forceinline__ void fill_slice(const Row<E>& grad, Fate fate, const RowGroup& group,
-                                           int begin, int vectors) {
+__device__ __forceinline__ void fill_slice(const Gradient<E>& grad, Fate fate,
+                                           const RowGroup& group, int begin, int vectors) {
   constexpr int kN = Row<E>::kN;
   typename Row<E>::C g[kN];
 #pragma unroll
@@ -127,13 +127,12 @@ __device__ __forceinline__ void fill_slice(const Row<E>& grad, Fate fate, const 
 template <class E>
 constexpr int kMaxThreads = RowGroup::kMaxWarps * kWarpThreads / (sizeof(kept_t<E>) == 8 ? 2 : 1);
 
-// Calls f(E{}) for the elements that rows of these dtypes are read as.
+// Calls f(E{}) for the elements that rows of logits of this dtype are read as.
 template <class F>
-void dispatch_rows(const RowLoss& args, DType other, F&& f) {
-  if (args.student_dtype == DType::kFloat64) return f(Any<double>{});
-  if (args.student_dtype != other) return f(Any<float>{});
-  if (args.student_dtype == DType::kFloat32) return f(float{});
-  if (args.student_dtype == DType::kBFloat16) return f(bf16{});
+void dispatch_rows(DType dtype, F&& f) {
+  if (dtype == DType::kFloat64) return f(Any<double>{});
+  if (dtype == DType::kFloat32) return f(float{});
+  if (dtype == DType::kBFloat16) return f(bf16{});
   f(f16{});
 }
 

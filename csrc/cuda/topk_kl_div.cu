@@ -73,7 +73,7 @@ class TopkRow {
         begin_(group.block() * shape.slice * kN),
         student_({args.student, args.student_dtype, args.V_student, args.student_stride, args, n},
                  begin_, args.softcap, kept, shape.kept),
-        grad_(args.grad, args.student_dtype, args.V_student, args.grad_stride, args, n),
+        grad_(args, n),
         hard_(args),
         scale_(static_cast<C>(XLSTM_ISA::kLog2E / args.temperature)),
         p_temperature_(args.support == Support::kSampled ? 1 : args.temperature),
@@ -345,7 +345,7 @@ class TopkRow {
   const std::int64_t n_;
   const int begin_;
   const Slice<E> student_;
-  const Row<E> grad_;
+  const Gradient<E> grad_;
   HardLabel<C> hard_;
   const C scale_;
   const double p_temperature_;
@@ -380,7 +380,7 @@ void run(const TopkKlDiv& args, RowScale scale, void* stream) {
 
 void topk_kl_div_cuda(const TopkKlDiv& args, void* counted, void* stream) {
   const RowScale scale = row_scale(args, static_cast<double*>(counted), stream);
-  dispatch_rows(args, args.student_dtype,
+  dispatch_rows(args.student_dtype,
                 [&](auto element) { run<decltype(element)>(args, scale, stream); });
   sum_rows(args, scale, stream);
 }

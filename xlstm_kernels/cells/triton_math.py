@@ -49,3 +49,13 @@ def tanh(x):
     size = tl.abs(x)
     far = 1.0 - 2.0 / (exp(2.0 * size) + 1.0)
     return tl.where(size < 0.5625, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def narrowed(x, dtype: tl.constexpr, EMULATED: tl.constexpr):
+    """In `dtype`, rounded; EMULATED: in the interpreter, which cuts float32 to bfloat16."""
+    if EMULATED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)

@@ -308,4 +308,4 @@ def kl_div_kernel(
             z_s, z_t = load_pair(pair, rows, col, "evict_first", HOW)
             g = block_gradient(z_s, z_t, sums, weights, by, factors.scale, a, b, HOW)
             g = finish_gradient(g, z_s, col[None, :], label, rows, hard_by, rest, HOW.own, HOW)
-            store_gradient(g_first, rows, col, student.V, g)
+            store_gradient(g_first, rows, col, student.V, g, HOW)

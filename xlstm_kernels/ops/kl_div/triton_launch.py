@@ -135,6 +135,7 @@ class StudentCall:
             hard=hard,
             own=hard and options.temperature != 1,
             smooth=hard and options.label_smoothing != 0,
+            emulated=TRITON_INTERPRETED,
         )
         return how, blocks.warps
 

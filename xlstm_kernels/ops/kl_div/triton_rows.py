@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ...cells.triton_math import narrowed
 from .triton_math import ln, sum_lanes, tanh
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -36,6 +37,7 @@ class How(NamedTuple):
     hard: bool  # the hard-label part counts
     own: bool  # its softmax is not the divergence's
     smooth: bool
+    emulated: bool  # by Triton's interpreter
 
 
 class Logits(NamedTuple):
@@ -134,11 +136,17 @@ def load_one(first, place, mask, cap, HOW: tl.constexpr):
 
 
 @triton.jit
-def store_gradient(first, rows, col, V, g):
+def store_gradient(first, rows, col, V, g, HOW: tl.constexpr):
     """Of all rows that are there: those that do not count have zeros."""
     mask = rows.there[:, None] & (col < V)[None, :]
-    g = tl.where(rows.live[:, None], g, 0.0).to(first.dtype.element_ty)
+    g = tl.where(rows.live[:, None], g, 0.0)
+    g = in_dtype_of(first, g, HOW)
     tl.store(first[:, None] + col[None, :], g, mask, eviction_policy="evict_first")
+
+
+@triton.jit
+def in_dtype_of(first, g, HOW: tl.constexpr):
+    return narrowed(g, first.dtype.element_ty, HOW.emulated and g.dtype == tl.float32)
 
 
 @triton.jit

@@ -66,8 +66,8 @@ def linear_kl_div(
             gradient once, while the weight's is computed. The ranks go backward together where the
             gradients are computed there: a second time, for float16, and for reduction "none"
             where weight or bias requires one.
-        backend: "auto", or one of "reference", "cpu", "triton"; a named backend runs or raises. On
-            a GPU "triton" reads nothing back: a label or a word out of range makes its row NaN.
+        backend: "auto", or one of "reference", "cpu", "cuda", "triton"; a named backend runs or
+            raises. On a GPU nothing is read back: a label or a word out of range makes its row NaN.
 
     Returns:
         The loss, (...) for reduction "none": float32, float64 for float64 hidden states. The

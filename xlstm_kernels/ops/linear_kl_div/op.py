@@ -9,10 +9,11 @@ from torch import Tensor
 from ...backends import Backend, Op
 from ...cells import compute_dtype
 from ...library import define
-from . import cpu, inputs, triton
+from . import cpu, cuda, inputs, triton
 
 FUNCTIONS = ("linear_kl_div", "linear_topk_kl_div", "linear_cross_entropy")
-LINEAR_KL_DIV = Op("linear_kl_div", {Backend.CPU: cpu, Backend.TRITON: triton}, FUNCTIONS)
+TABLE = {Backend.CPU: cpu, Backend.CUDA: cuda, Backend.TRITON: triton}
+LINEAR_KL_DIV = Op("linear_kl_div", TABLE, FUNCTIONS)
 
 
 def _fake_forward(*call: Any) -> list[Tensor]:

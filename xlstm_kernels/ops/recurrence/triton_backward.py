@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ...cells.triton_math import narrowed
 from .triton_tiles import (
     gate_columns,
     join_four,
     load_r,
     load_states,
-    narrowed,
     no_states,
     place,
     product,

@@ -12,11 +12,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ...cells.triton_math import narrowed
 from .triton_tiles import (
     gate_columns,
     load_r,
     load_states,
-    narrowed,
     no_states,
     place,
     product,

@@ -13,7 +13,7 @@ rows of one operand: ROWS = 8 sequences fill the 16 rows that a product has. By 
   "tf32x2"  R is a sum of two such parts as well: float32's accuracy.
   "ieee"    no parts, sums of float32: where matrix units have those.
 "bf16_emulated" is "bf16" in the interpreter, whose own product of bfloat16 is wrong. EMULATED is
-true there: it also cuts float32 to bfloat16 where chips round.
+true there.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+
+from ...cells.triton_math import narrowed
 
 
 class Rows(NamedTuple):
@@ -195,15 +197,6 @@ def r_parts(r, DOT: tl.constexpr):
         return high, r.to(tl.float32) - high
     else:
         return r.to(tl.float32), r.to(tl.float32)
-
-
-@triton.jit
-def narrowed(x, dtype: tl.constexpr, EMULATED: tl.constexpr):
-    if EMULATED and dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        x = bits.to(tl.float32, bitcast=True)
-    return x.to(dtype)
 
 
 @triton.jit

@@ -30,6 +30,7 @@ from ..kl_div.triton_rows import (
     first_of,
     grown,
     hard_label,
+    in_dtype_of,
     load_logits,
     load_one,
     number,
@@ -187,7 +188,7 @@ def write(s, g_first, V, cap, rows, gradient, most, label, hard_by, scale, HOW: 
         z = load_logits(s, rows.live, col, V, cap, HOW.capped, "evict_first", HOW)
         g = tl.exp2((z - finite(most)[:, None]) * scale) * gradient.outside[:, None]
         g = finish_gradient(g, z, col[None, :], label, rows, hard_by, gradient.rest, HOW.own, HOW)
-        store_gradient(g_first, rows, col, V, g)
+        store_gradient(g_first, rows, col, V, g, HOW)
 
 
 @triton.jit
@@ -196,7 +197,7 @@ def write_inside(g_first, rows, inside, z, gradient, label, hard_by, HOW: tl.con
     g = finish_gradient(g, z, inside.ids, label, rows, hard_by, gradient.rest, HOW.hard, HOW)
     g = tl.where(z == -INFINITY, gradient.rest[:, None], g)
     places = g_first[:, None] + inside.ids
-    tl.store(places, g.to(g_first.dtype.element_ty), inside.first & rows.live[:, None])
+    tl.store(places, in_dtype_of(g_first, g, HOW), inside.first & rows.live[:, None])
 
 
 @triton.jit(do_not_specialize=["N", "inner_rows", "ignore_index"])
