@@ -45,14 +45,14 @@ def load_model(path: Path, dtype: Any = "auto") -> Any:
     from transformers import AutoModelForCausalLM, PretrainedConfig
     from transformers.utils import logging
 
-    from distill.hybrid import PREFIX, load_student
+    from distill.hybrid import is_student, load_student
 
     logging.disable_progress_bar()
     if not path.is_dir():
         raise DistillError(f"model: {path} is not a folder that `save_pretrained` wrote")
     try:
         settings, _ = PretrainedConfig.get_config_dict(path)
-        if settings.get("model_type", "").startswith(PREFIX):
+        if is_student(settings.get("model_type", "")):
             return load_student(path, dtype=dtype).eval()
         options = {"use_safetensors": True, "dtype": dtype}
         return AutoModelForCausalLM.from_pretrained(path, **options).eval()

@@ -53,7 +53,8 @@ def compress(
 
     Args:
         teacher: a causal language model of transformers, of type gpt2, llama, olmo2, qwen2 or
-            qwen3, or of these with the mixers of `hybridize`. Of type xlstm: `layers` alone.
+            qwen3, or of these with the mixers of `hybridize`. Of type xlstm or slstm: `layers`
+            alone.
         layers: which of the teacher's the student keeps. A number, chosen by `layer_map`;
             "every-2": each second one from the first; or a list of indices, rising. None: all.
         layer_map: "spread": from the first to the last at even distances, as DistilBERT; "uniform":

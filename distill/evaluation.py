@@ -165,9 +165,10 @@ def evaluate(
 
 def encode(tokenizer: Any, document: Document) -> tuple[list[int], int]:
     """Ids, the first of which is not predicted, and the bytes that the others stand for."""
-    ids, n_bytes = words(tokenizer, document.text.decode()), len(document.text)
+    n_bytes = len(document.text)
     if tokenizer is None:
-        return ids, n_bytes - 1
+        return list(document.text), n_bytes - 1
+    ids = words(tokenizer, document.text.decode())
     start = tokenizer.bos_token_id
     start = tokenizer.eos_token_id if start is None else start
     if start is not None:

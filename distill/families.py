@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from distill.hybrid import PREFIX
+from distill.hybrid import PREFIX, RECURRENT
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,7 @@ FAMILIES = {
     "qwen2": LLAMA,
     "qwen3": LLAMA,
     "xlstm": Family("blocks", {}),
+    RECURRENT: Family("layers", {}),
 }
 
 

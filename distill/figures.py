@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
 from distill.plots import INK
 from distill.recovery import WinAndTie
@@ -33,8 +33,9 @@ def losses(axes: Axes, run: RunFolder, stage: str) -> None:
     for at, (name, curve) in enumerate(curves.items()):
         color = (STUDENT, *OTHERS)[at % (len(OTHERS) + 1)]
         axes.plot(_millions(curve), curve.values, color=color, label=name, linewidth=1.6)
-    if all(value > 0 for curve in curves.values() for value in curve.values):
-        axes.set_yscale("log")
+    values = [value for curve in curves.values() for value in curve.values]
+    if min(values) > 0 and max(values) > 10 * min(values):
+        _log_scale(axes)
     axes.set_ylabel("loss, each part by itself")
     _over_tokens(axes)
 
@@ -119,18 +120,28 @@ def over_context(
     scale: float = 1.0,
 ) -> None:
     """A measured value of each model over the length of what it has read."""
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_minor_locator(NullLocator())
     for name, rows in bench["models"].items():
         contexts = [row["context"] for row in rows]
+        axes.set_xticks(contexts, [f"{context:,}" for context in contexts], fontsize=8)
         values = [row[key] * scale for row in rows]
         axes.plot(contexts, values, color=colors[name], marker="o", markersize=4, label=name)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    _log_scale(axes)
     if key == "decode_ms" and bench.get("crossover") is not None:
         axes.axvline(bench["crossover"], color=INK, linewidth=0.8, linestyle="--")
     axes.set_xlabel("tokens read before")
     axes.set_ylabel(label)
     axes.grid()
     axes.legend(frameon=False)
+
+
+def _log_scale(axes: Axes) -> None:
+    """Of values, with plain numbers at 1, 2 and 5."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _millions(curve: Curve) -> list[float]:

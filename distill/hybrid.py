@@ -40,6 +40,7 @@ FAMILIES = {
     "qwen3": ("layers", "self_attn"),
 }
 PREFIX = "hybrid_"  # of a student's model type
+RECURRENT = "slstm"  # the model type of `distill.recurrent`
 IMPLEMENTATION = "hybrid_mixer"
 
 
@@ -101,7 +102,7 @@ def hybridize(
 
 
 def load_student(path: Any, **options: Any) -> PreTrainedModel:
-    """What `save_pretrained` of a student has written to `path`, from safetensors alone.
+    """What `save_pretrained` of a student, or an sLSTM, has written, from safetensors alone.
 
     **options go to `from_pretrained`. No code beside the weights is run, and nothing is unpickled.
 
@@ -110,14 +111,17 @@ def load_student(path: Any, **options: Any) -> PreTrainedModel:
     """
     settings, _ = PretrainedConfig.get_config_dict(path)
     model_type = settings.get("model_type", "")
-    family = model_type.removeprefix(PREFIX)
-    if family == model_type or family not in FAMILIES:
-        wanted = ", ".join(PREFIX + family for family in FAMILIES)
+    model_class: Any
+    if model_type == RECURRENT:
+        from distill.recurrent import SLSTMForCausalLM as model_class
+    elif is_student(model_type):
+        HybridOptions.from_dict(settings.get("hybrid"))
+        model_class = student_classes(model_type.removeprefix(PREFIX))[1]
+    else:
+        wanted = ", ".join([*(PREFIX + family for family in FAMILIES), RECURRENT])
         raise DistillError(
             f"load_student: model_type in {path} must be one of {wanted}, got {model_type!r}"
         )
-    HybridOptions.from_dict(settings.get("hybrid"))
-    model_class: Any = student_classes(family)[1]
     student, found = model_class.from_pretrained(
         path, output_loading_info=True, use_safetensors=True, **options
     )
@@ -128,6 +132,13 @@ def load_student(path: Any, **options: Any) -> PreTrainedModel:
                 f" {kind.replace('_', ' ')} {', '.join(names[:3])} ({len(names)} in all)"
             )
     return student
+
+
+def is_student(model_type: str) -> bool:
+    """Whether `load_student` reads models of this type, which transformers does not know."""
+    return model_type == RECURRENT or (
+        model_type.startswith(PREFIX) and model_type.removeprefix(PREFIX) in FAMILIES
+    )
 
 
 def new_parameters(student: nn.Module) -> dict[str, nn.Parameter]:

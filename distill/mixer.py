@@ -250,14 +250,6 @@ class HybridMixer(nn.Module):
             phi_BTHE = torch.cat((phi_BTHE, (-y_BTHE).softmax(dim=-1)), dim=-1)
         return phi_BTHE.to(x_BTHD.dtype)  # autocast's softmax is float32
 
-    def output_gate(
-        self, x_BTE: Tensor, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, **how: Any
-    ) -> Tensor:
-        """o (B, T, H), for the arguments of `forward`."""
-        repeats = self.heads // k_BTGD.shape[2]
-        k_BTHD, v_BTHD = (x.repeat_interleave(repeats, dim=2) for x in (k_BTGD, v_BTGD))
-        return self._output_gate(x_BTE, q_BTHD, k_BTHD, v_BTHD)
-
     def _output_gate(self, x_BTE: Tensor, q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:
         logit_H = self.output_bias
         if self.output_weight is None:

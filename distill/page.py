@@ -33,7 +33,7 @@ th, td { padding: .5rem .8rem; text-align: right; border-bottom: 1px solid var(-
 th:first-child { padding-left: 0; text-align: left; }
 thead th { font-weight: 600; white-space: nowrap; }
 tbody th { color: var(--soft); font-weight: 400; }
-tbody tr:first-child * { color: var(--ink); font-weight: 600; }
+.lead tbody tr:first-child * { color: var(--ink); font-weight: 600; }
 i { display: inline-block; width: .7rem; height: .7rem; border-radius: 50%; margin-right: .5rem; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr));
   gap: 1rem; }
@@ -47,7 +47,7 @@ figure { margin: 0; }
 pre { margin: .4rem 0 0; font: 12.5px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace;
   white-space: pre-wrap; overflow-wrap: anywhere; }
 pre u { text-decoration: none; color: var(--accent); }
-.wide { grid-column: 1 / -1; }
+.many { max-width: none; } .many thead th { white-space: normal; vertical-align: bottom; }
 details { margin: .75rem 0; } summary { cursor: pointer; color: var(--soft); }
 details pre { max-height: 30rem; overflow: auto; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .35rem 1.5rem; margin: 0; }
@@ -57,8 +57,11 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
   dd { margin: 0 0 .6rem; }
   .tiles { grid-template-columns: 1fr 1fr; gap: .6rem; } .tiles b { font-size: 1.5rem; }
   .plot { padding: .75rem .5rem .5rem; } table { font-size: .82rem; }
+  thead th { white-space: normal; vertical-align: bottom; }
   th, td { padding: .45rem .3rem; } i { width: .55rem; height: .55rem; margin-right: .3rem; } }
 """
+
+MANY = 5  # columns; the heads of more are written in several lines
 
 PAGE = Template(
     """<!doctype html>
@@ -93,9 +96,15 @@ def tiles(values: Iterable[tuple[str, str]]) -> str:
 
 
 def table(
-    heads: Sequence[str], rows: Iterable[Sequence[str]], colors: Mapping[str, str] | None = None
+    heads: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    colors: Mapping[str, str] | None = None,
+    lead: bool = False,
 ) -> str:
-    """The first column names the rows; a head that has a color gets a dot of it."""
+    """The first column names the rows; a head that has a color gets a dot of it.
+
+    lead: the first row is what counts most.
+    """
     colors = colors or {}
     head = "".join(
         f"<th>{dot(colors[name]) if name in colors else ''}{html.escape(name)}</th>"
@@ -110,15 +119,13 @@ def table(
         + "</tr>"
         for row in rows
     )
-    return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-        "</div>"
-    )
+    kind = " ".join(["lead"] * lead + ["many"] * (len(heads) > MANY))
+    parts = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="scroll"><table class="{kind}">{parts}</table></div>'
 
 
-def figure(caption: str, svg: str, wide: bool = False) -> str:
-    kind = "plot wide" if wide else "plot"
-    return f'<figure class="{kind}"><figcaption>{html.escape(caption)}</figcaption>{svg}</figure>'
+def figure(caption: str, svg: str) -> str:
+    return f'<figure class="plot"><figcaption>{html.escape(caption)}</figcaption>{svg}</figure>'
 
 
 def definitions(values: Mapping[str, str]) -> str:

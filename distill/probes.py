@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,7 @@ from torch import Tensor
 
 from distill.errors import DistillError
 from distill.evaluation import words
-from distill.hybrid import FAMILIES, PREFIX
-from distill.mixer import HybridMixer
+from distill.mixer import HybridMixer, HybridOptions
 
 # Nothing in these helps to guess a number.
 FILLER = (
@@ -100,27 +100,23 @@ def mean_gates(student: Any, input_ids: Tensor) -> dict[int, list[float]]:
     """
     found: dict[int, list[float]] = {}
 
-    def keep(index: int, mixer: HybridMixer, args: Any, kwargs: Any) -> None:
-        found[index] = mixer.output_gate(*args, **kwargs).float().mean((0, 1)).tolist()
+    def keep(index: int, *seen: Any) -> None:
+        o_BTH1 = seen[-1]
+        found[index] = o_BTH1.float().mean((0, 1, 3)).tolist()
 
-    family = getattr(student.config, "model_type", "").removeprefix(PREFIX)
-    if family not in FAMILIES:
+    mixers = [module for module in student.modules() if isinstance(module, HybridMixer)]
+    if not mixers:
         return found
-    layers_name, attention_name = FAMILIES[family]
-    handles = [
-        mixer.register_forward_pre_hook(
-            lambda m, args, kwargs, index=index: keep(index, m, args, kwargs), with_kwargs=True
-        )
-        for index, layer in enumerate(getattr(student.base_model, layers_name))
-        if (mixer := getattr(getattr(layer, attention_name), "mixer", None)) is not None
-    ]
+    config = student.config
+    layers = HybridOptions.from_dict(config.hybrid).replaced(config.num_hidden_layers)
     training = student.training
     student.eval()
     try:
-        if handles:
-            student.base_model(input_ids.to(student.device), use_cache=False)
+        for index, mixer in zip(layers, mixers, strict=True):
+            mixer.observer = partial(keep, index)
+        student.base_model(input_ids.to(student.device), use_cache=False)
     finally:
-        for handle in handles:
-            handle.remove()
+        for mixer in mixers:
+            mixer.observer = None
         student.train(training)
     return found

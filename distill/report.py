@@ -25,7 +25,7 @@ ROWS: tuple[tuple[str, str, Callable[[dict, dict], str]], ...] = (
     ("agrees with teacher", "agreement", lambda m, t: f"{m['agreement']:.1%}"),
     ("of teacher's accuracy", "accuracy", lambda m, t: f"{m['accuracy'] / t['accuracy']:.1%}"),
     ("parameters", "parameters", lambda m, t: f"{m['parameters']:,}"),
-    ("of teacher's", "parameters", lambda m, t: f"{m['parameters'] / t['parameters']:.0%}"),
+    ("share of parameters", "parameters", lambda m, t: f"{m['parameters'] / t['parameters']:.0%}"),
     ("megabytes", "bytes", lambda m, t: f"{m['bytes'] / 1e6:.2f}"),
 )
 
@@ -37,6 +37,7 @@ class Table(NamedTuple):
     heads: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
+    lead: bool = False  # whether the first row is what counts most
 
 
 def write_report(path: Path) -> None:
@@ -58,7 +59,7 @@ def render_html(run: RunFolder) -> str:
     colors = figures.colors_of(list(run.scores.get("models", {})))
     for each in tables(run.scores):
         parts.append(f"<h2>{html.escape(each.title)}</h2>")
-        parts.append(page.table(each.heads, each.rows, colors))
+        parts.append(page.table(each.heads, each.rows, colors, lead=each.lead))
         if each.note:
             parts.append(f'<p class="soft">{html.escape(each.note)}</p>')
     for title, plots in drawings(run):
@@ -92,9 +93,12 @@ def title_of(run: RunFolder) -> str:
 
 
 def comparisons(scores: Mapping[str, Any]) -> dict[str, WinAndTie]:
-    """Student against teacher on all tasks, and on those alone in which it has to write."""
+    """Student against teacher on all tasks, and on those alone in which it has to write.
+
+    Tasks at which the teacher fails altogether say nothing of the student, and are left out.
+    """
     found = {}
-    tasks = scores.get("tasks") or []
+    tasks = [task for task in scores.get("tasks") or [] if task["scores"][scores["teacher"]] > 0]
     for name, chosen in (
         ("all tasks", tasks),
         ("generation alone", [task for task in tasks if task["kind"] == GENERATION]),
@@ -186,6 +190,7 @@ def tables(scores: Mapping[str, Any]) -> Iterator[Table]:
         "Bits per byte: the code length of the text under the model over its size; lower is better."
         " What a student gains on its teacher may be further training: a control that trained the"
         " teacher on for the same budget tells.",
+        lead=True,
     )
     for name, found in comparisons(scores).items():
         yield _worst(scores, name, found)
@@ -212,10 +217,17 @@ def _worst(scores: Mapping[str, Any], name: str, found: WinAndTie) -> Table:
             [task, *(f"{by_name[task][role]:.3f}" for role in roles), f"{found.recovery[task]:.1%}"]
             for task in found.worst(WORST)
         ],
-        f"The worst {min(WORST, len(found.recovery))} of {len(found.recovery)}. C_0 ="
-        f" {found.share(0):.2f}, alpha* = {found.alpha_star:.3f}: with that much allowed for, half"
+        f"{_failed(scores)}The worst {min(WORST, len(found.recovery))} of {len(found.recovery)}."
+        f" C_0 = {found.share(0):.2f}, alpha* = {found.alpha_star:.3f}: with that much allowed for, half"
         " of the tasks are won or tied; the others may be far off.",
     )
+
+
+def _failed(scores: Mapping[str, Any]) -> str:
+    names = [t["name"] for t in scores["tasks"] if t["scores"][scores["teacher"]] <= 0]
+    if not names:
+        return ""
+    return f"Left out, since the teacher scores 0 there: {', '.join(names)}. "
 
 
 def timing_table(timing: Mapping[str, Any]) -> Table:

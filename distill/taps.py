@@ -21,12 +21,12 @@ from transformers import AttentionInterface
 
 from distill.attention import MixerAttention, SoftmaxAttention
 from distill.errors import DistillError
-from distill.hybrid import FAMILIES, PREFIX, attention_function
+from distill.hybrid import FAMILIES, PREFIX, RECURRENT, attention_function
 from distill.mixer import HybridMixer
 from distill.teacher import TopK, topk_words
 
 # Types whose logits are those of the head and nothing more: no scale, no cap.
-PLAIN_HEADS = {*FAMILIES, "gpt_neox", "mistral", "olmo", "olmo3", "phi3", "smollm3"}
+PLAIN_HEADS = {*FAMILIES, RECURRENT, "gpt_neox", "mistral", "olmo", "olmo3", "phi3", "smollm3"}
 IGNORED = -100  # as a label, as transformers has it
 IMPLEMENTATION = "tapped_attention"
 HEAD_ROWS = 512  # of logits that live at a time where only the likeliest words are kept

@@ -1,6 +1,5 @@
-"""A recurrent language model: sLSTM blocks, each followed by a gated feed-forward layer."""
+"""A recurrent language model: a stack of `SLSTMBlock`."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import xlstm_kernels as xk
+from distill.blocks import SLSTMBlock
 
 State = list[xk.SLSTMState]  # one a block
 
@@ -24,39 +24,6 @@ class ModelConfig:
     backend: str = "auto"
 
 
-class Block(nn.Module):
-    """x + norm(slstm(norm(x))), then x + ffn(norm(x)): the sLSTM block of arXiv:2405.04517."""
-
-    def __init__(self, config: ModelConfig, index: int):
-        super().__init__()
-        width = config.width
-        self.heads = config.heads
-        self.mixer_norm = nn.LayerNorm(width, bias=False)
-        self.mixer = xk.nn.SLSTM(
-            width,
-            width,
-            num_heads=config.heads,
-            block_ratio=index / max(1, config.layers - 1),
-            backend=config.backend,
-        )
-        self.head_norm = nn.Parameter(torch.ones(width))
-        self.ffn_norm = nn.LayerNorm(width, bias=False)
-        self.up = nn.Linear(width, 2 * config.ffn, bias=False)
-        self.down = nn.Linear(config.ffn, width, bias=False)
-
-    def forward(
-        self, x_BTE: torch.Tensor, state: xk.SLSTMState | None = None
-    ) -> tuple[torch.Tensor, xk.SLSTMState]:
-        h_BTE, state = self.mixer(self.mixer_norm(x_BTE), state)
-        x_BTE = x_BTE + self._normalise_heads(h_BTE)
-        gate_BTF, value_BTF = self.up(self.ffn_norm(x_BTE)).chunk(2, dim=-1)
-        return x_BTE + self.down(F.gelu(gate_BTF, approximate="tanh") * value_BTF), state
-
-    def _normalise_heads(self, h_BTE: torch.Tensor) -> torch.Tensor:
-        h_BTHD = h_BTE.unflatten(-1, (self.heads, -1))
-        return F.layer_norm(h_BTHD, h_BTHD.shape[-1:]).flatten(-2) * self.head_norm
-
-
 class LanguageModel(nn.Module):
     """Next-token logits; the embedding is also the output layer.
 
@@ -67,7 +34,14 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab, config.width)
-        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.layers))
+        self.blocks = nn.ModuleList(
+            SLSTMBlock(
+                *(config.width, config.heads, config.ffn),
+                block_ratio=index / max(1, config.layers - 1),
+                backend=config.backend,
+            )
+            for index in range(config.layers)
+        )
         self.norm = nn.LayerNorm(config.width, bias=False)
         self._initialise()
 
@@ -75,10 +49,8 @@ class LanguageModel(nn.Module):
         # Logits of unit variance at the start, and residual branches that do not add up with depth.
         nn.init.normal_(self.embedding.weight, std=self.config.width**-0.5)
         for block in self.blocks:
-            assert isinstance(block, Block)
-            nn.init.normal_(block.up.weight, std=self.config.width**-0.5)
-            branch_std = self.config.ffn**-0.5 / math.sqrt(2 * self.config.layers)
-            nn.init.normal_(block.down.weight, std=branch_std)
+            assert isinstance(block, SLSTMBlock)
+            block.reset_feed_forward(self.config.layers)
 
     def forward(
         self, tokens_BT: torch.Tensor, state: State | None = None

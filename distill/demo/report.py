@@ -103,7 +103,8 @@ def _table(metrics: dict) -> str:
     for title, cell in ROWS:
         cells = "".join(f"<td>{html.escape(cell(model))}</td>" for model in models.values())
         rows.append(f"<tr><th>{html.escape(title)}</th>{cells}</tr>")
-    return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    parts = f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    return f'<table class="lead">{parts}</table>'
 
 
 def _samples(metrics: dict) -> str:
