@@ -96,7 +96,7 @@ def _inner(config: Any) -> int:
 def _say_teacher(reporter: Reporter, teacher: Any, stage: Stage) -> None:
     """A wrong teacher, or a wrong tokenizer, shows as a loss no better than chance."""
     batch = stage.rows.batch(stage.rows.windows_of(0)[:1])
-    batch = batch.to(teacher.device)
+    batch = batch.to(teacher.to(stage.accelerator.device).device)
     losses = DistillModule(teacher, None, [LossSpec("ce")])
     value, count = losses(batch.input_ids, batch.labels, cu_seqlens=batch.cu_seqlens)["ce"]
     nats, chance = (value / count).item(), math.log(teacher.config.vocab_size)

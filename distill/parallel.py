@@ -121,6 +121,8 @@ def clip(module: nn.Module, most: float | None) -> Tensor:
 
 def shard_teacher(teacher: Any, accelerator: Accelerator) -> None:
     """A part of each layer on each rank, gathered when it runs."""
+    if isinstance(teacher, FSDPModule):
+        return
     policy = MixedPrecisionPolicy()
     _shard_layers(teacher.to(accelerator.device), accelerator, policy, reshard=True)
 

@@ -20,6 +20,7 @@ from distill.compression import compress
 from distill.corpus import Corpus, load_corpus
 from distill.data import Rows, Tokens
 from distill.errors import DistillError, Interrupt
+from distill.evaluation import evaluate
 from distill.hybrid import hybridize
 from distill.losses import DistillModule, LossSpec
 from distill.machine import describe_machine
@@ -117,8 +118,7 @@ class Run:
         if beside and self.teacher is None:
             raise DistillError(f"recipe: teacher.path must be a folder for stage {config.name}")
         checks.require_same_vocabulary(self.teacher, student, self.tokenizer)
-        words = "words" in needs and self.rows.cache is not None
-        self.rows.with_words = words
+        self.rows.with_words = "words" in needs and self.rows.cache is not None
         return Stage(
             config,
             self.recipe.loop,
@@ -129,8 +129,22 @@ class Run:
             self.folder / "checkpoints" / config.name,
             self._settings(config),
             Metrics(self.folder / "metrics.jsonl", self.accelerator),
+            self._heldout,
             interrupt=self.interrupt,
         )
+
+    def _heldout(self, wrapped: parallel.Wrapped) -> dict[str, float]:
+        """Of the files held out. Where the teacher is a cache, it is not there to agree with."""
+        teacher = self.teacher if self.recipe.teacher.cache is None else None
+        if teacher is not None and teacher.device != self.accelerator.device:
+            teacher.to(self.accelerator.device)
+        data = self.recipe.data
+        options: dict[str, Any] = {"teacher": teacher, "length": data.length}
+        scores = wrapped.run(
+            lambda student: evaluate(student, self.tokenizer, self.corpus.heldout, **options)
+        )
+        found = {name: getattr(scores, name) for name in ("bits_per_byte", "accuracy", "agreement")}
+        return {name: value for name, value in found.items() if value is not None}
 
     def _settings(self, config: StageConfig) -> dict[str, Any]:
         """All that decides the weights of a stage."""
@@ -197,6 +211,8 @@ def describe(recipe: Recipe, folder: Path, reporter: Reporter) -> None:
 
 def _train(stage: Stage, done: Path, shared: Run, resume: bool) -> None:
     stage.prepare()
+    if stage.wrapped.shards and shared.teacher is not None:
+        parallel.shard_teacher(shared.teacher, shared.accelerator)
     if resume:
         stage.restore()
     with shared.reporter.meter(stage.config.name, stage.steps, stage.step) as meter:

@@ -34,12 +34,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 @dataclass(frozen=True)
 class Manifest:
-    """`settings`: all that decides the weights. `metrics_bytes`: of metrics.jsonl, up to here."""
+    """`settings`: all that decides the weights. `files`: their checksums."""
 
     settings: dict[str, Any]
     step: int
     train_s: float
-    metrics_bytes: int
     files: dict[str, str]
 
 

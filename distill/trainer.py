@@ -23,9 +23,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from distill import parallel, snapshot
+from distill.checkpoint import write_atomically
 from distill.data import Batch, Rows
 from distill.errors import DistillError, Interrupt
-from distill.losses import DistillModule, LossSpec
+from distill.losses import DistillModule
 from distill.progress import Meter
 from distill.recipe import LogConfig, LoopConfig, StageConfig
 
@@ -42,15 +43,20 @@ class Metrics:
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
-    @property
-    def size_bytes(self) -> int:
-        return self.path.stat().st_size if self.path.exists() else 0
-
-    def cut(self, size_bytes: int) -> None:
-        """Forget what was written after the checkpoint that a run goes on from."""
+    def rewind(self, stage: str, step: int) -> None:
+        """Forget what a stage wrote after `step`, and a line that a kill has cut short."""
         if self.accelerator.is_main_process and self.path.exists():
-            with self.path.open("r+b") as file:
-                file.truncate(size_bytes)
+            lines = self.path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if self._stays(line, stage, step)]
+            write_atomically(self.path, "".join(kept))
+
+    @staticmethod
+    def _stays(line: str, stage: str, step: int) -> bool:
+        try:
+            found = json.loads(line)
+        except ValueError:
+            return False
+        return line.endswith("\n") and (found["stage"] != stage or found["step"] <= step)
 
 
 @dataclass
@@ -75,7 +81,6 @@ class Stage:
     step: int = 0
     train_s: float = 0.0
     saved: Path | None = None
-    _counted: bool = False
 
     def __post_init__(self) -> None:
         choose_trainable(self.module.student, self.config.trainable, self.config.name)
@@ -105,25 +110,31 @@ class Stage:
     def finished(self) -> bool:
         return self.step >= self.steps
 
+    @property
+    def _checkpoint_due(self) -> bool:
+        every = self.loop.checkpoint_every
+        return every > 0 and self.step % every == 0
+
     def restore(self) -> None:
         """Go on from the last checkpoint, if there is one; one of other settings is refused."""
         found = snapshot.checkpoints(self.folder)
         if not found:
+            self.metrics.rewind(self.config.name, -1)
             return
         manifest = snapshot.read_manifest(found[-1], self.settings)
         snapshot.load(found[-1], self.accelerator, self.module, self.optimizer, manifest)
         self.step, self.train_s, self.saved = manifest.step, manifest.train_s, found[-1]
-        self.metrics.cut(manifest.metrics_bytes)
+        self.metrics.rewind(self.config.name, self.step)
 
     def save(self) -> None:
         state = snapshot.training_state(self.module, self.optimizer)
-        manifest = snapshot.Manifest(
-            self.settings, self.step, self.train_s, self.metrics.size_bytes, {}
-        )
+        manifest = snapshot.Manifest(self.settings, self.step, self.train_s, {})
         self.saved = snapshot.save(self.folder, self.accelerator, state, manifest, self.loop.keep)
 
     def run(self, meter: Meter) -> None:
         """Train up to the last step. A signal to any rank ends the run, with a checkpoint."""
+        if self.step == 0 and self.loop.heldout_every:
+            self._log_heldout()
         while not self.finished:
             began = time.perf_counter()
             losses, norm, signum = self._train_step()
@@ -132,7 +143,7 @@ class Stage:
             self.step += 1
             meter.update(self.step, self._total(losses), self.tokens_per_step, losses)
             self._log(losses, norm, took)
-            if signum or self.finished or _due(self.step, self.loop.checkpoint_every):
+            if signum or self.finished or self._checkpoint_due:
                 self.save()
             if signum:
                 self.interrupt.requested = signum
@@ -150,32 +161,23 @@ class Stage:
         whole = self.rows.sizes(self.step)
         self.wrapped.inside.train()
         self.optimizer.zero_grad()
-        parts = []
+        values: Any = 0.0
         for at, batch in enumerate(batches, start=1):
             with self.wrapped.sync(gradients=at == len(batches)):
-                parts.append(self._backward(batch, weights, whole, ranks))
+                values = values + self._backward(batch, weights, whole, ranks)
         norm = parallel.clip(self.module, self.config.clip)
-        signum = self.interrupt.requested or 0
-        mine = [torch.stack(parts).sum(0).flatten(), norm.double()[None] / ranks]
-        mine.append(mine[0].new_tensor([float(signum)]))
-        summed = self.accelerator.reduce(torch.cat(mine), "sum").tolist()  # the one wait of a step
-        sums, counts = summed[: len(weights)], summed[len(weights) : 2 * len(weights)]
-        losses = {
-            name: total / max(count, 1.0)
-            for name, total, count in zip(weights, sums, counts, strict=True)
-        }
-        self._require_finite(losses, summed[-2])
-        if not self._counted:
-            self._counted = True
-            found = dict(zip(weights, counts, strict=True))
-            self._require_proportional(found, parts[0], batches[0].sizes, whole)
+        mine = [values, norm.double()[None], values.new_tensor([self.interrupt.requested or 0])]
+        every = self.accelerator.reduce(torch.cat(mine), "sum").tolist()  # the one wait of a step
+        losses = {name: x / ranks for name, x in zip(weights, every, strict=False)}
+        norm_, signum = every[-2] / ranks, every[-1]
+        self._require_finite(losses, norm_)
         self.optimizer.step()
-        return losses, summed[-2], signum or (signal.SIGTERM if summed[-1] else 0)
+        return losses, norm_, self.interrupt.requested or (signal.SIGTERM if signum else 0)
 
     def _backward(
         self, batch: Batch, weights: Mapping[str, float], whole: Mapping[str, int], ranks: int
     ) -> Tensor:
-        """(2, losses) float64: sums and counts of a micro-batch, whose gradients are added."""
+        """(losses,) float64: a micro-batch's part of each loss, whose gradients are added."""
         sizes = batch.sizes
         batch = batch.to(self.accelerator.device)
         found = self.wrapped(
@@ -185,18 +187,17 @@ class Stage:
             words=batch.words,
             weights=weights,
         )
-        total: Any = 0.0
+        parts = []
         for spec in self.module.specs:
             value, count = found[spec.name]
-            base = _base(spec)
-            # Of the step's count, which is as many times the step's tokens as this one is of its
-            # own; and ranks' gradients are averaged.
-            share = ranks * sizes[base] / max(whole[base], 1)
-            total = total + value * (weights[spec.name] * share / count.clamp_min(1))
-        self.accelerator.backward(total)
-        return torch.stack(
-            [torch.stack([x.detach().double() for x in found[name]]) for name in weights], dim=1
-        )
+            tokens = spec.options.get("tokens", "labelled")
+            # What a loss counts is a multiple of these tokens, in a micro-batch as in the step: so
+            # this divides by the step's count, and by the ranks' as their gradients are averaged.
+            # Where it is none (`attention` takes a sample), it weighs the micro-batches' means.
+            share = ranks * sizes[tokens] / max(whole[tokens], 1)
+            parts.append(value * (share / count.clamp_min(1)))
+        self.accelerator.backward(sum(w * x for w, x in zip(weights.values(), parts, strict=True)))
+        return torch.stack([x.detach().double() for x in parts])
 
     def _require_finite(self, losses: Mapping[str, float], norm: float) -> None:
         for name, value in {**losses, "gradient norm": norm}.items():
@@ -210,42 +211,29 @@ class Stage:
                     f" {self.rows.describe(self.step)}; {kept}"
                 )
 
-    def _require_proportional(
-        self,
-        counts: Mapping[str, float],
-        part: Tensor,
-        sizes: Mapping[str, int],
-        whole: Mapping[str, int],
-    ) -> None:
-        """What the division by global counts rests on; a loss of one's own may break it."""
-        for index, spec in enumerate(self.module.specs):
-            base = _base(spec)
-            each = part[1, index].item() / max(sizes[base], 1)
-            if abs(each * whole[base] - counts[spec.name]) > 1e-6 * counts[spec.name]:
-                raise DistillError(
-                    f"{self.config.name}: loss {spec.name} must count a multiple of the {base}"
-                    f" tokens, the same in each micro-batch, got {counts[spec.name]:.0f} of"
-                    f" {whole[base]} in all and {each:.3g} times as many in the first"
-                )
-
     def _log(self, losses: dict[str, float], norm: float, took: float) -> None:
-        at = {"stage": self.config.name, "step": self.step}
-        at["tokens"] = self.step * self.tokens_per_step
         if self.finished or self.step % self.log.every == 0:
             line = {
                 "loss": self._total(losses),
-                "losses": losses,
                 "lr": lr_at(self.config, self.step - 1, self.steps),
                 "grad_norm": norm,
                 "tokens_per_s": self.tokens_per_step / took,
             }
-            self.metrics.write(at | line)
-            self._track(losses | {k: v for k, v in line.items() if k != "losses"})
-        if self.finished or _due(self.step, self.loop.heldout_every):
-            found = self.heldout(self.wrapped)
-            if found:
-                self.metrics.write(at | {"heldout": found})
-                self._track({f"heldout/{name}": value for name, value in found.items()})
+            self.metrics.write(self._here | line | {"losses": losses})
+            self._track(losses | line)
+        every = self.loop.heldout_every
+        if every and (self.finished or self.step % every == 0):
+            self._log_heldout()
+
+    def _log_heldout(self) -> None:
+        if found := self.heldout(self.wrapped):
+            self.metrics.write(self._here | {"heldout": found})
+            self._track({f"heldout/{name}": value for name, value in found.items()})
+
+    @property
+    def _here(self) -> dict[str, Any]:
+        tokens = self.step * self.tokens_per_step
+        return {"stage": self.config.name, "step": self.step, "tokens": tokens}
 
     def _track(self, values: Mapping[str, Any]) -> None:
         named = {f"{self.config.name}/{name}": value for name, value in values.items()}
@@ -295,12 +283,3 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
         {"params": free, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
-
-
-def _base(spec: LossSpec) -> str:
-    """Which tokens a loss counts."""
-    return spec.options.get("tokens", "labelled")
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0

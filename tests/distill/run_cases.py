@@ -10,6 +10,7 @@ for package in ("transformers", "accelerate", "omegaconf", "tensorboard"):
     pytest.importorskip(package, reason=f"{package} is not installed: the extra `distill`")
 
 import transformers  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from distill import runs  # noqa: E402 - they import it
@@ -21,7 +22,7 @@ from distill.recipe import Recipe  # noqa: E402
 RECIPE = """
 student: {options: {window: 8}}
 data: {pattern: '*.py', length: 24}
-loop: {rows: 8, checkpoint_every: 2, heldout_every: 0}
+loop: {rows: 8, checkpoint_every: 2, heldout_every: 3}
 log: {trackers: [], every: 1}
 stages:
 - {name: align, trainable: ['*mixer*'], losses: [{name: mixer_mse}], steps: 3, lr: 1.0e-2}
@@ -41,12 +42,16 @@ SIZES = {
 }
 
 
+def make_accelerator():
+    return Accelerator(cpu=True)
+
+
 def write_teacher(folder, family="Llama", **changes):
-    """Of bytes, with dropout-free weights large enough that words differ."""
+    """Of bytes, the vocabulary padded; weights large enough that words differ."""
     tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(vocab_size=257, **SIZES | changes)
+    config = getattr(transformers, f"{family}Config")(vocab_size=264, **SIZES | changes)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,6 +1,13 @@
 """A whole run from the command line: what it leaves, and what it says when it cannot."""
 
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +16,8 @@ from run_cases import RECIPE, do, make_recipe, transformers, write_teacher
 from distill.__main__ import main
 from distill.capture import load_model
 from distill.errors import Interrupt, Interrupted
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +36,12 @@ def weights(folder):
     return load_model(folder, torch.float32).state_dict()
 
 
+def metrics(run):
+    """Lines of training, and of held-out files."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [x for x in lines if "losses" in x], [x for x in lines if "heldout" in x]
+
+
 def assert_same(got, want):
     assert got.keys() == want.keys()
     assert all(torch.equal(got[name], x) for name, x in want.items())
@@ -43,10 +58,16 @@ def test_a_run_leaves_a_student(capsys, tmp_path, corpus_dir, family):
     student = load_model(run / "student")
     ids = torch.tensor([tokenizer("def ")["input_ids"]])
     assert student.generate(ids, max_new_tokens=4, min_new_tokens=4).shape == (1, 8)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [(x["stage"], x["step"]) for x in lines[2:4]] == [("align", 3), ("distill", 1)]
-    assert lines[-1]["losses"].keys() == {"ce", "topk_kl"}
-    assert lines[-1]["losses"]["ce"] < lines[3]["losses"]["ce"]
+    steps, heldout = metrics(run)
+    assert [(x["stage"], x["step"]) for x in steps[2:4]] == [("align", 3), ("distill", 1)]
+    assert steps[-1]["losses"].keys() == {"ce", "topk_kl"}
+    assert steps[-1]["losses"]["ce"] < steps[3]["losses"]["ce"]
+    assert [(x["stage"], x["step"]) for x in heldout] == [
+        *(("align", 0), ("align", 3)),
+        *(("distill", 0), ("distill", 3), ("distill", 5)),
+    ]
+    first, last = heldout[0]["heldout"], heldout[-1]["heldout"]
+    assert last["bits_per_byte"] < first["bits_per_byte"] and 0 <= last["agreement"] <= 1
     kept = sorted(x.name for x in (run / "checkpoints" / "distill").iterdir())
     assert kept == ["step-00000004", "step-00000005", "student"]
 
@@ -75,11 +96,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, teacher, corpus_dir):
             do(recipe, tmp_path / "run", resume=True, interrupt=StopAt(looks))
     do(recipe, tmp_path / "run", resume=True)
     assert_same(weights(tmp_path / "run/student"), weights(tmp_path / "whole/student"))
-    steps = [
-        [(x["stage"], x["step"], x["losses"]) for x in map(json.loads, path.open())]
-        for path in (tmp_path / "run/metrics.jsonl", tmp_path / "whole/metrics.jsonl")
-    ]
-    assert steps[0] == steps[1]
+    (steps, heldout), (want, want_heldout) = metrics(tmp_path / "run"), metrics(tmp_path / "whole")
+    assert heldout == want_heldout
+    assert [x["losses"] for x in steps] == [x["losses"] for x in want]
 
 
 def test_dry_run_writes_nothing(capsys, tmp_path, teacher, corpus_dir):
@@ -95,3 +114,61 @@ def test_a_run_is_not_written_over(capsys, tmp_path, teacher, corpus_dir):
     (tmp_path / "run" / "recipe.yaml").write_text("")
     status, _, err = command(capsys, tmp_path, teacher, corpus_dir)
     assert status == 1 and "holds a run; pass --resume" in err
+
+
+def tool(tmp_path, *arguments):
+    """The command in a process of its own."""
+    given = [str(x) for x in arguments]
+    return subprocess.Popen(
+        [sys.executable, "-m", "distill", "run", str(tmp_path / "recipe.yaml"), *given],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, teacher, corpus_dir):
+    steps = ["stages.0.steps=40", "stages.1.steps=40", "loop.checkpoint_every=3"]
+    do(make_recipe(tmp_path, teacher, corpus_dir, *steps), tmp_path / "whole")
+    given = [f"teacher.path={teacher}", f"data.corpus={corpus_dir}", *steps, "--resume"]
+    draw = random.Random(0)
+    killed = 0
+    while True:
+        process = tool(tmp_path, *given, "--run-dir", tmp_path / "run")
+        lines = 0
+        until = draw.randrange(2, 30) if killed < 3 else 1000
+        path = tmp_path / "run" / "metrics.jsonl"
+        begun = path.read_text().count("\n") if path.exists() else 0
+        while process.poll() is None and lines < until:
+            lines = (path.read_text().count("\n") if path.exists() else 0) - begun
+            time.sleep(draw.random() / 50)
+        if process.poll() is None:
+            process.kill()
+            killed += 1
+        _, err = process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, err
+    assert process.returncode == 0 and killed == 3
+    assert_same(weights(tmp_path / "run/student"), weights(tmp_path / "whole/student"))
+    (steps, heldout), (want, want_heldout) = metrics(tmp_path / "run"), metrics(tmp_path / "whole")
+    assert heldout == want_heldout
+    assert [x["losses"] for x in steps] == [x["losses"] for x in want]
+
+
+@pytest.mark.slow
+def test_a_signal_leaves_a_checkpoint(tmp_path, teacher, corpus_dir):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    given = [f"teacher.path={teacher}", f"data.corpus={corpus_dir}", "stages.0.steps=100000"]
+    process = tool(tmp_path, *given, "loop.checkpoint_every=0", "--run-dir", tmp_path / "run")
+    for line in process.stdout:
+        if line.startswith("align  "):
+            break
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert "stopped; continue with: python -m distill run" in err and "--resume" in err
+    assert len(list((tmp_path / "run/checkpoints/align").glob("step-*"))) == 1
