@@ -147,10 +147,8 @@ class DistillModule(nn.Module):
         if not names or len(set(names)) < len(names):
             raise DistillError(f"losses: each must be named once, and one at least, got {names}")
         self._teacher = (teacher,)  # in a tuple, torch does not see it
-        self._teachers_own: set[int] = set()
         if teacher is not None:
             teacher.eval()
-            self._teachers_own = {id(parameter) for parameter in teacher.parameters()}
         self._pairs: dict[str, tuple[tuple[int, int], ...]] = {}
         self.projections = nn.ModuleDict()
         for spec in self.specs:
@@ -179,6 +177,12 @@ class DistillModule(nn.Module):
     def leaves_unused(self) -> bool:
         """Whether no loss reaches the head: DDP has to `find_unused_parameters` then."""
         return all(spec.needs & BEFORE_THE_HEAD for spec in self.specs)
+
+    @property
+    def begins_within_layers(self) -> bool:
+        """Whether FSDP2 must not `reshard_after_forward`: it gathers a layer's weights again when
+        backward comes to what the layer returned, and a loss of what is within may come first."""
+        return self.leaves_unused and any(s.needs & {"attention", "mixers"} for s in self.specs)
 
     def forward(
         self,
@@ -255,7 +259,8 @@ class DistillModule(nn.Module):
 
     def _teacher_run(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> Run:
         teacher: Any = self.teacher
-        if any(p.requires_grad and id(p) in self._teachers_own for p in self.student.parameters()):
+        theirs = {id(parameter) for parameter in teacher.parameters()}
+        if any(p.requires_grad and id(p) in theirs for p in self.student.parameters()):
             raise DistillError(
                 "losses: the student must not train weights that are the teacher's as well;"
                 " pass copy_weights=True to `hybridize`, or freeze them"

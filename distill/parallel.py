@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,8 @@ class Wrapped:
         if self.shards:
             self.call: Any = _shard(self.inside, accelerator, loop.precision)
         else:
+            if accelerator.ddp_handler is not None:
+                accelerator.ddp_handler.find_unused_parameters = module.leaves_unused
             self.call = accelerator.prepare_model(self.inside)
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, tuple[Tensor, Tensor]]:
@@ -131,9 +134,7 @@ def _shard(inside: Inside, accelerator: Accelerator, precision: str) -> FSDPModu
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if precision == "bfloat16" else None, reduce_dtype=torch.float32
     )
-    # The losses of mixers come from within a layer and not from what it returns, where FSDP2
-    # would see that its backward begins: its weights stay.
-    reshard = all(spec.name != "mixer_mse" for spec in inside.module.specs)
+    reshard = not inside.module.begins_within_layers
     inside.to(accelerator.device)
     _shard_layers(inside.module.student, accelerator, policy, reshard, root=inside)
     assert isinstance(inside, FSDPModule)
@@ -151,6 +152,8 @@ def _shard_layers(
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": reshard}
     for layer in decoder_layers(model):
         fully_shard(layer, **options)
+    # What the root is given is words, and log-probabilities that 16 bits would leave no digits of.
+    options["mp_policy"] = replace(policy, cast_forward_inputs=False)
     fully_shard(model if root is None else root, **options)
 
 
