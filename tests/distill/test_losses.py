@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hybrid_cases import families, hybrid, make_teacher, stages, stir, tokens, transformers
 
+from distill import recurrent  # noqa: F401 - makes its type known
 from distill.errors import DistillError
 from distill.losses import LOSSES, DistillModule, LossSpec, register_loss
 from distill.taps import PLAIN_HEADS, Run
