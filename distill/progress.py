@@ -1,10 +1,11 @@
 """What the user sees while a run goes on: a live bar on a terminal, sparse lines elsewhere."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -15,7 +16,7 @@ from rich.progress import (
     TaskID,
     TextColumn,
 )
-from rich.table import Column
+from rich.table import Column, Table
 from rich.text import Text
 
 PLAIN_INTERVAL_S = 10.0
@@ -31,6 +32,16 @@ class Meter(Protocol):
         tokens: int = 0,
         parts: Mapping[str, float] | None = None,
     ) -> None: ...
+
+
+def table_of(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Numbers to print; the first column names the rows."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for at, head in enumerate(heads):
+        table.add_column(head, justify="right" if at else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def seconds(value: float) -> str:

@@ -218,8 +218,8 @@ def _worst(scores: Mapping[str, Any], name: str, found: WinAndTie) -> Table:
             for task in found.worst(WORST)
         ],
         f"{_failed(scores)}The worst {min(WORST, len(found.recovery))} of {len(found.recovery)}."
-        f" C_0 = {found.share(0):.2f}, alpha* = {found.alpha_star:.3f}: with that much allowed for, half"
-        " of the tasks are won or tied; the others may be far off.",
+        f" C_0 = {found.share(0):.2f}, alpha* = {found.alpha_star:.3f}: with that much allowed for,"
+        " half of the tasks are won or tied; the others may be far off.",
     )
 
 

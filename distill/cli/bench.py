@@ -53,14 +53,12 @@ def run(args: argparse.Namespace) -> None:
     import json
 
     import torch
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
     from distill.bench import bench
     from distill.capture import load_model
     from distill.checkpoint import write_atomically
-    from distill.progress import Reporter
+    from distill.progress import Reporter, table_of
     from distill.report import crossover_sentence, timing_table
 
     if args.threads:
@@ -78,12 +76,7 @@ def run(args: argparse.Namespace) -> None:
             after_case=lambda done, _: meter.update(done),
         )
     shown = timing_table(timing)
-    table = Table(box=box.SIMPLE_HEAD)
-    for head in shown.heads:
-        table.add_column(head, justify="right")
-    for row in shown.rows:
-        table.add_row(*row)
-    console.print(table)
+    console.print(table_of(shown.heads, shown.rows))
     console.print(crossover_sentence(timing), soft_wrap=True, markup=False)
     if args.json:
         write_atomically(args.json, json.dumps(timing, indent=1) + "\n")

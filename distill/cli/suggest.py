@@ -1,0 +1,60 @@
+"""The `suggest` command: pairs of teachers and students, and shapes of students."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distill.cli.flags import whole_number
+from distill.errors import DistillError
+
+if TYPE_CHECKING:
+    from distill.cli.flags import Commands
+
+
+def add(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "suggest",
+        help="rank teachers and students among local models",
+        description=(
+            "Ranks pairs of models below DIR, or in a YAML list of folders, as teacher and "
+            "student, with the students that `hybridize` and `compress` would make of each: "
+            "pairs of one tokenizer first, then by what training costs. Reads configurations and "
+            "tokenizers, no weights. How good a student becomes only `run` and `eval` tell."
+        ),
+        allow_abbrev=False,
+    )
+    parser.add_argument("models", type=Path, metavar="DIR|LIST.yaml")
+    for flag, default, what in (
+        ("--tokens", 10**9, "to train on"),
+        ("--context", 4096, "tokens at which states are sized"),
+        ("--max-parameters", None, "of students"),
+        ("--max-state-bytes", None, "of students"),
+    ):
+        shown = "" if default is None else " (default: %(default)s)"
+        parser.add_argument(
+            flag, type=whole_number(1, 10**18), default=default, metavar="N", help=what + shown
+        )
+    parser.set_defaults(command=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from distill.progress import table_of
+    from distill.suggestion import folders_of, suggest, table
+
+    folders = folders_of(args.models)
+    if not folders:
+        raise DistillError(f"suggest: {args.models} must hold models, got none")
+    pairs = suggest(
+        folders,
+        tokens=args.tokens,
+        context=args.context,
+        max_parameters=args.max_parameters,
+        max_state_bytes=args.max_state_bytes,
+    )
+    if not pairs:
+        raise DistillError("suggest: no student is smaller than its teacher and within the limits")
+    Console(highlight=False).print(table_of(*table(pairs)))
