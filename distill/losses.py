@@ -22,7 +22,16 @@ from distill.loss_functions import (
     nearest,
     register_loss,
 )
-from distill.taps import Run, Wanted, by_token, decoder_layers, gathered, layer_pairs, next_words
+from distill.taps import (
+    Run,
+    Wanted,
+    attention_of,
+    by_token,
+    decoder_layers,
+    gathered,
+    layer_pairs,
+    next_words,
+)
 from distill.teacher import TopK
 
 __all__ = ["LOSSES", "DistillModule", "LossContext", "LossSpec", "Schedule", "register_loss"]
@@ -271,7 +280,11 @@ class DistillModule(nn.Module):
 
     def _layer_pairs(self, spec: LossSpec) -> tuple[tuple[int, int], ...]:
         models = (self.student, self.teacher)
-        return layer_pairs(spec.options["layers"], *(len(decoder_layers(x)) for x in models))
+        layers = [decoder_layers(model) for model in models]
+        if "attention" in spec.needs:
+            for model, of_model in zip(models, layers, strict=True):
+                attention_of(model, of_model[0])  # or an error
+        return layer_pairs(spec.options["layers"], *map(len, layers))
 
     def _tapped(self, need: str, side: int) -> frozenset[int]:
         """Layers of the student, side 0, or the teacher, that losses with such a need look at."""

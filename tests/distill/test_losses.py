@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hybrid_cases import families, hybrid, make_teacher, stages, stir, tokens, transformers
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from distill import recurrent  # noqa: F401 - makes its type known
 from distill.errors import DistillError
@@ -334,7 +335,9 @@ def test_other_models_give_their_own_logits():
     assert found["topk_kl"][0].isfinite()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
+)
 def test_losses_under_autocast(dtype):
     student, teacher = (model.float() for model in models(hidden_size=48))
     student = stir(hybrid.hybridize(student, window=4, copy_weights=True))
@@ -350,6 +353,21 @@ def test_losses_under_autocast(dtype):
         assert relative_error(got[name][0], want[name][0]) <= 0.1, name
     sum(total for total, _ in got.values()).backward()
     assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("logits", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "weights", [dict.fromkeys(LOSSES, 1.0), pytest.param(None, marks=pytest.mark.slow)]
+)
+def test_no_loss_reads_from_the_device(logits, weights):
+    """A tensor without values refuses to be read, as a GPU would be waited for."""
+    student = stir(hybrid.hybridize(make_teacher(), window=4, copy_weights=True))
+    specs = [LossSpec(name) for name in LOSSES if logits or name != "logit_mse"]
+    module = DistillModule(student, make_teacher(hidden_size=48), specs)
+    ids, labels = batch()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        found = module(mode.from_tensor(ids), mode.from_tensor(labels), weights=weights)
+    assert all(isinstance(x, FakeTensor) for pair in found.values() for x in pair)
 
 
 def test_a_pass_without_gradients_leaves_those_of_the_next():

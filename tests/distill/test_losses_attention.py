@@ -6,6 +6,7 @@ import pytest
 import torch
 from hybrid_cases import families, hybrid, make_teacher, stir, tokens
 
+from distill import recurrent
 from distill.attention import Rows
 from distill.errors import DistillError
 from distill.losses import DistillModule, LossSpec
@@ -144,7 +145,7 @@ def test_long_memories_keep_their_digits():
     """Decays far from the beginning, where a difference of running sums has none left."""
     teacher = make_teacher()
     student = hybrid.hybridize(teacher, window=4, forget_bias=-8.0, gate_init="constant")
-    ids = tokens(3000, B=1)
+    ids = tokens(1000, B=1)
     rows = Rows.sample(ids, 8, None)
     with torch.no_grad():
         got, want = (
@@ -155,6 +156,9 @@ def test_long_memories_keep_their_digits():
 
 
 def test_calls_that_cannot_be():
+    config = recurrent.SLSTMConfig(vocab_size=60, hidden_size=32, intermediate_size=48)
+    with pytest.raises(DistillError, match="loss attention: models must be of type"):
+        DistillModule(recurrent.SLSTMForCausalLM(config), make_teacher(), [LossSpec("attention")])
     student, teacher = make_teacher(), make_teacher()
     for args, message in (
         ({"kind": "l1"}, "kind must be 'kl' or 'mse'"),
