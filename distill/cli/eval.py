@@ -74,12 +74,29 @@ def _add_eval(commands: Commands) -> None:
             metavar="N",
             help=f"{what} (default: %(default)s)",
         )
+    _add_more(parser)
+    parser.set_defaults(command=run)
+
+
+def _add_more(parser: argparse.ArgumentParser) -> None:
+    """What is measured only where it is asked for."""
+    parser.add_argument(
+        "--harness",
+        default="",
+        metavar="TASK,TASK",
+        help="score tasks of lm-eval-harness too, where lm_eval is installed",
+    )
+    parser.add_argument(
+        "--harness-folder", type=Path, metavar="DIR", help="of tasks of your own, as its YAML"
+    )
+    parser.add_argument(
+        "--harness-limit", type=whole_number(1, 1 << 30), metavar="N", help="examples a task"
+    )
     for flag, what in (
         ("--needle", "look for a number in texts of so many tokens"),
         ("--contexts", "time teacher and student after prompts of so many tokens"),
     ):
         parser.add_argument(flag, type=whole_numbers, default=(), metavar="N,N", help=what)
-    parser.set_defaults(command=run)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -104,6 +121,13 @@ def run(args: argparse.Namespace) -> None:
         documents = list(load_corpus(args.corpus, args.pattern).heldout)
     plan = Plan(args.length, args.rows, args.overlap, args.needle, args.contexts)
     scores = assess(models, tokenizer, documents, plan, say=reporter.say)
+    if args.harness:
+        from distill.harness import harness_tasks
+
+        reporter.say(f"harness  {args.harness}")
+        names, limit = args.harness.split(","), args.harness_limit
+        found = harness_tasks(models, tokenizer, names, folder=args.harness_folder, limit=limit)
+        scores["tasks"] += found
     write_atomically(args.out / SCORES, json.dumps(scores, indent=1) + "\n")
     write_report(args.out)
     for sentence in sentences(scores):
