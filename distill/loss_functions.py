@@ -286,12 +286,13 @@ def attention(
     input_ids = ctx.student.input_ids
     sampled = Rows.sample(input_ids, rows, ctx.student.inputs.get("cu_seq_lens_q"))
     mask_B1R = sampled.of(ctx.mask(tokens))[:, None]
+    students, teachers = ctx.student.attention, ctx.teacher.attention  # under autocast, if any
     sums, heads = [], 1
     with torch.autocast(input_ids.device.type, enabled=False):
         for s, t in ctx.pairs:
-            got_BHRT = ctx.student.attention[s].weights(sampled, part)
+            got_BHRT = students[s].weights(sampled, part)
             with torch.no_grad():
-                want_BHRT = ctx.teacher.attention[t].weights(sampled)
+                want_BHRT = teachers[t].weights(sampled)
             if got_BHRT.shape[1] != want_BHRT.shape[1]:
                 got_BHRT, want_BHRT = (x.mean(1, keepdim=True) for x in (got_BHRT, want_BHRT))
             heads = got_BHRT.shape[1]

@@ -141,6 +141,20 @@ def test_the_model_is_as_before_and_checkpoints_look_once():
     assert all(layer.self_attn.mixer.observer is None for layer in student.model.layers[:2])
 
 
+def test_models_run_under_autocast_and_rows_do_not():
+    student = stir(hybrid.hybridize(make_teacher(), window=4, copy_weights=True))
+    module = DistillModule(student, make_teacher(), [LossSpec("attention")])
+    dtypes = []
+    for model in (student, module.teacher):
+        query = model.model.layers[0].self_attn.q_proj
+        query.register_forward_hook(lambda _, args, q: dtypes.append(q.dtype))
+    want, _ = module(tokens(20), tokens(20))["attention"]
+    with torch.autocast("cpu", torch.bfloat16):
+        got, _ = module(tokens(20), tokens(20))["attention"]
+    assert dtypes == [torch.float32] * 2 + [torch.bfloat16] * 2
+    assert got.dtype == torch.float32 and relative_error(got, want) <= 0.05
+
+
 def test_long_memories_keep_their_digits():
     """Decays far from the beginning, where a difference of running sums has none left."""
     teacher = make_teacher()
