@@ -10,20 +10,25 @@ import torch
 from torch import Tensor
 
 from distill.corpus import read_documents
-from distill.data import Tokens
+from distill.data import Rows, Tokens
 from distill.errors import DistillError, Interrupt
+from distill.losses import packed_inputs
 from distill.progress import Reporter
-from distill.teacher import CacheWriter, digest, id_bits, model_digest, topk_words
+from distill.teacher import CacheWriter, id_bits, model_digest, topk_words
 
 
 @dataclass(frozen=True)
 class CaptureConfig:
-    """Windows of `length` tokens, one after the other, `rows` of them at a time."""
+    """Windows of `length` tokens, one after the other, `rows` of them at a time.
+
+    boundaries: a document's words come from that document alone, as `DataConfig` has it.
+    """
 
     k: int
     length: int
     rows: int
     max_tokens: int | None
+    boundaries: bool = False
 
 
 def load_teacher(path: Path, dtype: Any = "auto") -> tuple[Any, Any]:
@@ -68,7 +73,7 @@ def corpus_tokens(root: Path, pattern: str, tokenizer: Any) -> Tensor:
 @torch.no_grad()
 def capture(
     model: Any,
-    tokens_N: Tensor,
+    tokens: Tokens,
     out: Path,
     config: CaptureConfig,
     reporter: Reporter,
@@ -77,47 +82,48 @@ def capture(
 ) -> None:
     """Writes the cache, or goes on with one of the same teacher, tokens and sizes.
 
-    Row r of it is what follows token r: of the first length * (len(tokens_N) // length) tokens.
+    Row r of it is what follows token r: of the tokens that fill windows.
     """
     vocabulary = model.config.vocab_size
-    tokens_N = tokens_N[: config.max_tokens]
-    windows = len(tokens_N) // config.length
-    if windows == 0:
-        raise DistillError(f"corpus: one window takes {config.length} tokens, got {len(tokens_N)}")
-    if int(tokens_N.max()) >= vocabulary:
+    tokens = tokens.cut(config.max_tokens)
+    count = len(tokens.ids_N)
+    if count < config.length:
+        raise DistillError(f"corpus: one window takes {config.length} tokens, got {count}")
+    if int(tokens.ids_N.max()) >= vocabulary:
         raise DistillError(
             f"teacher: its tokenizer must have ids below the model's vocabulary of {vocabulary},"
-            f" got {int(tokens_N.max())}"
+            f" got {int(tokens.ids_N.max())}"
         )
-    kept = tokens_N[: windows * config.length].view(windows, config.length)
-    _say_sizes(reporter, kept, config, vocabulary)
+    rows = Rows(tokens, 1, config.length, 0, config.boundaries)
+    _say_sizes(reporter, rows.windows, config, vocabulary)
     if dry_run:
         return
-    fingerprint = {
-        "model": model_digest(model),
-        "data": digest([("tokens", kept.int())]),
-        "length": str(config.length),
-    }
+    fingerprint = tokens.fingerprint(config.length, config.boundaries)
+    fingerprint["model"] = model_digest(model)
     with CacheWriter(out, fingerprint, config.k, vocabulary) as writer:
         start = len(writer) // config.length
-        if start == windows:
+        if start == rows.windows:
             reporter.say(f"cache    {out} is complete")
             return
-        with reporter.meter("cache", windows, start) as meter:
-            for begin in range(start, windows, config.rows):
-                batch = kept[begin : begin + config.rows].to(model.device)
-                logits = model(batch, use_cache=False).logits
+        with reporter.meter("cache", rows.windows, start) as meter:
+            for begin in range(start, rows.windows, config.rows):
+                end = min(begin + config.rows, rows.windows)
+                batch = rows.batch(torch.arange(begin, end)).to(model.device)
+                packed = batch.cu_seqlens
+                inputs = {} if packed is None else packed_inputs(packed, batch.input_ids)
+                logits = model(batch.input_ids, use_cache=False, **inputs).logits
                 writer.append(topk_words(logits.flatten(0, 1), config.k))
-                meter.update(min(begin + config.rows, windows), tokens=batch.numel())
+                meter.update(end, tokens=batch.input_ids.numel())
                 if interrupt.requested is not None:
                     writer.flush()
                 interrupt.check()
 
 
-def _say_sizes(reporter: Reporter, kept: Tensor, config: CaptureConfig, vocabulary: int) -> None:
+def _say_sizes(reporter: Reporter, windows: int, config: CaptureConfig, vocabulary: int) -> None:
     each = -(-config.k * id_bits(vocabulary) // 8) + 2 * config.k + 4
+    tokens = windows * config.length
     reporter.say(
-        f"cache    {kept.numel()} tokens, {len(kept)} windows of {config.length}: {each} bytes a"
-        f" token, {each * kept.numel() / 1e6:.1f} MB; all logits in two bytes would be"
+        f"cache    {tokens} tokens, {windows} windows of {config.length}: {each} bytes a"
+        f" token, {each * tokens / 1e6:.1f} MB; all logits in two bytes would be"
         f" {2 * vocabulary} bytes a token"
     )

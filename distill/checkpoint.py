@@ -56,6 +56,15 @@ def replace_folder(path: Path, write: Callable[[Path], Any]) -> None:
         raise DistillError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file of any size."""
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            sha.update(chunk)
+    return sha.hexdigest()
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from distill.data import Rows
 from distill.errors import DistillError
 from distill.losses import DistillModule, LossSpec
 from distill.progress import Reporter
@@ -39,7 +40,7 @@ def require_same_vocabulary(teacher: Any | None, student: Any, tokenizer: Any) -
 
 
 def say(reporter: Reporter, stage: Stage) -> None:
-    """Sizes, parameter groups, memory, and what the teacher makes of the first rows."""
+    """Sizes, parameter groups and memory."""
     if not stage.accelerator.is_main_process:
         return
     module, config = stage.module, stage.config
@@ -59,8 +60,6 @@ def say(reporter: Reporter, stage: Stage) -> None:
     if stage.rows.cache is not None:
         cache = stage.rows.cache
         reporter.say(f"  cache    {len(cache)} tokens, {cache.size_bytes / GB:.2f} GB")
-    if module.teacher is not None:
-        _say_teacher(reporter, module.teacher, stage)
 
 
 def memory_bytes(stage: Stage) -> dict[str, int]:
@@ -93,16 +92,13 @@ def _inner(config: Any) -> int:
 
 
 @torch.no_grad()
-def _say_teacher(reporter: Reporter, teacher: Any, stage: Stage) -> None:
+def say_teacher(reporter: Reporter, teacher: Any, rows: Rows) -> None:
     """A wrong teacher, or a wrong tokenizer, shows as a loss no better than chance."""
-    batch = stage.rows.batch(stage.rows.windows_of(0)[:1])
-    batch = batch.to(teacher.to(stage.accelerator.device).device)
+    batch = rows.batch(rows.windows_of(0)[:1]).to(teacher.device)
     losses = DistillModule(teacher, None, [LossSpec("ce")])
     value, count = losses(batch.input_ids, batch.labels, cu_seqlens=batch.cu_seqlens)["ce"]
     nats, chance = (value / count).item(), math.log(teacher.config.vocab_size)
     if not math.isfinite(nats):
         raise DistillError(f"teacher: its cross-entropy on the first row is {nats}")
     warning = "; WARNING: no better than chance, is it the tokenizer's?" if nats > chance else ""
-    reporter.say(
-        f"  teacher  {nats:.3f} nats a word on the first row, chance {chance:.3f}{warning}"
-    )
+    reporter.say(f"teacher  {nats:.3f} nats a word on the first row, chance {chance:.3f}{warning}")

@@ -59,11 +59,17 @@ class Tokens:
         arrays = {"ids": self.ids_N, "starts": self.starts_D1}
         return digest((name, torch.from_numpy(array)) for name, array in arrays.items())
 
-    def fingerprint(self, length: int) -> dict[str, str]:
+    def cut(self, most: int | None) -> Tokens:
+        """The first of them."""
+        return Tokens(self.ids_N[:most], self.starts_D1, self.names)
+
+    def fingerprint(self, length: int, boundaries: bool) -> dict[str, str]:
         """Of a teacher cache over them, as windows of `length`."""
         whole = len(self.ids_N) // length * length
-        data = digest([("tokens", torch.from_numpy(self.ids_N[:whole]))])
-        return {"data": data, "length": str(length)}
+        starts_D = self.starts_D1[self.starts_D1 < whole]
+        parts = {"tokens": self.ids_N[:whole]} | ({"starts": starts_D} if boundaries else {})
+        data = digest((name, torch.from_numpy(array)) for name, array in parts.items())
+        return {"data": data, "length": str(length), "boundaries": str(boundaries).lower()}
 
     def documents(self, begin: int, end: int) -> list[str]:
         """Names of those that tokens [begin, end) are from."""

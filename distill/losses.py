@@ -215,7 +215,7 @@ class DistillModule(nn.Module):
                 of losses times these weights, divided by one count for both; but no gradient
                 belongs to either alone. Without weights each loss has its own.
         """
-        inputs = {} if cu_seqlens is None else _packed(cu_seqlens, input_ids)
+        inputs = {} if cu_seqlens is None else packed_inputs(cu_seqlens, input_ids)
         student = Run(self.student, input_ids, inputs, self._wanted[0], grad=True)
         words = None if words is None else _of_tokens(words, input_ids)
         asks_for_words = words is None and any("words" in spec.needs for spec in self.specs)
@@ -310,7 +310,7 @@ class DistillModule(nn.Module):
         self.projections[spec.name] = projections
 
 
-def _packed(cu_seqlens: Tensor, input_ids: Tensor) -> dict[str, Any]:
+def packed_inputs(cu_seqlens: Tensor, input_ids: Tensor) -> dict[str, Any]:
     """What attention of transformers, and the mixer, know documents by."""
     longest = input_ids.shape[1]  # an upper bound, which needs no look at the device
     return {

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from rich.console import Console
 
 from distill import checks, parallel
 from distill.capture import load_model, load_teacher
@@ -63,6 +64,9 @@ class Run:
             self._read_cache(),
         )
 
+        if self.teacher is not None and self.accelerator.is_main_process:
+            checks.say_teacher(self.reporter, self.teacher.to(self.accelerator.device), self.rows)
+
     def _read_teacher(self) -> tuple[Any, Any]:
         teacher = self.recipe.teacher
         if teacher.path is not None:
@@ -80,7 +84,7 @@ class Run:
             return None
         cache = TeacherCache(Path(self.recipe.teacher.cache))
         expected = dict(cache.index.fingerprint)
-        expected |= self.tokens.fingerprint(self.recipe.data.length)
+        expected |= self.tokens.fingerprint(self.recipe.data.length, self.recipe.data.boundaries)
         if self.teacher is not None:
             expected["model"] = model_digest(self.teacher)
         cache.index.require(cache.folder, expected)
@@ -180,6 +184,8 @@ def run(
         raise DistillError(f"run: {folder} holds a run; pass --resume, or another --run-dir")
     shared = Run(recipe, folder, reporter, interrupt or Interrupt())
     accelerator = shared.accelerator
+    if not accelerator.is_main_process:
+        shared.reporter = Reporter(Console(quiet=True))
     if accelerator.is_main_process and not (folder / "recipe.yaml").exists():
         environment = describe_machine() | {"ranks": accelerator.num_processes}
         write_atomically(folder / "environment.json", json.dumps(environment, indent=1))
@@ -191,7 +197,7 @@ def run(
         done = folder / "checkpoints" / config.name / "student"
         if not done.exists():
             stage = shared.stage(config, start())
-            checks.say(reporter, stage)
+            checks.say(shared.reporter, stage)
             _train(stage, done, shared, resume)
         start = partial(load_model, done, torch.float32)
     if accelerator.is_main_process:

@@ -7,7 +7,6 @@ of each file is in it. Weights that are not trained are not in it: a stage begin
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shutil
 import warnings
@@ -23,7 +22,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from distill.checkpoint import settings_difference, sync_directory, write_atomically
+from distill.checkpoint import file_digest, settings_difference, sync_directory, write_atomically
 from distill.errors import DistillError
 
 FORMAT = "xlstm_kernels.training/1"
@@ -159,7 +158,7 @@ def _damage(path: Path, manifest: Manifest) -> str | None:
         odd = sorted(there ^ manifest.files.keys())
         return f"{odd[0]} is {'not of it' if odd[0] in there else 'missing'}"
     for name, checksum in manifest.files.items():
-        if _checksum(path / name) != checksum:
+        if file_digest(path / name) != checksum:
             return f"wrong checksum of {name}"
     return None
 
@@ -167,15 +166,7 @@ def _damage(path: Path, manifest: Manifest) -> str | None:
 def _share_of_checksums(accelerator: Accelerator, folder: Path) -> dict[str, str]:
     accelerator.wait_for_everyone()
     mine = sorted(folder.iterdir())[accelerator.process_index :: accelerator.num_processes]
-    return {file.name: _checksum(file) for file in mine}
-
-
-def _checksum(path: Path) -> str:
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            sha.update(chunk)
-    return sha.hexdigest()
+    return {file.name: file_digest(file) for file in mine}
 
 
 def _raise_together(

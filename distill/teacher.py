@@ -17,17 +17,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 from torch import Tensor, nn
 
-from distill.checkpoint import write_atomically
+from distill.checkpoint import file_digest, write_atomically
 from distill.errors import DistillError
 
 FORMAT = "xlstm_kernels.teacher/1"
 INDEX = "cache.json"
 SHARD_ROWS = 1 << 16
 STEPS_PER_NAT = 2048
+PARTS = ("ids", "steps", "tail_logmass")  # of a shard
 LEAST = -32.0  # log-probabilities below count as this
 
 
@@ -87,7 +88,8 @@ class Index:
 
 
 class TeacherCache:
-    """What `CacheWriter` wrote. Reads a shard when rows of it are asked for, and checks it then.
+    """What `CacheWriter` wrote, mapped into memory. A shard is checked when rows of it are first
+    asked for.
 
     Args:
         folder: of the cache.
@@ -102,7 +104,7 @@ class TeacherCache:
         self.index = Index.read(self.folder)
         if fingerprint is not None:
             self.index.require(self.folder, fingerprint)
-        self._last: tuple[int, dict[str, np.ndarray]] | None = None
+        self._open: dict[int, Any] = {}
 
     def __len__(self) -> int:
         return self.index.rows
@@ -122,7 +124,7 @@ class TeacherCache:
             inside = slice(max(begin - first, 0), max(min(end - first, shard.rows), 0))
             if inside.start < inside.stop:
                 found = self._shard(at)
-                parts.append({name: array[inside] for name, array in found.items()})
+                parts.append({name: found.get_slice(name)[inside] for name in PARTS})
             first += shard.rows
         return self._unpack(parts)
 
@@ -131,21 +133,20 @@ class TeacherCache:
         for at in range(len(self.index.shards)):
             self._shard(at)
 
-    def _shard(self, at: int) -> dict[str, np.ndarray]:
-        if self._last is not None and self._last[0] == at:
-            return self._last[1]
+    def _shard(self, at: int) -> Any:
+        if at in self._open:
+            return self._open[at]
         shard = self.index.shards[at]
         path = self.folder / shard.name
         try:
-            data = path.read_bytes()
-            if hashlib.sha256(data).hexdigest() != shard.sha256:
+            if file_digest(path) != shard.sha256:
                 raise DistillError(f"teacher cache: {path} is damaged (wrong checksum)")
-            self._last = at, load(data)
+            self._open[at] = safe_open(path, framework="np")
         except OSError as error:
             raise DistillError(f"teacher cache: cannot read {path}: {error.strerror}") from error
         except SafetensorError as error:
             raise DistillError(f"teacher cache: {path} is damaged ({error})") from error
-        return self._last[1]
+        return self._open[at]
 
     def _unpack(self, parts: list[dict[str, np.ndarray]]) -> TopK:
         k, bits = self.index.k, id_bits(self.index.vocabulary)

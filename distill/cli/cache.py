@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill.cli.flags import whole_number
+from distill.cli.flags import fraction, whole_number
 from distill.errors import Interrupt
 
 if TYPE_CHECKING:
@@ -18,9 +18,10 @@ def add(commands: Commands) -> None:
         "cache",
         help="keep a teacher's likeliest next words on disk, to distil without the teacher",
         description=(
-            "Reads the files of a corpus once with a causal language model of transformers and "
-            "writes, for every token, the K likeliest next words, their log-probabilities and what "
-            "is left for all others to OUT. Ctrl-C keeps what is done; the same command goes on. "
+            "Reads the training files of a corpus once with a causal language model of "
+            "transformers and writes, for every token, the K likeliest next words, their "
+            "log-probabilities and what is left for all others to OUT, as teacher.cache of a "
+            "recipe takes it. Ctrl-C keeps what is done; the same command goes on. "
             "A cache of another teacher, corpus, length or K is refused."
         ),
         allow_abbrev=False,
@@ -49,6 +50,18 @@ def add(commands: Commands) -> None:
     cache.add_argument(
         "--max-tokens", type=whole_number(1, 1 << 40), metavar="N", help="stop after N tokens"
     )
+    cache.add_argument(
+        "--boundaries",
+        action="store_true",
+        help="the teacher reads each document by itself, as data.boundaries of a recipe",
+    )
+    cache.add_argument(
+        "--heldout-fraction",
+        type=fraction,
+        default=0.05,
+        metavar="X",
+        help="of the files, left out as data.heldout_fraction of a recipe (default: %(default)s)",
+    )
     cache.add_argument("--dry-run", action="store_true", help="print sizes and write nothing")
     cache.set_defaults(command=run)
 
@@ -56,12 +69,15 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from distill.capture import CaptureConfig, capture, corpus_tokens, load_teacher
+    from distill.capture import CaptureConfig, capture, load_teacher
+    from distill.corpus import load_corpus
+    from distill.data import Tokens
     from distill.progress import Reporter
 
-    config = CaptureConfig(args.k, args.length, args.rows, args.max_tokens)
+    config = CaptureConfig(args.k, args.length, args.rows, args.max_tokens, args.boundaries)
     reporter = Reporter(Console(highlight=False))
     with Interrupt() as interrupt:
         model, tokenizer = load_teacher(args.teacher)
-        tokens_N = corpus_tokens(args.corpus, args.pattern, tokenizer)
-        capture(model, tokens_N, args.out, config, reporter, interrupt, args.dry_run)
+        corpus = load_corpus(args.corpus, args.pattern, args.heldout_fraction)
+        tokens = Tokens.of(corpus.train, tokenizer)
+        capture(model, tokens, args.out, config, reporter, interrupt, args.dry_run)

@@ -26,6 +26,7 @@ def add(commands: Commands) -> None:
         ),
         allow_abbrev=False,
     )
+    run_.intermixed = True
     run_.add_argument("recipe", metavar="RECIPE", help="name of a preset, or a file")
     run_.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="changes to the recipe")
     run_.add_argument(

@@ -3,11 +3,13 @@
 import shutil
 import signal
 
+import numpy as np
 import pytest
 import torch
 
 from distill.__main__ import main, resume_command
 from distill.capture import CaptureConfig, capture, load_teacher
+from distill.data import Tokens
 from distill.errors import DistillError, Interrupt, Interrupted
 from distill.progress import Reporter
 from distill.stages import sparse_loss, topk_targets
@@ -46,11 +48,12 @@ def test_the_cache_is_what_the_teacher_says(teacher_dir, corpus_dir, tmp_path, c
 
 
 def capture_of(model, tokens_N, out, interrupt=None, length=16):
+    tokens = Tokens(tokens_N.int().numpy(), np.array([0, len(tokens_N)]), ("all",))
     from rich.console import Console
 
     config = CaptureConfig(k=8, length=length, rows=1, max_tokens=None)
     reporter = Reporter(Console(quiet=True))
-    capture(model, tokens_N, out, config, reporter, interrupt or Interrupt())
+    capture(model, tokens, out, config, reporter, interrupt or Interrupt())
 
 
 def test_a_stopped_run_goes_on(teacher_dir, tmp_path):

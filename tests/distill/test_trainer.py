@@ -5,6 +5,7 @@ import torch
 from ranks import run_on_ranks
 from run_cases import first_stage, make_recipe, steps_on_rank, write_teacher
 
+from distill.__main__ import main
 from distill.errors import DistillError
 from distill.recipe import StageConfig
 from distill.trainer import lr_at
@@ -58,6 +59,28 @@ def test_two_ranks_are_one(tmp_path, teacher, corpus_dir, parallel, stage):
     found = run_on_ranks(2, steps_on_rank, 2, recipe, tmp_path, 2)
     assert_same_steps(found[0], want)
     assert found[1][0] == found[0][0]
+
+
+@pytest.mark.parametrize("boundaries", [False, True], ids=["rows", "documents"])
+def test_a_cache_is_the_teacher(tmp_path, teacher, corpus_dir, boundaries):
+    where = ["--teacher", teacher, "--corpus", corpus_dir, "--pattern", "*.py"]
+    sizes = ["-k", 32, "--length", 24, *(["--boundaries"] if boundaries else [])]
+    out = tmp_path / "cache"
+    assert main([str(x) for x in ("cache", *where, *sizes, "--out", out)]) == 0
+    changes = ["stages.0.trainable=['*']", "stages.0.lr=1e-3", f"data.boundaries={boundaries}"]
+    changes.append("stages.0.losses=[{name: ce}, {name: topk_kl, args: {k: 32}}]")
+
+    def losses(*more):
+        recipe = make_recipe(tmp_path, teacher, corpus_dir, *changes, *more)
+        return steps_on_rank(0, 1, recipe, tmp_path, 2)[0]
+
+    # Log-probabilities of a cache are rounded to 2^-11.
+    for got, want in zip(losses(f"teacher.cache={out}"), losses(), strict=True):
+        assert got == pytest.approx(want, rel=1e-3, abs=1e-3)
+    with pytest.raises(DistillError, match=r"boundaries is .* there and .* here"):
+        losses(f"teacher.cache={out}", f"data.boundaries={not boundaries}")
+    with pytest.raises(DistillError, match=r"data is .*; length is 24 there and 23 here"):
+        losses(f"teacher.cache={out}", "data.length=23")
 
 
 def test_a_number_that_is_none_ends_the_stage(tmp_path, teacher, corpus_dir):
