@@ -11,8 +11,8 @@ import torch
 import xlstm_kernels as xk
 from distill.errors import DistillError
 
-# What the models and their losses are made of.
-OPS = ("slstm", "kl_div")
+# What the demo's models and their losses are made of.
+OPS = ("mlstm", "sliding_window_attention", "linear_kl_div", "linear_cross_entropy")
 
 
 def describe_machine() -> dict:

@@ -40,6 +40,7 @@ class Run:
     folder: Path
     reporter: Reporter
     interrupt: Interrupt = field(default_factory=Interrupt)
+    tokens: Tokens | None = None
 
     def __post_init__(self) -> None:
         recipe = self.recipe
@@ -54,7 +55,7 @@ class Run:
         self.corpus: Corpus = load_corpus(
             Path(data.corpus or ""), data.pattern, data.heldout_fraction, data.heldout_bytes
         )
-        self.tokens = Tokens.of(self.corpus.train, self.tokenizer)
+        self.tokens = self.tokens or Tokens.of(self.corpus.train, self.tokenizer)
         self.rows = Rows(
             self.tokens,
             recipe.loop.rows,
@@ -170,10 +171,12 @@ def run(
     interrupt: Interrupt | None = None,
     *,
     resume: bool = False,
+    tokens: Tokens | None = None,
 ) -> Path:
     """Train the recipe's student; the folder of the finished one, `folder`/student.
 
     Args:
+        tokens: those of the training files, where they have been read before.
         resume: go on with what `folder` holds, to the bits that an uninterrupted run would have.
 
     Raises:
@@ -182,7 +185,7 @@ def run(
     """
     if (folder / "recipe.yaml").exists() and not resume:
         raise DistillError(f"run: {folder} holds a run; pass --resume, or another --run-dir")
-    shared = Run(recipe, folder, reporter, interrupt or Interrupt())
+    shared = Run(recipe, folder, reporter, interrupt or Interrupt(), tokens)
     accelerator = shared.accelerator
     if not accelerator.is_main_process:
         shared.reporter = Reporter(Console(quiet=True))

@@ -1,81 +1,152 @@
-"""The demo's sizes and budgets: everything that decides its result, in one value."""
+"""The demo's sizes and budgets, and the recipes that they make: all that decides its result."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
-from distill.demo.losses import DistillConfig
-from distill.demo.model import ModelConfig
-from distill.demo.trainer import StageConfig
+from distill.recipe import (
+    DataConfig,
+    LogConfig,
+    LoopConfig,
+    LossConfig,
+    Recipe,
+    StageConfig,
+    StudentConfig,
+    TeacherConfig,
+)
 
-# A tokenizer of a small corpus may end up smaller; the vocabulary is filled in once it is known.
-UNKNOWN_VOCAB = 0
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the teacher, a Llama over bytes."""
+
+    width: int = 192
+    layers: int = 4
+    heads: int = 6
+    ffn: int = 512
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Training steps of each part, and the learning rates."""
+
+    teacher: int = 450
+    align: int = 40
+    distill: int = 50
+    small: int = 60
+    teacher_lr: float = 4e-3
+    align_lr: float = 1e-2
+    distill_lr: float = 5e-4
+    small_lr: float = 2e-3
 
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """One demo: `student_stage` is also the budget of the control."""
+    """One demo. `small_layers` are left of the teacher's in the small student; `contexts` are
+    those that writing is timed after; `seeds` decide the order of the text."""
 
-    teacher: ModelConfig
-    student: ModelConfig
-    teacher_stage: StageConfig
-    student_stage: StageConfig
-    distill: DistillConfig
-    vocab_size: int
-    rows: int
-    length: int
-    heldout_bytes: int
-    probe_tokens: int
-    speed_rows: int
-    speed_repeats: int
-    sample_tokens: int
-    seed: int = 1
-
-
-STANDARD = DemoConfig(
-    teacher=ModelConfig(UNKNOWN_VOCAB, width=256, layers=2, heads=4, ffn=512),
-    student=ModelConfig(UNKNOWN_VOCAB, width=128, layers=2, heads=4, ffn=256),
-    teacher_stage=StageConfig(steps=900, lr=6e-3),
-    student_stage=StageConfig(steps=500, lr=1e-2),
-    distill=DistillConfig(ce_weight=0.2, kl_weight=0.8, temperature=1.0),
-    vocab_size=4096,
-    rows=8,
-    length=128,
-    heldout_bytes=200_000,
-    probe_tokens=4096,
-    speed_rows=8,
-    speed_repeats=5,
-    sample_tokens=72,
-)
-
-# For continuous integration: the same path in seconds, with numbers that mean nothing.
-QUICK = replace(
-    STANDARD,
-    teacher=ModelConfig(UNKNOWN_VOCAB, width=64, layers=2, heads=2, ffn=128),
-    student=ModelConfig(UNKNOWN_VOCAB, width=32, layers=1, heads=2, ffn=64),
-    teacher_stage=StageConfig(steps=60, lr=1e-2, warmup=5, probe_every=20, checkpoint_every=20),
-    student_stage=StageConfig(steps=30, lr=1e-2, warmup=5, probe_every=10, checkpoint_every=10),
-    vocab_size=512,
-    rows=8,
-    length=64,
-    heldout_bytes=20_000,
-    probe_tokens=1024,
-    speed_rows=2,
-    speed_repeats=2,
-    sample_tokens=24,
-)
+    corpus: Path
+    pattern: str = "*.py"
+    sizes: Sizes = Sizes()
+    budget: Budget = Budget()
+    seeds: tuple[int, ...] = (1, 2, 3)
+    rows: int = 8
+    length: int = 256
+    window: int = 32
+    sinks: int = 4
+    small_layers: int = 2
+    ce_weight: float = 0.1
+    kl_weight: float = 0.9
+    heldout_bytes: int = 60_000
+    contexts: tuple[int, ...] = (256, 1024, 4096, 16384)
+    speed_repeats: int = 5
+    sample_tokens: int = 120
+    backend: str = "cpu"
 
 
-def demo_config(quick: bool, steps_scale: float, seed: int, backend: str) -> DemoConfig:
-    """A preset with the user's choices applied."""
-    config = QUICK if quick else STANDARD
-    return replace(
-        config,
-        teacher=replace(config.teacher, backend=backend),
-        student=replace(config.student, backend=backend),
-        teacher_stage=_scaled(config.teacher_stage, steps_scale),
-        student_stage=_scaled(config.student_stage, steps_scale),
-        seed=seed,
-    )
+QUICK: dict[str, Any] = {
+    "sizes": Sizes(width=32, layers=2, heads=2, ffn=64),
+    "budget": Budget(teacher=20, align=4, distill=6, small=8),
+    "length": 64,
+    "window": 16,
+    "small_layers": 1,
+    "heldout_bytes": 4_000,
+    "contexts": (64, 256),
+    "speed_repeats": 1,
+    "sample_tokens": 16,
+}
 
 
-def _scaled(stage: StageConfig, factor: float) -> StageConfig:
-    return replace(stage, steps=max(1, round(stage.steps * factor)))
+def demo_config(
+    corpus: Path, pattern: str, quick: bool, steps_scale: float, seed: int, backend: str
+) -> DemoConfig:
+    """The user's choices; `quick` is the same path in seconds, with numbers that mean nothing."""
+    config = DemoConfig(corpus, pattern, backend=backend, seeds=(seed, seed + 1, seed + 2))
+    config = replace(config, **QUICK) if quick else config
+    budget, parts = config.budget, ("teacher", "align", "distill", "small")
+    steps = {name: max(1, round(getattr(budget, name) * steps_scale)) for name in parts}
+    return replace(config, budget=replace(budget, **steps))
+
+
+class Recipes:
+    """What the demo trains from the teacher in a folder, and that one from random weights."""
+
+    def __init__(self, config: DemoConfig, teacher: Path):
+        self.config, self.teacher = config, teacher
+
+    def of_teacher(self, start: Path) -> Recipe:
+        budget = self.config.budget
+        stage = self._stage("train", budget.teacher, budget.teacher_lr, [self._ce()])
+        return self._recipe([stage], 0, StudentConfig("load", str(start)), None)
+
+    def hybrid(self, seed: int) -> Recipe:
+        config, budget = self.config, self.config.budget
+        options = {"window": config.window, "sinks": config.sinks, "backend": config.backend}
+        student = StudentConfig("hybridize", options=options, calibration_rows=4)
+        errors = LossConfig("mixer_mse", 1.0, {"relative": True})
+        align = self._stage("align", budget.align, budget.align_lr, [errors])
+        align.trainable = ["*mixer*"]
+        distill = self._stage("distill", budget.distill, budget.distill_lr, self._distillation())
+        return self._recipe([align, distill], seed, student, self.teacher)
+
+    def trained_on(self, seed: int) -> Recipe:
+        """The teacher itself, for the steps of the hybrid's second stage."""
+        budget = self.config.budget
+        stage = self._stage("train", budget.distill, budget.distill_lr, [self._ce()])
+        return self._recipe([stage], seed, StudentConfig("load", str(self.teacher)), self.teacher)
+
+    def small(self, seed: int, from_teacher: bool) -> Recipe:
+        """A few of the teacher's layers, trained on its words or on the text alone."""
+        budget = self.config.budget
+        losses = self._distillation() if from_teacher else [self._ce()]
+        stage = self._stage("distill", budget.small, budget.small_lr, losses)
+        student = StudentConfig("compress", options={"layers": self.config.small_layers})
+        return self._recipe([stage], seed, student, self.teacher)
+
+    def _ce(self, weight: float = 1.0) -> LossConfig:
+        return LossConfig("ce", weight, {"backend": self.config.backend})
+
+    def _distillation(self) -> list[LossConfig]:
+        config = self.config
+        kl = LossConfig("kl", config.kl_weight, {"backend": config.backend})
+        return [self._ce(config.ce_weight), kl]
+
+    def _stage(self, name: str, steps: int, lr: float, losses: list[LossConfig]) -> StageConfig:
+        rise = max(1, min(20, steps // 8))
+        stage = StageConfig(name, losses, steps=steps, lr=lr, final_lr=lr / 20, warmup=rise)
+        stage.betas = [0.9, 0.98]
+        return stage
+
+    def _recipe(
+        self, stages: list[StageConfig], seed: int, student: StudentConfig, teacher: Path | None
+    ) -> Recipe:
+        config = self.config
+        data = DataConfig(str(config.corpus), config.pattern, config.length)
+        data.heldout_bytes = config.heldout_bytes
+        loop = LoopConfig(config.rows, seed=seed, checkpoint_every=50, heldout_every=0)
+        path = None if teacher is None else str(teacher)
+        recipe = Recipe(student, TeacherConfig(path), data, stages, loop, LogConfig([]))
+        recipe.check()
+        return recipe

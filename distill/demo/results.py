@@ -1,21 +1,23 @@
-"""What the demo measures once its three models are trained, as plain values for JSON."""
+"""What the demo measures once its models are trained, as plain values for JSON."""
 
-import math
+from __future__ import annotations
+
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from distill.corpus import Corpus, Text
-from distill.demo.config import DemoConfig
-from distill.demo.evaluate import Scores, agreement, bits_per_byte, bits_per_byte_by_file, score
-from distill.demo.model import generate, n_bytes, n_parameters
-from distill.demo.speed import Batch, parity, time_steps
-from distill.demo.trainer import Stage
-from distill.errors import DistillError, Interrupt
-from distill.progress import Meter, Reporter
+from distill.assessment import Plan, assess
+from distill.capture import load_model
+from distill.data import byte_tokenizer
+from distill.demo.config import Recipes
+from distill.demo.run import PARTS, Demo
+from distill.demo.speed import compare_backends
+from distill.machine import describe_machine
 
-MODELS = ("teacher", "student", "control")
 PROMPTS = (
     'def read_config(path):\n    """',
     "class Connection:\n    def __init__(self, ",
@@ -24,170 +26,148 @@ PROMPTS = (
 SAMPLE_TEMPERATURE = 0.7
 
 
-def score_models(
-    stages: dict[str, Stage], text: Text, reporter: Reporter, interrupt: Interrupt
-) -> dict[str, Scores]:
-    """Score every model on the whole held-out stream."""
-    scores = {}
-    for name, stage in stages.items():
-        with reporter.meter(f"score {name}", len(text.heldout.tokens_N) - 1) as meter:
+def measure(demo: Demo) -> dict[str, Any]:
+    """Train, score, time and sample; all that the report shows."""
+    began = time.perf_counter()
+    folders = demo.run()
+    names = model_names(folders, demo.config.seeds)
+    demo.reporter.say(f"scoring  {len(names)} models on {demo.corpus.heldout_bytes / 1e3:.0f} kB")
+    models = {name: load_model(path, torch.float32) for name, path in names.items()}
+    plan = Plan(demo.config.length, demo.config.rows, contexts=demo.config.contexts)
 
-            def after_batch(done: int, tokens: int, meter: Meter = meter) -> None:
-                interrupt.check()
-                meter.update(done, tokens=tokens)
+    def say(message: str) -> None:
+        demo.interrupt.check()
+        if not message.startswith("score"):
+            demo.reporter.say(message)
 
-            scores[name] = score(stage.model.eval(), text.heldout.tokens_N, after_batch=after_batch)
-    return scores
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Text that each model wrote after each prompt, and how fast, in tokens/s one at a time."""
-
-    texts: list[dict[str, str]]
-    tokens_per_s: dict[str, float]
-
-
-def write_samples(stages: dict[str, Stage], text: Text, config: DemoConfig) -> Samples:
-    """Let each model continue the prompts."""
-    texts: list[dict[str, str]] = [{"prompt": prompt} for prompt in PROMPTS]
-    tokens_per_s = {}
-    for name, stage in stages.items():
-        began = time.perf_counter()
-        for sample in texts:
-            ids = text.tokenizer.encode(sample["prompt"]).ids
-            written = generate(
-                stage.model.eval(), ids, config.sample_tokens, SAMPLE_TEMPERATURE, config.seed
-            )
-            sample[name] = text.decode(written)
-        elapsed = time.perf_counter() - began
-        tokens_per_s[name] = len(texts) * config.sample_tokens / elapsed
-    return Samples(texts, tokens_per_s)
-
-
-def compare_backends(
-    stages: dict[str, Stage], config: DemoConfig, reporter: Reporter, interrupt: Interrupt
-) -> dict:
-    """Time the student's training step on our kernels and on eager torch, parity first."""
-    student, backend = stages["student"].model, config.student.backend
-    batch = _speed_batch(stages, config)
-    small = (batch[0][:2], batch[1][:2], batch[2][:2])
-    worst = parity(student.config, student.state_dict(), config.distill, backend, small)
-    interrupt.check()
-    if not worst.holds:
-        raise DistillError(
-            f"speed: backend {backend!r} must agree with 'reference' before it is timed: gradient "
-            f"of {worst.parameter} is off by {worst.error:.1e}, allowed {worst.budget:.1e}"
-        )
-    backends = (backend, "reference")
-    n_steps = len(backends) * (config.speed_repeats + 1)
-    with reporter.meter("time steps", n_steps) as meter:
-
-        def after_step(done: int) -> None:
-            interrupt.check()
-            meter.update(done)
-
-        timings = time_steps(
-            student.config,
-            student.state_dict(),
-            config.distill,
-            backends,
-            batch,
-            config.speed_repeats,
-            after_step,
-        )
-    ours, reference = timings
+    scores = assess(models, byte_tokenizer(), demo.corpus.heldout, plan, say=say)
     return {
-        "parity": asdict(worst),
-        "rows": batch[0].shape[0],
-        "length": batch[0].shape[1],
-        "ours": {"backend": backend, "step_s": ours.step_s, "tokens_per_s": ours.tokens_per_s},
-        "reference": {"step_s": reference.step_s, "tokens_per_s": reference.tokens_per_s},
-        "ratio": ours.tokens_per_s / reference.tokens_per_s,
+        "machine": describe_machine(),
+        "config": {**asdict(demo.config), "corpus": str(demo.config.corpus)},
+        "corpus": {
+            "digest": demo.corpus.digest,
+            "train_bytes": demo.corpus.train_bytes,
+            "train_files": len(demo.corpus.train),
+            "heldout_bytes": demo.corpus.heldout_bytes,
+            "heldout_files": len(demo.corpus.heldout),
+        },
+        "parts": parts_of(scores["models"], demo.config.seeds),
+        "scores": scores,
+        "training": time_training(demo, folders),
+        "samples": write_samples(_writers(models, demo), demo.config.sample_tokens),
+        "run": str(folders["hybrid"][0].parent),
+        "trained_s": demo.trained_s,
+        "wall_s": time.perf_counter() - began,
     }
 
 
-@torch.no_grad()
-def _speed_batch(stages: dict[str, Stage], config: DemoConfig) -> Batch:
-    inputs_BT, labels_BT = stages["student"].batches.batch(0)
-    inputs_BT, labels_BT = inputs_BT[: config.speed_rows], labels_BT[: config.speed_rows]
-    teacher_BTV, _ = stages["teacher"].model.eval()(inputs_BT)
-    return inputs_BT, labels_BT, teacher_BTV
-
-
-def describe_corpus(corpus: Corpus, text: Text) -> dict:
-    return {
-        "root": str(corpus.root),
-        "digest": corpus.digest,
-        "train_files": len(corpus.train),
-        "train_bytes": corpus.train_bytes,
-        "train_tokens": len(text.train_N),
-        "heldout_files": len(corpus.heldout),
-        "heldout_bytes": corpus.heldout_bytes,
-        "heldout_tokens": len(text.heldout.tokens_N) - 1,
-        "vocab": text.vocab,
+def model_names(folders: Mapping[str, Sequence[Path]], seeds: Sequence[int]) -> dict[str, Path]:
+    """By part and seed; the teacher has none."""
+    (teacher,) = folders["teacher"]
+    return {"teacher": teacher} | {
+        f"{part} {seed}": path
+        for part in PARTS
+        for seed, path in zip(seeds, folders[part], strict=True)
     }
 
 
-def describe_models(
-    stages: dict[str, Stage], scores: dict[str, Scores], text: Text, samples: Samples
-) -> dict[str, dict]:
-    """One row of the results table for each model."""
-    heldout_bytes = sum(text.heldout.n_bytes)
-    teacher_top_N = scores["teacher"].top_N
+def _writers(models: Mapping[str, Any], demo: Demo) -> dict[str, Any]:
+    """The teacher, and of each part the first seed's model."""
+    first = demo.config.seeds[0]
+    return {"teacher": models["teacher"]} | {part: models[f"{part} {first}"] for part in PARTS}
+
+
+def parts_of(models: Mapping[str, Any], seeds: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
+    """Of each part the scores, in the order of seeds."""
+    kept = ("bits_per_byte", "accuracy", "agreement", "parameters", "bytes")
+    named = {"teacher": ["teacher"]}
+    named |= {part: [f"{part} {seed}" for seed in seeds] for part in PARTS}
     return {
-        name: {
-            "parameters": n_parameters(stage.model),
-            "bytes": n_bytes(stage.model),
-            "steps": stage.step,
-            "train_tokens": stage.step * stage.tokens_per_step,
-            "train_s": stage.train_s,
-            "train_tokens_per_s": stage.tokens_per_s,
-            "bits_per_byte": bits_per_byte(float(scores[name].nats_N.sum()), heldout_bytes),
-            "agreement": agreement(scores[name].top_N, teacher_top_N),
-            "score_tokens_per_s": scores[name].tokens_per_s,
-            "write_tokens_per_s": samples.tokens_per_s[name],
-        }
-        for name, stage in stages.items()
+        part: [{key: models[name][key] for key in kept} for name in names]
+        for part, names in named.items()
     }
-
-
-def describe_files(corpus: Corpus, text: Text, scores: dict[str, Scores]) -> list[dict]:
-    """Bits per byte of each held-out file under each model."""
-    by_model = {name: bits_per_byte_by_file(s.nats_N, text.heldout) for name, s in scores.items()}
-    return [
-        {"path": document.path, "bytes": len(document.text)}
-        | {name: values[index] for name, values in by_model.items()}
-        for index, document in enumerate(corpus.heldout)
-    ]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Student against control: what the teacher was worth.
+    """What came of it. change: of the hybrid's bits per byte against the teacher's, as a share;
+    agreement: with the teacher; on: the same change of the teacher trained on; gains: by seed, bits
+    per byte of the small student against its control; decode: how many times as fast as the teacher
+    the hybrid writes after the longest context; cache: its bytes after the first and the last."""
 
-    `gain` is in bits per byte (positive: the student is better) with a 95 % interval from
-    resampling the held-out files; `gap_closed` is the share of the way from control to teacher.
-    """
+    change: float
+    agreement: float
+    on: float
+    gains: tuple[float, ...]
+    context: int
+    decode: float
+    cache: tuple[int, int]
 
-    gain: float
-    low: float
-    high: float
-    files_better: int
-    files: int
-    gap_closed: float
+    @property
+    def better(self) -> int:
+        return sum(gain > 0 for gain in self.gains)
 
 
-def judge(metrics: dict, resamples: int = 2000) -> Verdict:
-    """Read the verdict off the metrics."""
-    models, files = metrics["models"], metrics["files"]
-    size_F = torch.tensor([file["bytes"] for file in files], dtype=torch.float64)
-    gain_F = torch.tensor([f["control"] - f["student"] for f in files], dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    draw_RF = torch.randint(len(files), (resamples, len(files)), generator=generator)
-    gain_R = (gain_F[draw_RF] * size_F[draw_RF]).sum(1) / size_F[draw_RF].sum(1)
-    low, high = torch.quantile(gain_R, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    gain = models["control"]["bits_per_byte"] - models["student"]["bits_per_byte"]
-    gap = models["control"]["bits_per_byte"] - models["teacher"]["bits_per_byte"]
-    better = int((gain_F > 0).sum())
-    return Verdict(gain, low, high, better, len(files), gain / gap if gap > 0 else math.nan)
+def judge(metrics: Mapping[str, Any]) -> Verdict:
+    """Read the verdict off the metrics; means are over seeds."""
+    parts = metrics["parts"]
+
+    def mean(part: str, key: str) -> float:
+        return sum(model[key] for model in parts[part]) / len(parts[part])
+
+    bits = {part: mean(part, "bits_per_byte") for part in parts}
+    pairs = zip(parts["small, labels"], parts["small"], strict=True)
+    teacher, hybrid = list(metrics["scores"]["bench"]["models"].values())
+    return Verdict(
+        change=bits["hybrid"] / bits["teacher"] - 1,
+        agreement=mean("hybrid", "agreement"),
+        on=bits["teacher on"] / bits["teacher"] - 1,
+        gains=tuple(control["bits_per_byte"] - own["bits_per_byte"] for control, own in pairs),
+        context=teacher[-1]["context"],
+        decode=teacher[-1]["decode_ms"] / hybrid[-1]["decode_ms"],
+        cache=(hybrid[0]["cache_bytes"], hybrid[-1]["cache_bytes"]),
+    )
+
+
+def time_training(demo: Demo, folders: Mapping[str, Sequence[Path]]) -> dict[str, Any]:
+    """The hybrid's step of the second stage, on our kernels and on eager torch."""
+    config, teacher = demo.config, folders["teacher"][0]
+    stage = Recipes(config, teacher).hybrid(config.seeds[0]).stages[-1]
+    ids_N = torch.from_numpy(demo.tokens.ids_N[: config.rows * config.length].astype("int64"))
+    with demo.reporter.meter("time steps", 2 * (config.speed_repeats + 1)) as meter:
+
+        def after_step(done: int) -> None:
+            demo.interrupt.check()
+            meter.update(done)
+
+        return compare_backends(
+            folders["hybrid"][0],
+            teacher,
+            stage,
+            config.backend,
+            ids_N.view(config.rows, config.length),
+            config.speed_repeats,
+            after_step,
+        )
+
+
+@torch.no_grad()
+def write_samples(models: Mapping[str, Any], count: int) -> list[dict[str, str]]:
+    """What each model writes after each prompt."""
+    tokenizer = byte_tokenizer()
+    samples = [{"prompt": prompt} for prompt in PROMPTS]
+    for sample in samples:
+        prompt = tokenizer(sample["prompt"], return_tensors="pt").input_ids
+        for name, model in models.items():
+            torch.manual_seed(1)
+            written = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                pad_token_id=tokenizer.eos_token_id,
+                max_new_tokens=count,
+                do_sample=True,
+                temperature=SAMPLE_TEMPERATURE,
+                top_k=0,
+            )
+            sample[name] = tokenizer.decode(written[0, prompt.shape[1] :], skip_special_tokens=True)
+    return samples

@@ -1,156 +1,140 @@
-"""The demo: a teacher, a student distilled from it, and a control that has no teacher."""
+"""The demo: a teacher, hybrids and small students of it, and what each is to be compared with.
 
+    teacher        a transformer over the bytes of the text
+    hybrid         the teacher with an mLSTM and a window for attention, aligned, then distilled
+    teacher on     the teacher, trained on for as many steps as the hybrid's second stage has
+    small          half of the teacher's layers, distilled
+    small, labels  the same, from the same weights on the same text, without the teacher
+
+each but the teacher once for each seed, in a run folder of its own.
+"""
+
+from __future__ import annotations
+
+import shutil
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from distill.checkpoint import Checkpoint, write_atomically
-from distill.corpus import Batches, Corpus, Text, tokenize
-from distill.demo import results
-from distill.demo.config import DemoConfig
-from distill.demo.evaluate import bits_per_byte, score
-from distill.demo.losses import Distillation, hard_labels
-from distill.demo.model import LanguageModel, n_parameters, seeded_model
-from distill.demo.trainer import Stage
+from distill.checkpoint import settings_difference
+from distill.corpus import Corpus
+from distill.data import Tokens, byte_tokenizer
+from distill.demo.config import DemoConfig, Recipes, Sizes
 from distill.errors import DistillError, Interrupt
-from distill.machine import describe_machine
-from distill.progress import Reporter
+from distill.progress import Meter, Reporter
+from distill.recipe import Recipe
+from distill.runs import run as run_recipe
 
-MAX_STUDENT_SHARE = 0.40
+PARTS = ("hybrid", "teacher on", "small", "small, labels")
+
+
+class Within(Reporter):
+    """Meters of a recipe under a name; what it says of itself is in its run folder."""
+
+    def __init__(self, reporter: Reporter, name: str):
+        super().__init__(reporter.console)
+        self.name = name
+
+    def say(self, message: str) -> None:
+        pass
+
+    @contextmanager
+    def meter(self, title: str, total: int, start: int = 0) -> Iterator[Meter]:
+        with super().meter(f"{self.name}: {title}", total, start) as meter:
+            yield meter
 
 
 @dataclass
 class Demo:
-    """One run; call `run()`.  With `resume` unfinished stages continue, else they start over."""
+    """Call `run()`. With `resume` what is unfinished goes on, else it starts over; a finished
+    teacher is taken as it is."""
 
     config: DemoConfig
     corpus: Corpus
-    run_dir: Path
+    folder: Path
     resume: bool
     reporter: Reporter
-    interrupt: Interrupt
+    interrupt: Interrupt = field(default_factory=Interrupt)
 
-    def run(self) -> dict:
-        """Train, score, time and sample; returns the metrics that the report shows."""
+    def run(self) -> dict[str, list[Path]]:
+        """Train everything; folders of the models by what they are, one for each seed."""
         began = time.perf_counter()
-        self.train()
-        scores = results.score_models(self.stages, self.text, self.reporter, self.interrupt)
-        timing = results.compare_backends(self.stages, self.config, self.reporter, self.interrupt)
-        samples = results.write_samples(self.stages, self.text, self.config)
-        return {
-            "machine": describe_machine(),
-            "config": asdict(self.config),
-            "corpus": results.describe_corpus(self.corpus, self.text),
-            "models": results.describe_models(self.stages, scores, self.text, samples),
-            "files": results.describe_files(self.corpus, self.text, scores),
-            "curves": {name: stage.history for name, stage in self.stages.items()},
-            "speed": timing,
-            "samples": samples.texts,
-            "wall_s": time.perf_counter() - began,
-        }
-
-    def train(self) -> None:
-        """Bring all three models to the end of their budgets; they are in `stages` then."""
-        self.text = self._tokenize()
-        self.stages: dict[str, Stage] = {}
-        for name in results.MODELS:
-            self.stages[name] = self._stage(name)
-            self._train(self.stages[name])
-
-    def _tokenize(self) -> Text:
-        corpus = self.corpus
         self.reporter.say(
-            f"corpus   {corpus.root}: {len(corpus.train)} files, {corpus.train_bytes / 1e6:.1f} MB "
-            f"to train on; {len(corpus.heldout)} files, {corpus.heldout_bytes / 1e3:.0f} kB held "
-            "out"
+            f"corpus   {self.corpus.root}: {len(self.corpus.train)} files,"
+            f" {self.corpus.train_bytes / 1e6:.1f} MB to train on; {len(self.corpus.heldout)},"
+            f" {self.corpus.heldout_bytes / 1e3:.0f} kB, held out"
         )
-        text = tokenize(corpus, self.config.vocab_size)
-        write_atomically(self.run_dir / "tokenizer.json", text.tokenizer.to_str())
+        self.tokens = Tokens.of_bytes(self.corpus.train, byte_tokenizer().eos_token_id)
         self.interrupt.check()
-        self.reporter.say(
-            f"tokens   byte-level BPE, {text.vocab} entries: {len(text.train_N) / 1e6:.2f} M "
-            f"tokens to train on, {corpus.train_bytes / len(text.train_N):.2f} bytes each"
+        recipes = Recipes(self.config, self.folder / "teacher" / "student")
+        start = self.folder / "start"
+        write_start(start, self.config.sizes)
+        found = {"teacher": [self._train("teacher", recipes.of_teacher(start))]}
+        for part in PARTS:
+            found[part] = [
+                self._train(f"{part} {seed}", self._recipe(recipes, part, seed))
+                for seed in self.config.seeds
+            ]
+        self.trained_s = time.perf_counter() - began
+        return found
+
+    def _recipe(self, recipes: Recipes, part: str, seed: int) -> Recipe:
+        if part == "hybrid":
+            return recipes.hybrid(seed)
+        if part == "teacher on":
+            return recipes.trained_on(seed)
+        return recipes.small(seed, from_teacher=part == "small")
+
+    def _train(self, name: str, recipe: Recipe) -> Path:
+        """The student of a run folder, which goes on, starts over or is there already."""
+        folder = self.folder / name.replace(", ", "-").replace(" ", "-")
+        if (folder / "recipe.yaml").exists():
+            before = Recipe.load(folder / "recipe.yaml")
+            difference = settings_difference(before.as_dict(), recipe.as_dict())
+            finished = (folder / "student").exists()
+            if self.resume and difference:
+                raise DistillError(f"{name}: {folder} was trained otherwise ({difference})")
+            if finished and not difference and (self.resume or name == "teacher"):
+                self.reporter.say(f"{name}: trained before, {folder}")
+                return folder / "student"
+            if not self.resume:
+                shutil.rmtree(folder)
+        elif folder.exists():
+            shutil.rmtree(folder)  # stopped before it had begun
+        within = Within(self.reporter, name)
+        return run_recipe(
+            recipe, folder, within, self.interrupt, resume=self.resume, tokens=self.tokens
         )
-        return text
-
-    def _stage(self, name: str) -> Stage:
-        config, is_teacher = self.config, name == "teacher"
-        sizes = replace(config.teacher if is_teacher else config.student, vocab=self.text.vocab)
-        budget = config.teacher_stage if is_teacher else config.student_stage
-        # Student and control share their seed: the same initial weights and the same batches.
-        seed = config.seed * 1000 + (0 if is_teacher else 1)
-        settings = {
-            "corpus": self.corpus.digest[:16],
-            "vocab_size": config.vocab_size,
-            "model": asdict(sizes),
-            "stage": asdict(budget),
-            "rows": config.rows,
-            "length": config.length,
-            "seed": seed,
-        }
-        model, loss = seeded_model(sizes, seed), hard_labels
-        if name == "student":
-            teacher = self.stages["teacher"]
-            require_small(model, teacher.model)
-            settings |= {"distill": asdict(config.distill), "teacher": teacher.settings}
-            loss = Distillation(teacher.model, config.distill, config.student.backend)
-        return Stage(
-            name=name,
-            config=budget,
-            model=model,
-            loss=loss,
-            batches=Batches(self.text.train_N, config.rows, config.length, seed),
-            path=self.run_dir / "checkpoints" / f"{name}.safetensors",
-            settings=settings,
-            seed=seed,
-            probe=self._probe,
-            interrupt=self.interrupt,
-        )
-
-    def _train(self, stage: Stage) -> None:
-        self._restore(stage)
-        if stage.finished:
-            self.reporter.say(f"{stage.name:8} trained before: {stage.path}, {stage.step} steps")
-            return
-        if stage.step:
-            self.reporter.say(f"{stage.name:8} continues after step {stage.step}")
-        with self.reporter.meter(stage.name, stage.config.steps, stage.step) as meter:
-            stage.run(meter)
-
-    def _restore(self, stage: Stage) -> None:
-        """Take up what an earlier run left: any stage on --resume, a finished teacher always."""
-        if not stage.path.exists():
-            return
-        if self.resume:
-            stage.restore()
-        elif stage.name == "teacher":
-            before = Checkpoint.load(stage.path)
-            if difference := before.difference(stage.settings):
-                self.reporter.say(f"teacher  on disk is another one ({difference}): training anew")
-            elif before.step < stage.config.steps:
-                self.reporter.say(
-                    f"teacher  on disk is unfinished ({before.step} of {stage.config.steps} "
-                    "steps): training anew; --resume would continue it"
-                )
-            else:
-                stage.restore()
-
-    @torch.no_grad()
-    def _probe(self, model: LanguageModel) -> dict[str, float]:
-        """Bits per byte of the first held-out tokens: cheap enough to follow the training with."""
-        part_N = self.text.heldout.tokens_N[: self.config.probe_tokens + 1]
-        n_bytes = int(self.text.sizes_V[part_N[1:]].sum())
-        nats = float(score(model.eval(), part_N).nats_N.sum())
-        return {"heldout_bits_per_byte": bits_per_byte(nats, n_bytes)}
 
 
-def require_small(student: LanguageModel, teacher: LanguageModel) -> None:
-    """Refuse a student that is not much smaller than its teacher: the demo would show nothing."""
-    share = n_parameters(student) / n_parameters(teacher)
-    if share > MAX_STUDENT_SHARE:
-        raise DistillError(
-            f"student: must have at most {MAX_STUDENT_SHARE:.0%} of the teacher's parameters, "
-            f"got {share:.0%}"
-        )
+def write_start(folder: Path, sizes: Sizes) -> None:
+    """A teacher of random weights and its tokenizer, the same whenever it is written."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    tokenizer = byte_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=sizes.width,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.heads,
+        intermediate_size=sizes.ffn,
+        max_position_embeddings=1 << 17,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except OSError as error:
+        raise DistillError(f"cannot write {folder}: {error.strerror or error}") from error

@@ -1,42 +1,32 @@
-"""The same training step on the fused kernels and on plain eager torch: equal first, then timed."""
+"""The hybrid's training step on the fused kernels and in plain eager torch: equal, then timed."""
 
-import dataclasses
+from __future__ import annotations
+
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from distill.demo.losses import DistillConfig, distillation
-from distill.demo.model import LanguageModel, ModelConfig
+from distill.capture import load_model
+from distill.errors import DistillError
+from distill.losses import DistillModule, LossSpec
+from distill.mixer import HybridMixer
+from distill.recipe import StageConfig
 from xlstm_kernels.testing import budget, relative_error
 
-# inputs_BT, labels_BT, teacher_BTV
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class StepTiming:
-    """Seconds of each repetition of one training step of `tokens` tokens."""
-
-    backend: str
-    tokens: int
-    step_s: tuple[float, ...]
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.tokens / statistics.median(self.step_s)
+REFERENCE = "reference"
 
 
 @dataclass(frozen=True)
 class Parity:
-    """Largest relative gradient error (2-norm, against float64) and its budget.
+    """Relative error of the whole gradient (2-norm, against float64) and its budget, that of
+    `xlstm_kernels.testing`."""
 
-    The budget is that of `xlstm_kernels.testing`.
-    """
-
-    parameter: str
     error: float
     budget: float
 
@@ -46,83 +36,93 @@ class Parity:
 
 
 class Step:
-    """One distillation step of a copy of the student on one backend; teacher logits are given."""
+    """One step of a stage on one backend: both models, losses, gradients, optimizer."""
 
     def __init__(
         self,
-        config: ModelConfig,
-        weights: dict[str, torch.Tensor],
-        distill: DistillConfig,
+        student: Path,
+        teacher: Path,
+        stage: StageConfig,
         backend: str,
         dtype: torch.dtype = torch.float32,
     ):
-        self.model = LanguageModel(dataclasses.replace(config, backend=backend)).to(dtype)
-        self.model.load_state_dict(weights)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
-        self.distill, self.backend, self.dtype = distill, backend, dtype
+        model = load_model(student, dtype).train()
+        for module in model.modules():
+            if isinstance(module, HybridMixer):
+                module.options = replace(module.options, backend=backend)
+        specs = [
+            LossSpec(loss.name, loss.weight, {**loss.args, "backend": backend})
+            for loss in stage.losses
+        ]
+        self.weights = {spec.name: spec.weight_at(0, 1) for spec in specs}
+        self.losses = DistillModule(model, load_model(teacher, dtype), specs)
+        self.optimizer = torch.optim.AdamW(self.losses.parameters(), lr=1e-6, fused=True)
 
-    def gradients(self, batch: Batch) -> dict[str, torch.Tensor]:
-        self._backward(batch)
-        gradients = {}
-        for name, parameter in self.model.named_parameters():
-            assert parameter.grad is not None, name
-            gradients[name] = parameter.grad
-        return gradients
+    def gradient(self, input_ids: Tensor) -> Tensor:
+        """That of all parameters, as one vector."""
+        self._backward(input_ids)
+        grads = [parameter.grad for parameter in self.losses.student.parameters()]
+        return torch.cat([grad.flatten() for grad in grads if grad is not None])
 
-    def timed(self, batch: Batch) -> float:
-        """Seconds of forward, loss, backward and optimizer."""
+    def timed(self, input_ids: Tensor) -> float:
+        """Seconds of forward, losses, backward and optimizer."""
         began = time.perf_counter()
-        self._backward(batch)
+        self._backward(input_ids)
         self.optimizer.step()
         return time.perf_counter() - began
 
-    def _backward(self, batch: Batch) -> None:
-        inputs_BT, labels_BT, teacher_BTV = batch
+    def _backward(self, input_ids: Tensor) -> None:
         self.optimizer.zero_grad()
-        logits_BTV, _ = self.model(inputs_BT)
-        teacher_BTV = teacher_BTV.to(self.dtype)
-        distillation(logits_BTV, teacher_BTV, labels_BT, self.distill, self.backend).backward()
+        found = self.losses(input_ids, input_ids, weights=self.weights)
+        parts = (self.weights[name] * value / count for name, (value, count) in found.items())
+        torch.stack(list(parts)).sum().backward()
+
+
+def compare_backends(
+    student: Path,
+    teacher: Path,
+    stage: StageConfig,
+    backend: str,
+    input_ids: Tensor,
+    repeats: int,
+    after_step: Callable[[int], None] = lambda done: None,
+) -> dict[str, Any]:
+    """Tokens/s of `backend` and of plain torch, turn by turn, so that whatever else the machine
+    does falls on both alike.
+
+    Raises:
+        DistillError: the gradient on `backend` is further from the exact one than its budget.
+    """
+    models = (student, teacher, stage)
+    found = parity(*models, backend, input_ids[:2])
+    if not found.holds:
+        raise DistillError(
+            f"speed: backend {backend!r} must agree with {REFERENCE!r} before it is timed: the"
+            f" gradient is off by {found.error:.1e}, allowed {found.budget:.1e}"
+        )
+    steps = {name: Step(*models, name) for name in (backend, REFERENCE)}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(repeats + 1):
+        for at, (name, step) in enumerate(steps.items(), start=1):
+            step_s = step.timed(input_ids)
+            if repeat:
+                seconds[name].append(step_s)
+            after_step(repeat * len(steps) + at)
+    rates = {name: input_ids.numel() / statistics.median(took) for name, took in seconds.items()}
+    return {
+        "backend": backend,
+        "parity": asdict(found),
+        "tokens_per_s": rates,
+        "ratio": rates[backend] / rates[REFERENCE],
+    }
 
 
 def parity(
-    config: ModelConfig,
-    weights: dict[str, torch.Tensor],
-    distill: DistillConfig,
-    backend: str,
-    batch: Batch,
+    student: Path, teacher: Path, stage: StageConfig, backend: str, input_ids: Tensor
 ) -> Parity:
-    """The worst parameter's gradient error of `backend` beside its budget."""
-    exact = Step(config, weights, distill, "reference", torch.float64).gradients(batch)
-    plain = Step(config, weights, distill, "reference").gradients(batch)
-    ours = Step(config, weights, distill, backend).gradients(batch)
-    results = [
-        Parity(name, relative_error(ours[name], want), budget(plain[name], want, torch.float32))
-        for name, want in exact.items()
-    ]
-    return max(results, key=lambda result: result.error / result.budget)
-
-
-def time_steps(
-    config: ModelConfig,
-    weights: dict[str, torch.Tensor],
-    distill: DistillConfig,
-    backends: tuple[str, ...],
-    batch: Batch,
-    repeats: int,
-    after_step: Callable[[int], None] = lambda done: None,
-) -> list[StepTiming]:
-    """Time one step per backend in turn, `repeats` times after a warm-up of each.
-
-    Turn by turn, so that whatever else the machine does falls on all of them alike.
-    """
-    steps = [Step(config, weights, distill, backend) for backend in backends]
-    seconds: dict[str, list[float]] = {backend: [] for backend in backends}
-    done = 0
-    for repeat in range(repeats + 1):
-        for step in steps:
-            step_s = step.timed(batch)
-            if repeat > 0:
-                seconds[step.backend].append(step_s)
-            done += 1
-            after_step(done)
-    return [StepTiming(b, batch[0].numel(), tuple(seconds[b])) for b in backends]
+    """How far the gradient on `backend` is from the exact one."""
+    models = (student, teacher, stage)
+    exact = Step(*models, REFERENCE, torch.float64).gradient(input_ids)
+    plain = Step(*models, REFERENCE).gradient(input_ids)
+    ours = Step(*models, backend).gradient(input_ids)
+    return Parity(relative_error(ours, exact), budget(plain, exact, torch.float32))

@@ -2,7 +2,6 @@
 
 import io
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,28 +10,23 @@ from rich.console import Console
 
 from distill.corpus import load_corpus
 from distill.demo import config as presets
-from distill.demo.config import DemoConfig
-from distill.demo.model import ModelConfig
+from distill.demo.config import Budget, DemoConfig, Sizes
 from distill.demo.run import Demo
-from distill.demo.trainer import StageConfig
 from distill.errors import Interrupt
 from distill.progress import Reporter
 
-STAGE = StageConfig(steps=6, lr=1e-2, warmup=2, log_every=2, probe_every=3, checkpoint_every=4)
-TINY = replace(
-    presets.QUICK,
-    teacher=ModelConfig(presets.UNKNOWN_VOCAB, width=32, layers=2, heads=2, ffn=32),
-    student=ModelConfig(presets.UNKNOWN_VOCAB, width=16, layers=1, heads=2, ffn=16),
-    teacher_stage=STAGE,
-    student_stage=STAGE,
-    vocab_size=300,
-    rows=4,
-    length=16,
-    heldout_bytes=2_000,
-    probe_tokens=64,
-    speed_repeats=1,
-    sample_tokens=4,
-)
+TINY = {
+    **presets.QUICK,
+    "sizes": Sizes(width=16, layers=2, heads=2, ffn=16),
+    "budget": Budget(teacher=3, align=2, distill=2, small=2),
+    "length": 16,
+    "window": 4,
+    "sinks": 1,
+    "rows": 2,
+    "heldout_bytes": 2_000,
+    "contexts": (8, 16),
+    "sample_tokens": 4,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -62,21 +56,21 @@ def corpus_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def tiny_preset(monkeypatch) -> DemoConfig:
+def tiny_preset(monkeypatch):
     """`--quick` of the command line means TINY within a test."""
     monkeypatch.setattr(presets, "QUICK", TINY)
-    return TINY
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_demo(corpus_dir):
     """make(run_dir, resume=False, **changes) -> a demo whose output goes to `demo.output`."""
 
     def make(run_dir: Path, resume: bool = False, **changes) -> Demo:
-        config = replace(TINY, **changes)
+        config = DemoConfig(corpus_dir, **{**TINY, "seeds": (1, 2), **changes})
         corpus = load_corpus(corpus_dir, heldout_bytes=config.heldout_bytes)
         output = io.StringIO()
-        demo = Demo(config, corpus, run_dir, resume, Reporter(Console(file=output)), Interrupt())
+        reporter = Reporter(Console(file=output, width=200))
+        demo = Demo(config, corpus, run_dir, resume, reporter, Interrupt())
         demo.output = output
         return demo
 

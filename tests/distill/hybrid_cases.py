@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from distill import hybrid, stages  # noqa: E402 - they import it
-from distill.corpus import load_corpus, train_tokenizer  # noqa: E402
+from distill.corpus import load_corpus  # noqa: E402
 
 __all__ = [
     "TEACHERS",
@@ -86,3 +87,17 @@ def save_teacher(folder, corpus_dir):
     )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def train_tokenizer(documents, vocab_size):
+    """A lossless byte-level BPE with at most `vocab_size` entries and no special tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator((document.text.decode() for document in documents), trainer)
+    return tokenizer

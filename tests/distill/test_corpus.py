@@ -1,4 +1,4 @@
-"""Files in, tokens and batches out: nothing lost, nothing seen twice, nothing left to chance."""
+"""Files in, and their order: nothing lost, nothing seen twice, nothing left to chance."""
 
 import random
 import re
@@ -7,17 +7,11 @@ import pytest
 import torch
 
 from distill.corpus import (
-    Batches,
-    Document,
-    encode,
-    end_of_text,
+    epoch_order,
     load_corpus,
     read_documents,
     split_by_file,
     standard_library,
-    token_sizes,
-    tokenize,
-    train_tokenizer,
 )
 from distill.errors import DistillError
 
@@ -69,45 +63,13 @@ def test_standard_library_is_readable():
     assert sum(len(d.text) for d in documents) > 5_000_000
 
 
-def test_tokens_are_lossless_and_their_sizes_add_up(corpus_dir):
-    documents = read_documents(corpus_dir)
-    documents.append(Document("odd.py", "tab\t<|endoftext|> \x00 é 漢字 🙂  \r\n\n".encode()))
-    tokenizer = train_tokenizer(documents[:6], 320)
-    stream, sizes_V = encode(tokenizer, documents), token_sizes(tokenizer)
-    assert stream.tokens_N[0] == stream.tokens_N[-1] == end_of_text(tokenizer)
-    for s, document in enumerate(documents):
-        tokens = stream.tokens_N[stream.starts[s] : stream.starts[s + 1]]
-        assert tokens[-1] == end_of_text(tokenizer)
-        assert tokenizer.decode(tokens[:-1].tolist()).encode() == document.text
-        assert int(sizes_V[tokens].sum()) == len(document.text) == stream.n_bytes[s]
-
-
-def test_tokenizer_is_the_same_each_time(corpus_dir):
-    corpus = load_corpus(corpus_dir)
-    assert tokenize(corpus, 320).tokenizer.to_str() == tokenize(corpus, 320).tokenizer.to_str()
-
-
 def test_an_epoch_visits_every_window_once_and_the_next_in_another_order():
-    tokens_N = torch.arange(8 * 4 * 5 + 1)
-    batches = Batches(tokens_N, rows=4, length=5, seed=3)
-    epochs = []
-    for epoch in range(2):
-        firsts = []
-        for step in range(8):
-            inputs_BT, labels_BT = batches.batch(epoch * 8 + step)
-            assert torch.equal(inputs_BT + 1, labels_BT)
-            firsts += inputs_BT[:, 0].tolist()
-        assert sorted(firsts) == list(range(0, 160, 5))
-        epochs.append(firsts)
-    assert epochs[0] != epochs[1]
-
-
-def test_a_batch_depends_on_seed_and_step_alone():
-    tokens_N = torch.arange(1000)
-    batches = Batches(tokens_N, 4, 5, seed=3)
-    late = batches.batch(70)
-    assert torch.equal(late[0], Batches(tokens_N, 4, 5, seed=3).batch(70)[0])
-    assert not torch.equal(late[0], Batches(tokens_N, 4, 5, seed=4).batch(70)[0])
+    epochs = [epoch_order(3, epoch, 40) for epoch in range(2)]
+    assert all(sorted(epoch.tolist()) == list(range(40)) for epoch in epochs)
+    assert not torch.equal(*epochs)
+    epoch_order.cache_clear()
+    assert torch.equal(epochs[0], epoch_order(3, 0, 40))
+    assert not torch.equal(epochs[0], epoch_order(4, 0, 40))
 
 
 @pytest.mark.parametrize(
@@ -143,11 +105,6 @@ def test_unreadable_file_is_named(corpus_dir, monkeypatch):
     monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
     with pytest.raises(DistillError, match=r"cannot read .*\.py: Permission denied"):
         read_documents(corpus_dir)
-
-
-def test_too_little_text_is_refused():
-    with pytest.raises(DistillError, match="at least 21 tokens"):
-        Batches(torch.arange(20), rows=4, length=5, seed=0)
 
 
 def _write(path, data):
