@@ -40,7 +40,7 @@ class Run:
     folder: Path
     reporter: Reporter
     interrupt: Interrupt = field(default_factory=Interrupt)
-    tokens: Tokens | None = None
+    given: Tokens | None = None
 
     def __post_init__(self) -> None:
         recipe = self.recipe
@@ -55,7 +55,7 @@ class Run:
         self.corpus: Corpus = load_corpus(
             Path(data.corpus or ""), data.pattern, data.heldout_fraction, data.heldout_bytes
         )
-        self.tokens = self.tokens or Tokens.of(self.corpus.train, self.tokenizer)
+        self.tokens = self.given or Tokens.of(self.corpus.train, self.tokenizer)
         self.rows = Rows(
             self.tokens,
             recipe.loop.rows,

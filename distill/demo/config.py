@@ -22,20 +22,20 @@ from distill.recipe import (
 class Sizes:
     """Of the teacher, a Llama over bytes."""
 
-    width: int = 192
+    width: int = 160
     layers: int = 4
-    heads: int = 6
-    ffn: int = 512
+    heads: int = 5
+    ffn: int = 448
 
 
 @dataclass(frozen=True)
 class Budget:
     """Training steps of each part, and the learning rates."""
 
-    teacher: int = 450
+    teacher: int = 700
     align: int = 40
     distill: int = 50
-    small: int = 60
+    small: int = 80
     teacher_lr: float = 4e-3
     align_lr: float = 1e-2
     distill_lr: float = 5e-4
@@ -59,7 +59,7 @@ class DemoConfig:
     small_layers: int = 2
     ce_weight: float = 0.1
     kl_weight: float = 0.9
-    heldout_bytes: int = 60_000
+    heldout_bytes: int = 50_000
     contexts: tuple[int, ...] = (256, 1024, 4096, 16384)
     speed_repeats: int = 5
     sample_tokens: int = 120

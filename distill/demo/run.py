@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from distill.checkpoint import settings_difference
+from distill.checkpoint import replace_folder, settings_difference
 from distill.corpus import Corpus
 from distill.data import Tokens, byte_tokenizer
 from distill.demo.config import DemoConfig, Recipes, Sizes
@@ -35,16 +35,16 @@ PARTS = ("hybrid", "teacher on", "small", "small, labels")
 class Within(Reporter):
     """Meters of a recipe under a name; what it says of itself is in its run folder."""
 
-    def __init__(self, reporter: Reporter, name: str):
-        super().__init__(reporter.console)
-        self.name = name
+    def __init__(self, outer: Reporter, name: str):
+        super().__init__(outer.console)
+        self.outer, self.name = outer, name
 
     def say(self, message: str) -> None:
         pass
 
     @contextmanager
     def meter(self, title: str, total: int, start: int = 0) -> Iterator[Meter]:
-        with super().meter(f"{self.name}: {title}", total, start) as meter:
+        with self.outer.meter(f"{self.name}: {title}", total, start) as meter:
             yield meter
 
 
@@ -133,8 +133,10 @@ def write_start(folder: Path, sizes: Sizes) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
-    try:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    except OSError as error:
-        raise DistillError(f"cannot write {folder}: {error.strerror or error}") from error
+
+    def write(to: Path) -> None:
+        model.save_pretrained(to)
+        tokenizer.save_pretrained(to)
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    replace_folder(folder, write)

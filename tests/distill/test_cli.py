@@ -80,7 +80,7 @@ def test_full_disk_is_one_line(capsys, corpus_dir, tmp_path, tiny_preset, monkey
     )
     assert status == 1
     assert_one_line(err, "cannot write", str(tmp_path), "No space left on device")
-    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+    assert not (tmp_path / "teacher").exists()
 
 
 def test_run_dir_that_is_a_file_is_one_line(capsys, corpus_dir, tmp_path, tiny_preset):
@@ -139,7 +139,9 @@ def test_resume_command_repeats_the_flags():
     assert resume_command(["demo", "--resume"]) == "python -m distill demo --resume"
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    "signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=str
+)
 def test_signal_leaves_a_checkpoint_and_says_how_to_go_on(corpus_dir, tmp_path, signum):
     command = [sys.executable, "-m", "distill", "demo", "--quick", "--corpus", str(corpus_dir)]
     command += ["--run-dir", str(tmp_path), "--steps-scale", "900", "--threads", "1"]
