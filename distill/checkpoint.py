@@ -1,6 +1,7 @@
 """Whole or not at all: files that are replaced in one move; and how settings differ."""
 
 import contextlib
+import hashlib
 import os
 import shutil
 import tempfile
