@@ -33,6 +33,7 @@ STEP_S = 1800.0
 OPS = sorted(path.parent.name for path in machine.ROOT.glob("xlstm_kernels/ops/*/op.py"))
 # The operation whose tests a case's speed waits for, where it has another name.
 TESTED_AS = {"slstm": "recurrence", "lstm": "recurrence"}
+TESTED_AS |= dict.fromkeys(gpu_cases.LINEAR_LOSSES, "linear_kl_div")
 SMALL_TESTS = "on_a_device or scale_rows"
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 

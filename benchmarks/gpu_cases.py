@@ -7,10 +7,12 @@ its own. Inputs rotate through more than the chip's L2, so that a call reads mem
 from __future__ import annotations
 
 import gc
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import xlstm_kernels as xk
@@ -19,6 +21,8 @@ from .timing import Summary, summarize
 
 L2_BYTES = 64 << 20
 SAMPLES, WARM_UP = 30, 5
+DEVICE = "cuda"
+LINEAR_LOSSES = ("linear_kl_div", "linear_topk_kl_div", "linear_cross_entropy")
 Call = Callable[[], object]
 
 
@@ -54,6 +58,12 @@ def gpu_cases() -> Iterator[GpuCase]:
         for B, T in ((8, 8192), (1, 65536)):
             yield _mlstm(B, T, 16, 128, 256, backward)
     yield _mlstm_step(32, 8, 256, 512)
+    for backward in (True, False):
+        for N, V in ((8192, 128256), (32768, 32000)):
+            yield _kl_div(N, V, backward)
+        yield _topk_kl_div(8192, 128256, 256, backward)
+    for op in LINEAR_LOSSES:
+        yield _linear_loss(op, 8192, 4096, 128256, 256)
 
 
 def measure(case: GpuCase) -> dict[str, Summary | str]:
@@ -88,7 +98,7 @@ def _time(case: GpuCase, variant: str) -> Summary:
 
 
 def _draw(*shape: int, dtype: torch.dtype, grad: bool = False) -> Tensor:
-    return torch.randn(shape, dtype=dtype, device="cuda").requires_grad_(grad)
+    return torch.randn(shape, dtype=dtype, device=DEVICE).requires_grad_(grad)
 
 
 def _call(run: Callable[[], Tensor], leaves: list[Tensor]) -> Call:
@@ -125,7 +135,7 @@ def _recurrence(
         return {"cuda": ours, "nn.LSTM": _call(lambda: layer(given)[0], leaves)}
 
     shape = f"B{B} T{T} H{H} D{D}"
-    return GpuCase(op, "fwd+bwd" if backward else "fwd", dtype, shape, T, calls)
+    return GpuCase(op, _direction(backward), dtype, shape, T, calls)
 
 
 def _mlstm(B: int, T: int, H: int, K: int, V: int, backward: bool) -> GpuCase:
@@ -138,7 +148,7 @@ def _mlstm(B: int, T: int, H: int, K: int, V: int, backward: bool) -> GpuCase:
         return {"triton": _call(lambda: xk.mlstm(*leaves, backend="triton")[0], leaves)}
 
     shape = f"B{B} T{T} H{H} K{K} V{V}"
-    return GpuCase("mlstm", "fwd+bwd" if backward else "fwd", dtype, shape, 0, calls)
+    return GpuCase("mlstm", _direction(backward), dtype, shape, 0, calls)
 
 
 def _mlstm_step(B: int, H: int, K: int, V: int) -> GpuCase:
@@ -154,3 +164,97 @@ def _mlstm_step(B: int, H: int, K: int, V: int) -> GpuCase:
         }
 
     return GpuCase("mlstm_step", "fwd", dtype, f"B{B} T1 H{H} K{K} V{V}", 1, calls)
+
+
+def _kl_div(N: int, V: int, backward: bool) -> GpuCase:
+    dtype = torch.bfloat16
+
+    def calls() -> dict[str, Call]:
+        student, teacher = _draw(N, V, dtype=dtype, grad=backward), _draw(N, V, dtype=dtype)
+
+        def ours(backend: str) -> Callable[[], Tensor]:
+            return lambda: xk.kl_div(student, teacher, reduction="batchmean", backend=backend)
+
+        compiled = torch.compile(_eager_kl_div)
+        losses = {"cuda": ours("cuda"), "triton": ours("triton")}
+        losses |= {
+            "eager": lambda: _eager_kl_div(student, teacher),
+            "torch.compile": lambda: compiled(student, teacher),
+            "liger": lambda: _liger("LigerKLDIVLoss", reduction="batchmean")(
+                F.log_softmax(student, -1), F.softmax(teacher, -1)
+            ),
+        }
+        return {name: _call(loss, [student]) for name, loss in losses.items()}
+
+    return GpuCase("kl_div", _direction(backward), dtype, f"N{N} V{V}", 0, calls)
+
+
+def _topk_kl_div(N: int, V: int, K: int, backward: bool) -> GpuCase:
+    dtype = torch.bfloat16
+
+    def calls() -> dict[str, Call]:
+        student = _draw(N, V, dtype=dtype, grad=backward)
+        words = _words(N, V, K)
+
+        def ours(backend: str) -> Callable[[], Tensor]:
+            return lambda: xk.topk_kl_div(student, *words, reduction="batchmean", backend=backend)
+
+        return {name: _call(ours(name), [student]) for name in ("cuda", "triton")}
+
+    return GpuCase("topk_kl_div", _direction(backward), dtype, f"N{N} V{V} K{K}", 0, calls)
+
+
+def _linear_loss(op: str, N: int, E: int, V: int, K: int) -> GpuCase:
+    """Beside its products alone, which are torch's in bfloat16."""
+    dtype = torch.bfloat16
+
+    def calls() -> dict[str, Call]:
+        student = [_draw(N, E, dtype=dtype, grad=True), _draw(V, E, dtype=dtype, grad=True)]
+        teacher: list[Tensor] = []
+        if op == "linear_kl_div":
+            teacher = target = [_draw(N, E, dtype=dtype), _draw(V, E, dtype=dtype)]
+        elif op == "linear_topk_kl_div":
+            target = list(_words(N, V, K))
+        else:
+            target = [torch.randint(0, V, (N,), device=DEVICE)]
+
+        def ours(backend: str) -> Callable[[], Tensor]:
+            return lambda: getattr(xk, op)(*student, *target, backend=backend)
+
+        def products() -> object:
+            with torch.no_grad():
+                for x, w in (student, teacher) if teacher else (student,):
+                    dz = x @ w.mT
+                return dz @ student[1], dz.mT @ student[0]
+
+        found = {name: _call(ours(name), student) for name in ("cuda", "triton")}
+        found["products alone"] = products
+        if op == "linear_kl_div":
+            peer = "LigerFusedLinearJSD"
+            given = (*student, *teacher)
+            found["liger"] = _call(lambda: _liger(peer, jsd_beta=0.0)(*given), student)
+        elif op == "linear_cross_entropy":
+            peer = "LigerFusedLinearCrossEntropyLoss"
+            found["liger"] = _call(lambda: _liger(peer)(student[1], student[0], *target), student)
+        return found
+
+    return GpuCase(op, _direction(True), dtype, f"N{N} E{E} V{V}", 0, calls)
+
+
+def _direction(backward: bool) -> str:
+    return "fwd+bwd" if backward else "fwd"
+
+
+def _words(N: int, V: int, K: int) -> tuple[Tensor, Tensor]:
+    logprobs, ids = _draw(N, V, dtype=torch.bfloat16).log_softmax(-1).topk(K)
+    return logprobs, ids
+
+
+def _eager_kl_div(student: Tensor, teacher: Tensor) -> Tensor:
+    log_q, p = F.log_softmax(student, -1), F.softmax(teacher, -1)
+    return F.kl_div(log_q, p, reduction="batchmean")
+
+
+def _liger(layer: str, **options: object) -> Callable[..., Tensor]:
+    """A loss of Liger Kernel, where that is installed."""
+    return getattr(importlib.import_module("liger_kernel.transformers"), layer)(**options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -13,7 +14,14 @@ pytest.importorskip("rich", reason="the extra `bench` is not installed")
 from benchmarks import gpu, gpu_cases
 from benchmarks.gpu import GO_ON, OK, RED, USAGE, Ledger, Outcome, Step, command, run_steps
 from benchmarks.machine import Machine
+from xlstm_kernels.backends import CUDA_EMULATOR, UNAVAILABLE, Backend
 
+# By variant, why it cannot run here.
+WHY_NOT = {"liger": "liger_kernel"} if importlib.util.find_spec("liger_kernel") is None else {}
+if CUDA_EMULATOR is None:
+    WHY_NOT["cuda"] = "cuda"
+if why := UNAVAILABLE[Backend.TRITON]:
+    WHY_NOT["triton"] = why
 HERE = Machine("GPU", "NVIDIA H200", 2, "avx2", "2.13.0", "3.12.0", "abc", False, 0.1)
 
 
@@ -67,4 +75,24 @@ def test_every_case_waits_for_tests_that_are_there(tmp_path: Path) -> None:
     assert len(set(names)) == len(names)
     for at, each in enumerate(todo):
         assert not each.after or each.after in names[:at], each.name
-    assert {case.op for case in gpu_cases.gpu_cases()} >= {"slstm", "lstm", "mlstm"}
+    ops = {case.op for case in gpu_cases.gpu_cases()}
+    assert ops >= {"slstm", "lstm", "mlstm", "kl_div", "topk_kl_div", *gpu_cases.LINEAR_LOSSES}
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_calls_of_the_losses_run(backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In small, on the CPU, where its backends are emulated; what is missing says so."""
+    monkeypatch.setattr(gpu_cases, "DEVICE", "cpu")
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    cases = [gpu_cases._kl_div(3, 50, backward), gpu_cases._topk_kl_div(3, 50, 4, backward)]
+    if backward:
+        cases += [gpu_cases._linear_loss(op, 3, 8, 50, 4) for op in gpu_cases.LINEAR_LOSSES]
+    for case in cases:
+        calls = case.calls()
+        assert list(calls)[:2] == ["cuda", "triton"]
+        for variant, call in calls.items():
+            if (why := WHY_NOT.get(variant)) is None:
+                call()
+            else:
+                with pytest.raises((ImportError, NotImplementedError), match=why):
+                    call()
