@@ -36,26 +36,29 @@ def _add_eval(commands: Commands) -> None:
             "Scores models of transformers on the held-out files of a corpus: bits per byte, next "
             "tokens that are right, agreement with the teacher; each folder of the corpus is a "
             "task of the win-and-tie curve. Writes scores.json, report.html and report.md to OUT, "
-            "which may be a run's folder."
+            "which may be a run's folder: models, corpus and held-out files are then the run's."
         ),
         allow_abbrev=False,
     )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", required=True, help="where scores and report go"
+    )
     for flag, what in (
-        ("--teacher", "what `save_pretrained` wrote, tokenizer too"),
-        ("--student", "the same of the student"),
-        ("--corpus", "score the files below DIR"),
-        ("--out", "where scores and report go"),
+        ("--teacher", "what `save_pretrained` wrote, tokenizer too (default: the run's)"),
+        ("--student", "the same of the student (default: the run's)"),
+        ("--corpus", "score the files below DIR (default: the run's)"),
     ):
-        parser.add_argument(flag, type=Path, metavar="DIR", required=True, help=what)
+        parser.add_argument(flag, type=Path, metavar="DIR", help=what)
     parser.add_argument(
         "--control",
         action="append",
         default=[],
         metavar="NAME=DIR",
-        help="a model to show beside them, as 'hard labels=runs/ce/student'; may be repeated",
+        help="a model to show beside them, as 'hard labels=runs/ce/student'; may be repeated"
+        " (default: those below OUT/controls)",
     )
     parser.add_argument(
-        "--pattern", default="*.txt", metavar="GLOB", help="which files (default: %(default)s)"
+        "--pattern", metavar="GLOB", help="which files (default: the run's, or *.txt)"
     )
     parser.add_argument(
         "--all-files",
@@ -114,11 +117,12 @@ def run(args: argparse.Namespace) -> None:
     if args.overlap >= args.length:
         raise DistillError(f"--overlap: must be below --length, {args.length}, got {args.overlap}")
     reporter = Reporter(Console(highlight=False))
+    heldout = _complete(args)
     models, tokenizer = _load(args)
     if args.all_files:
         documents = read_documents(args.corpus, args.pattern)
     else:
-        documents = list(load_corpus(args.corpus, args.pattern).heldout)
+        documents = list(load_corpus(args.corpus, args.pattern, **heldout).heldout)
     plan = Plan(args.length, args.rows, args.overlap, args.needle, args.contexts)
     scores = assess(models, tokenizer, documents, plan, say=reporter.say)
     if args.harness:
@@ -140,6 +144,35 @@ def run_report(args: argparse.Namespace) -> None:
 
     write_report(args.run_dir)
     print(f"report   {args.run_dir / 'report.html'}")
+
+
+def _complete(args: argparse.Namespace) -> dict[str, Any]:
+    """Fill in what a run's recipe says; how the run holds files out of the corpus."""
+    from distill.run_folder import CONTROLS, RECIPE
+
+    heldout = {}
+    if (args.out / RECIPE).exists():
+        from distill.recipe import Recipe
+
+        recipe = Recipe.load(args.out / RECIPE)
+        data = recipe.data
+        heldout = {
+            "heldout_fraction": data.heldout_fraction,
+            "heldout_bytes": data.heldout_bytes,
+        }
+        args.teacher = args.teacher or (recipe.teacher.path and Path(recipe.teacher.path))
+        args.student = args.student or args.out / "student"
+        args.corpus = args.corpus or (data.corpus and Path(data.corpus))
+        args.pattern = args.pattern or data.pattern
+        args.control = args.control or [
+            f"{folder.parent.name}={folder}"
+            for folder in sorted((args.out / CONTROLS).glob("*/student"))
+        ]
+    args.pattern = args.pattern or "*.txt"
+    for name in ("teacher", "student", "corpus"):
+        if getattr(args, name) is None:
+            raise DistillError(f"--{name}: must be given, since {args.out} has no recipe with it")
+    return heldout
 
 
 def _load(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:

@@ -3,6 +3,7 @@
 import html
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -183,10 +184,18 @@ def test_the_commands(tmp_path, capsys, corpus_dir):
         "report.md",
         "scores.json",
     ]
+    recipe = f"teacher: {{path: {teacher}}}\ndata: {{corpus: {corpus_dir}, pattern: '*.py'}}\n"
+    recipe += "stages: [{name: kd, losses: [{name: ce}], steps: 1}]\n"
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    shutil.copytree(tmp_path / "student", tmp_path / "controls" / "twin" / "student")
+    assert main(["eval", "--out", str(tmp_path), "--length", "64"]) == 0
+    assert "Control 'twin' takes" in capsys.readouterr().out
     file = tmp_path / "speed.json"
     capsys.readouterr()
     assert main(["bench", *pair, "--contexts", "32,8", "--steps", "2", "--json", str(file)]) == 0
     assert "context" in capsys.readouterr().out
     assert [row["context"] for row in json.loads(file.read_text())["models"]["student"]] == [8, 32]
+    assert main(["eval", *pair, "--out", str(tmp_path / "none")]) == 1
+    assert "--corpus: must be given" in capsys.readouterr().err
     assert main(["eval", *pair, *text, "--control", "x"]) == 1
     assert "--control: must be NAME=DIR" in capsys.readouterr().err
