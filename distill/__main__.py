@@ -20,7 +20,7 @@ examples:
 """
 
 # Modules of distill.cli, in the order of --help.
-COMMANDS = ("run", "cache", "compress", "merge", "eval", "bench", "suggest", "demo")
+COMMANDS = ("run", "cache", "hybridize", "compress", "merge", "eval", "bench", "suggest", "demo")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hybrid_cases import families, hybrid, make_teacher, stir, tokens, transformers
+from hybrid_cases import families, hybrid, make_teacher, save_teacher, stir, tokens, transformers
 from safetensors.torch import load_file, save_file
 
 import distill
+from distill.__main__ import main
 from distill.errors import DistillError
 from distill.mixer import CHOICES, HybridMixer, HybridOptions
 from xlstm_kernels.testing import relative_error
@@ -323,3 +324,21 @@ def test_the_readmes_example(tmp_path, monkeypatch):
     make_teacher().save_pretrained("teacher")
     names = {"distill": distill, "torch": torch, "transformers": transformers}
     exec(example, names | {"batches": [tokens(9, seed=seed) for seed in range(2)]})
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path, corpus_dir, capsys):
+    save_teacher(tmp_path / "teacher", corpus_dir)
+    flags = ["--teacher", str(tmp_path / "teacher"), "--out", str(tmp_path / "student")]
+    text = ["--corpus", str(corpus_dir), "--pattern", "*.py", "--length", "64"]
+    more = ["--window", "8", "--option", "layers=[1]", "--option", "feature_map=elu"]
+    assert main(["hybridize", *flags, *text, *more]) == 0
+    assert "new parameters" in capsys.readouterr().out
+    student = hybrid.load_student(tmp_path / "student")
+    assert student.config.hybrid["layers"] == [1]
+    assert student.config.hybrid["feature_map"] == "elu"
+    forget = student.model.layers[1].self_attn.mixer.gates.bias[2:]
+    assert not torch.allclose(forget, torch.tensor([3.0, 6.0]))
+    for option, message in (("windwo=8", "got windwo"), ("window=8", "--option: must be as")):
+        assert main(["hybridize", *flags, "--option", option]) == 1
+        assert message in capsys.readouterr().err

@@ -1,0 +1,91 @@
+"""The `hybridize` command: a transformer with mixers of mLSTM and a window for attention."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distill.cli.flags import whole_number
+from distill.errors import DistillError
+
+if TYPE_CHECKING:
+    from distill.cli.flags import Commands
+
+
+def add(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "hybridize",
+        help="a transformer with mixers of mLSTM and a window for attention",
+        description=(
+            "Writes the teacher with hybrid mixers in place of attention to OUT, all other weights "
+            "being its own. It is to be trained, as by `run`, which can also make it. With "
+            "--corpus its gates begin from where the teacher looks."
+        ),
+        allow_abbrev=False,
+    )
+    for flag, what in (
+        ("--teacher", "what `save_pretrained` wrote, tokenizer too"),
+        ("--out", "where the student goes"),
+    ):
+        parser.add_argument(flag, type=Path, metavar="DIR", required=True, help=what)
+    for flag, least, default, what in (
+        ("--window", 1, 512, "tokens that attention still sees"),
+        ("--sinks", 0, 4, "first tokens that it sees too"),
+    ):
+        parser.add_argument(
+            flag,
+            type=whole_number(least, 1 << 24),
+            default=default,
+            metavar="N",
+            help=f"{what} (default: %(default)s)",
+        )
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any of HybridOptions, as layers=[0,2] or feature_map=elu; may be repeated",
+    )
+    parser.add_argument("--corpus", type=Path, metavar="DIR", help="text below DIR for the gates")
+    parser.add_argument(
+        "--pattern", default="*.txt", metavar="GLOB", help="which files (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--length",
+        type=whole_number(2, 1 << 20),
+        default=2048,
+        metavar="N",
+        help="tokens of the text that are looked at (default: %(default)s)",
+    )
+    parser.set_defaults(command=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    import yaml
+
+    from distill.capture import corpus_tokens, load_teacher
+    from distill.hybrid import hybridize, new_parameters
+    from distill.stages import calibrate_gates
+
+    options = {}
+    for text in args.option:
+        name, _, value = text.partition("=")
+        if not name or not value or name in ("window", "sinks"):
+            raise DistillError(f"--option: must be as layers=[0,2], got {text!r}")
+        try:
+            options[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise DistillError(f"--option: cannot read {text!r}: {error}") from error
+    teacher, tokenizer = load_teacher(args.teacher)
+    student = hybridize(teacher, window=args.window, sinks=args.sinks, **options)
+    if args.corpus is not None:
+        tokens_N = corpus_tokens(args.corpus, args.pattern, tokenizer)
+        calibrate_gates(student, tokens_N[None, : args.length])
+    student.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    added = sum(parameter.numel() for parameter in new_parameters(student).values())
+    print(
+        f"student  {args.out}: {added:,} new parameters beside the teacher's"
+        f" {teacher.num_parameters():,}"
+    )
