@@ -21,13 +21,15 @@ GATE_TOKENS = 512
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure. Contexts and lengths that are empty are left out."""
+    """What to measure. Contexts and lengths that are empty are left out; `sequences` are read and
+    written at once after each context."""
 
     length: int = 512
     rows: int = 8
     overlap: int = 0
     needle_lengths: Sequence[int] = ()
     contexts: Sequence[int] = ()
+    sequences: int = 1
 
 
 def assess(
@@ -81,7 +83,8 @@ def assess(
     timing = None
     if plan.contexts:
         say("speed    teacher and student")
-        timing = bench({teacher_name: teacher, student_name: student}, plan.contexts)
+        pair = {teacher_name: teacher, student_name: student}
+        timing = bench(pair, plan.contexts, rows=plan.sequences)
     longest = max(documents, key=lambda document: len(document.text))
     ids = encode(tokenizer, longest)[0][:GATE_TOKENS]
     return {

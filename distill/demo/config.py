@@ -45,7 +45,7 @@ class Budget:
 @dataclass(frozen=True)
 class DemoConfig:
     """One demo. `small_layers` are left of the teacher's in the small student; `contexts` are
-    those that writing is timed after; `seeds` decide the order of the text."""
+    those after which `sequences` are timed; `seeds` decide the order of the text."""
 
     corpus: Path
     pattern: str = "*.py"
@@ -61,6 +61,7 @@ class DemoConfig:
     kl_weight: float = 0.9
     heldout_bytes: int = 50_000
     contexts: tuple[int, ...] = (256, 1024, 4096, 16384)
+    sequences: int = 4
     speed_repeats: int = 5
     sample_tokens: int = 120
     backend: str = "cpu"

@@ -88,7 +88,8 @@ def sentences(metrics: Mapping[str, Any]) -> Iterator[str]:
     constant = "the same" if found.cache[0] == found.cache[1] else f"not {found.cache[0]:,}"
     yield (
         f"After {found.context:,} bytes the hybrid writes {found.decode:.1f} times as fast as its"
-        f" teacher; what it remembers are {found.cache[1]:,} bytes, {constant} as at the start."
+        f" teacher ({metrics['config']['sequences']} sequences at once); what it remembers are"
+        f" {found.cache[1]:,} bytes, {constant} as at the start."
     )
     rates, name = training["tokens_per_s"], training["backend"]
     yield (

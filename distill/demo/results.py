@@ -33,7 +33,8 @@ def measure(demo: Demo) -> dict[str, Any]:
     names = model_names(folders, demo.config.seeds)
     demo.reporter.say(f"scoring  {len(names)} models on {demo.corpus.heldout_bytes / 1e3:.0f} kB")
     models = {name: load_model(path, torch.float32) for name, path in names.items()}
-    plan = Plan(demo.config.length, demo.config.rows, contexts=demo.config.contexts)
+    config = demo.config
+    plan = Plan(config.length, config.rows, contexts=config.contexts, sequences=config.sequences)
 
     def say(message: str) -> None:
         demo.interrupt.check()
