@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from distill.recipe import Recipe
     from distill.runs import run
     from distill.teacher import TeacherCache
+    from distill.tuning import tune
 
 # Imported when asked for: the command line's --help does not wait for torch and transformers.
 _MODULES = {
@@ -29,6 +30,7 @@ _MODULES = {
     "new_parameters": "distill.hybrid",
     "register_loss": "distill.losses",
     "run": "distill.runs",
+    "tune": "distill.tuning",
 }
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "register_loss",
     "run",
     "stages",
+    "tune",
 ]
 
 

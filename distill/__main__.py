@@ -11,16 +11,20 @@ from distill.errors import DistillError, Interrupted
 
 EXAMPLES = """\
 examples:
-  python -m distill demo                            about three minutes on two cores
+  python -m distill demo                            about five minutes on two cores
   python -m distill demo --resume                   continue after Ctrl-C
-  python -m distill demo --corpus ~/src/project     your own Python files
-  python -m distill demo --corpus ~/notes --pattern '*.md'
-  python -m distill demo --quick --run-dir runs/q  the same path in seconds, to try an install
+  python -m distill demo --quick --run-dir runs/q   the same path in seconds, to try an install
+  python -m distill run linearize-paper teacher.path=models/llama data.corpus=~/notes --dry-run
   python -m distill cache --teacher models/llama --corpus ~/notes --pattern '*.md' --out notes
+  python -m distill eval --teacher models/llama --student runs/run/student --out runs/run \
+    --corpus ~/notes --pattern '*.md'
 """
 
 # Modules of distill.cli, in the order of --help.
-COMMANDS = ("run", "cache", "hybridize", "compress", "merge", "eval", "bench", "suggest", "demo")
+COMMANDS = (
+    *("demo", "run", "hybridize", "compress", "cache", "merge"),
+    *("eval", "bench", "suggest", "tune"),
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
