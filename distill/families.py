@@ -123,7 +123,7 @@ FAMILIES = {
     "olmo2": OLMO2,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
-    "xlstm": Family("blocks", {}),
+    "xlstm": Family("blocks", {}, last_norm="out_norm"),
     RECURRENT: Family("layers", {}),
 }
 

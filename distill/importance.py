@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,63 +55,71 @@ def of_weights(teacher: Any, family: Family) -> Importance:
 def of_activations(
     teacher: Any, family: Family, batches: Iterable[Tensor], covariance: bool
 ) -> Importance:
-    """One forward pass of the teacher over each of `batches`, (B, T) ids."""
+    """One forward pass of the teacher over each of `batches`, (B, T) ids.
+
+    Of a family whose layers alone can be fewer, heads and neurons are left empty.
+    """
     decoder, config = teacher.base_model, teacher.config
     layers = getattr(decoder, family.layers)
-    E = config.hidden_size
-    hidden = torch.zeros(E, E, dtype=torch.float64) if covariance else torch.zeros(E).double()
-    change_L = torch.zeros(len(layers), dtype=torch.float64)
+    stream = _Stream(config.hidden_size, len(layers), covariance)
     squares: dict[Any, Tensor] = {}
-    last: list[Tensor] = []
 
-    def on_stream(at: int, x_BTE: Tensor) -> None:
-        x_NE = x_BTE.flatten(0, -2).float()
-        x_NE = x_NE / x_NE.norm(dim=-1, keepdim=True).clamp_min(1e-30)
-        hidden.add_((x_NE.T @ x_NE if covariance else x_NE.square().sum(0)).cpu())
-        if at > 0:
-            change_L[at - 1] += (1 - (x_NE * last.pop()).sum(-1)).sum().cpu()
-        last[:] = [x_NE]
-
-    def on_read(module: Any, x: Tensor) -> None:
-        found = x.flatten(0, -2).float().square().sum(0)
+    def on_read(module: Any, args: Any) -> None:
+        found = args[0].flatten(0, -2).float().square().sum(0)
         squares[module] = squares[module] + found if module in squares else found
 
-    readers = [
-        layer.get_submodule(name)
+    readers = {
+        name: [layer.get_submodule(name) for layer in layers] if family.axes else []
         for name in (family.heads_out, family.neurons_out)
-        for layer in layers
-    ]
-    hooks = [module.register_forward_pre_hook(lambda m, a: on_read(m, a[0])) for module in readers]
-    streams = [*layers, getattr(decoder, family.last_norm)]
-    for at, module in enumerate(streams):
-        hook: Any = lambda m, a, kw, at=at: on_stream(at, (a or (kw["hidden_states"],))[0])  # noqa: E731
-        hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    training, teacher_device = teacher.training, teacher.device
+    }
+    hooks = [m.register_forward_pre_hook(on_read) for ms in readers.values() for m in ms]
+    for at, module in enumerate([*layers, getattr(decoder, family.last_norm)]):
+        hooks.append(module.register_forward_pre_hook(partial(stream.add, at), with_kwargs=True))
+    training = teacher.training
     teacher.eval()
     try:
         for ids_BT in batches:
-            decoder(ids_BT.to(teacher_device), use_cache=False)
+            decoder(ids_BT.to(teacher.device), use_cache=False)
     finally:
         for handle in hooks:
             handle.remove()
         teacher.train(training)
-    heads, neurons = (
-        torch.stack(
-            [
-                squares[layer.get_submodule(name)].double().cpu()
-                * _squares(layer, name, family, config)
-                for layer in layers
-            ]
-        )
-        for name in (family.heads_out, family.neurons_out)
-    )
+
+    def gathered(name: str) -> Tensor:
+        rows = [
+            squares[module].double().cpu() * _squares(layer, name, family, config)
+            for layer, module in zip(layers, readers[name], strict=bool(readers[name]))
+        ]
+        return torch.stack(rows) if rows else torch.empty(0)
+
+    heads, neurons = (gathered(name) for name in readers)
     return Importance(
-        hidden.diagonal() if covariance else hidden,
-        _by_head(heads, config),
+        stream.hidden.diagonal() if covariance else stream.hidden,
+        _by_head(heads, config) if family.axes else heads,
         neurons,
-        hidden if covariance else None,
-        change_L,
+        stream.hidden if covariance else None,
+        stream.change_L,
     )
+
+
+class _Stream:
+    """Sums over what layers hand on: hidden (E,) or (E, E), and how much each layer changes it."""
+
+    def __init__(self, width: int, layers: int, covariance: bool):
+        self.covariance = covariance
+        self.hidden = torch.zeros((width, width) if covariance else width, dtype=torch.float64)
+        self.change_L = torch.zeros(layers, dtype=torch.float64)
+        self.before: Tensor | None = None
+
+    def add(self, at: int, module: Any, args: Any, kwargs: Any) -> None:
+        """A hook before layer `at`, or before the norm behind the last."""
+        x_NE = (args[0] if args else kwargs["hidden_states"]).flatten(0, -2).float()
+        x_NE = x_NE / x_NE.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+        self.hidden += (x_NE.T @ x_NE if self.covariance else x_NE.square().sum(0)).cpu()
+        if at > 0:
+            assert self.before is not None
+            self.change_L[at - 1] += (1 - (x_NE * self.before).sum(-1)).sum().cpu()
+        self.before = x_NE
 
 
 def _squares(layer: Any, module: str, family: Family, config: Any) -> Tensor:

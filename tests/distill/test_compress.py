@@ -191,6 +191,12 @@ def test_an_xlstm_with_fewer_blocks():
         torch.equal(x, theirs[n]) for n, x in student.backbone.blocks[1].state_dict().items()
     )
     assert student(tokens(16), use_cache=False).logits.isfinite().all()
+    with torch.no_grad():
+        for layer in (teacher.backbone.blocks[n] for n in (0, 2)):
+            layer.mlstm_layer.out_proj.weight.zero_()
+            layer.ffn.proj_down.weight.zero_()
+    changing = compress(teacher, layers=2, layer_map="influence", inputs=tokens(16))
+    assert changing.layer_map == [1, 3]
     with pytest.raises(DistillError, match=r"width.* must be None for a teacher of type xlstm"):
         compress(teacher, width=16)
 

@@ -100,6 +100,8 @@ def test_fewer_blocks():
     teacher = make_model()
     student, layer_map, _ = distill.compress(teacher, layers=2, layer_map="last")
     assert layer_map == [1, 2]
+    by_influence = distill.compress(teacher, layers=2, layer_map="influence", inputs=tokens(9))
+    assert len(by_influence.layer_map) == 2
     del teacher.model.layers[0]
     teacher.config.num_hidden_layers = 2
     assert torch.equal(student(tokens(9)).logits, teacher(tokens(9)).logits)
