@@ -65,8 +65,13 @@ def _add_eval(commands: Commands) -> None:
         action="store_true",
         help="all of the corpus, not the files that training on it would hold out",
     )
+    parser.add_argument(
+        "--length",
+        type=whole_number(1, 1 << 24),
+        metavar="N",
+        help="tokens that are read at once (default: the run's, or 512)",
+    )
     for flag, default, what in (
-        ("--length", 512, "tokens that are read at once"),
         ("--rows", 8, "how often at once"),
         ("--overlap", 0, "of these tokens, how many the window before has too"),
     ):
@@ -114,8 +119,6 @@ def run(args: argparse.Namespace) -> None:
     from distill.report import sentences, write_report
     from distill.run_folder import SCORES
 
-    if args.overlap >= args.length:
-        raise DistillError(f"--overlap: must be below --length, {args.length}, got {args.overlap}")
     reporter = Reporter(Console(highlight=False))
     heldout = _complete(args)
     models, tokenizer = _load(args)
@@ -164,11 +167,12 @@ def _complete(args: argparse.Namespace) -> dict[str, Any]:
         args.student = args.student or args.out / "student"
         args.corpus = args.corpus or (data.corpus and Path(data.corpus))
         args.pattern = args.pattern or data.pattern
+        args.length = args.length or data.length
         args.control = args.control or [
             f"{folder.parent.name}={folder}"
             for folder in sorted((args.out / CONTROLS).glob("*/student"))
         ]
-    args.pattern = args.pattern or "*.txt"
+    args.pattern, args.length = args.pattern or "*.txt", args.length or 512
     for name in ("teacher", "student", "corpus"):
         if getattr(args, name) is None:
             raise DistillError(f"--{name}: must be given, since {args.out} has no recipe with it")
