@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 from distill.errors import DistillError
+from distill.evaluation import require_positions
 from distill.hybrid import PREFIX
 from distill.machine import describe_machine
 
@@ -48,6 +49,8 @@ def bench(
     """
     if not contexts or min(contexts) < 1:
         raise DistillError(f"bench: contexts must be at least 1, got {list(contexts)}")
+    for model in models.values():
+        require_positions("bench", model, max(contexts) + steps)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
     warmed = min(contexts)
     for model in models.values():

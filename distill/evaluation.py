@@ -134,6 +134,8 @@ def evaluate(
         raise DistillError(
             f"evaluate: overlap must be at least 0 and below {length}, got {overlap}"
         )
+    for given in (model, teacher):
+        require_positions("evaluate", given, length)
     began = time.perf_counter()
     scores: dict[str, Score] = {}
     windows: list[_Window] = []
@@ -174,6 +176,15 @@ def encode(tokenizer: Any, document: Document) -> tuple[list[int], int]:
     if start is not None:
         return [start, *ids], n_bytes
     return ids, n_bytes - len(tokenizer.decode(ids[:1]).encode())
+
+
+def require_positions(operation: str, model: Any, length: int) -> None:
+    """Raises DistillError unless a model, which has learned its positions, has so many."""
+    most = getattr(getattr(model, "config", None), "n_positions", None)
+    if most is not None and length > most:
+        raise DistillError(
+            f"{operation}: length must be at most {most}, the positions of the model, got {length}"
+        )
 
 
 def words(tokenizer: Any, text: str) -> list[int]:

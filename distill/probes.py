@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distill.errors import DistillError
-from distill.evaluation import words
+from distill.evaluation import require_positions, words
 from distill.mixer import HybridMixer, HybridOptions
 
 # Nothing in these helps to guess a number.
@@ -51,6 +51,7 @@ def needle(
     Returns:
         The share that is found, by length.
     """
+    require_positions("needle", model, max(lengths, default=0))
     training = model.training
     model.eval()
     try:

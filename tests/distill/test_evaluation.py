@@ -92,6 +92,8 @@ def test_what_cannot_be_scored():
     model = make_teacher()
     with pytest.raises(DistillError, match="documents must have at least two tokens"):
         evaluate(model, None, DOCUMENTS[3:])
+    with pytest.raises(DistillError, match="length must be at most 16, the positions of the model"):
+        evaluate(make_teacher("gpt2", max_position_embeddings=16), None, DOCUMENTS, length=17)
     with pytest.raises(DistillError, match="overlap must be at least 0 and below 4, got 4"):
         evaluate(model, None, DOCUMENTS, length=4, overlap=4)
     with torch.no_grad():
