@@ -52,7 +52,8 @@ def assess(
     Returns:
         For JSON: `teacher` and `student` (names), `models` (scores and sizes by name), `tasks`
         (name, kind, scores by model), `needle` (share found by length, by model), `gates` (mean
-        output gate by layer and head) and `bench`.
+        output gate by layer and head) and `bench`. Who repeats a run with other seeds may add
+        `seeds`, bits per byte by model for each, which the report then shows.
     """
     plan = plan or Plan()
     if len(models) < 2:

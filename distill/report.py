@@ -132,6 +132,7 @@ def sentences(scores: Mapping[str, Any]) -> Iterator[str]:
             f"Control {name!r} takes {models[name]['bits_per_byte']:.3f}: the student is"
             f" {abs(gain):.3f} bits per byte {'better' if gain > 0 else 'worse'} than it."
         )
+    yield from _over_seeds(scores)
     for name, found in comparisons(scores).items():
         worst = found.worst(1)[0]
         yield (
@@ -141,6 +142,16 @@ def sentences(scores: Mapping[str, Any]) -> Iterator[str]:
         )
     if timing := scores.get("bench"):
         yield crossover_sentence(timing)
+
+
+def _over_seeds(scores: Mapping[str, Any]) -> Iterator[str]:
+    """`seeds` of the scores: a dict for each seed, bits per byte by model."""
+    seeds: list[dict[str, float]] = scores.get("seeds") or []
+    student = str(scores.get("student"))
+    for name in seeds[0] if seeds else ():
+        if name != student:
+            better = sum(each[student] < each[name] for each in seeds)
+            yield f"The student is better than {name!r} in {better} of {len(seeds)} seeds."
 
 
 def crossover_sentence(timing: Mapping[str, Any]) -> str:
@@ -192,6 +203,15 @@ def tables(scores: Mapping[str, Any]) -> Iterator[Table]:
         " teacher on for the same budget tells.",
         lead=True,
     )
+    if seeds := scores.get("seeds"):
+        yield Table(
+            "Bits per byte over seeds",
+            ["", *seeds[0]],
+            [
+                [f"{at}.", *(f"{value:.3f}" for value in each.values())]
+                for at, each in enumerate(seeds, 1)
+            ],
+        )
     for name, found in comparisons(scores).items():
         yield _worst(scores, name, found)
     if needles := scores.get("needle"):

@@ -15,7 +15,7 @@ from distill.bench import bench, crossover
 from distill.corpus import read_documents
 from distill.errors import DistillError
 from distill.probes import QUESTION, mean_gates, needle
-from distill.report import comparisons, write_report
+from distill.report import comparisons, render_markdown, write_report
 from distill.run_folder import RunFolder
 
 METRICS = [
@@ -72,6 +72,14 @@ def test_the_page_says_what_was_measured(run_dir, scores):
     assert page.count("<svg") == 4 + 3 + 3
     ids = re.findall(r'<(?:clipPath|path|g|use|image)[^>]* id="([^"]+)"', page)
     assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', page)) <= set(ids)
+
+
+def test_several_seeds(run_dir, scores):
+    seeds = [{"student": 2.5, "hard labels": 2.625}, {"student": 2.75, "hard labels": 2.6875}]
+    (run_dir / "scores.json").write_text(json.dumps(scores | {"seeds": seeds}))
+    text = render_markdown(RunFolder.read(run_dir))
+    assert "The student is better than 'hard labels' in 1 of 2 seeds." in text
+    assert "| 2. | 2.750 | 2.688 |" in text
 
 
 def test_what_is_not_there_is_left_out(run_dir, scores):
