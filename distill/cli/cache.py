@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill.cli.flags import fraction, whole_number
+from distill.cli.flags import add_folders, add_pattern, fraction, whole_number
 from distill.errors import Interrupt
 
 if TYPE_CHECKING:
@@ -26,15 +25,13 @@ def add(commands: Commands) -> None:
         ),
         allow_abbrev=False,
     )
-    for flag, what in (
-        ("--teacher", "what `save_pretrained` wrote, tokenizer too"),
-        ("--corpus", "read the files below DIR"),
-        ("--out", "where the cache goes"),
-    ):
-        cache.add_argument(flag, type=Path, metavar="DIR", required=True, help=what)
-    cache.add_argument(
-        "--pattern", default="*.txt", metavar="GLOB", help="which files (default: %(default)s)"
+    add_folders(
+        cache,
+        teacher="what `save_pretrained` wrote, tokenizer too",
+        corpus="read the files below DIR",
+        out="where the cache goes",
     )
+    add_pattern(cache)
     for flag, most, default, what in (
         ("-k", 1 << 20, 256, "words of each token"),
         ("--length", 1 << 24, 512, "tokens that the teacher reads at once"),

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill.cli.flags import whole_number
+from distill.cli.flags import add_folders, add_pattern, whole_number
 from distill.errors import DistillError
 
 if TYPE_CHECKING:
@@ -32,11 +32,11 @@ def add(commands: Commands) -> None:
         ),
         allow_abbrev=False,
     )
-    for flag, what in (
-        ("--teacher", "what `save_pretrained` wrote"),
-        ("--out", "where the student goes"),
-    ):
-        compress.add_argument(flag, type=Path, metavar="DIR", required=True, help=what)
+    add_folders(
+        compress,
+        teacher="what `save_pretrained` wrote",
+        out="where the student goes",
+    )
     compress.add_argument(
         "--layers", metavar="N", help="how many, or every-2, or the indices of those: 0,2,5"
     )
@@ -56,9 +56,7 @@ def add(commands: Commands) -> None:
     compress.add_argument(
         "--corpus", type=Path, metavar="DIR", help="text to look at: the files below DIR"
     )
-    compress.add_argument(
-        "--pattern", default="*.txt", metavar="GLOB", help="which files (default: %(default)s)"
-    )
+    add_pattern(compress)
     compress.add_argument(
         "--tokens",
         type=whole_number(1, 1 << 30),

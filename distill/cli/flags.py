@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 
@@ -64,6 +65,19 @@ def fraction(text: str) -> float:
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, got {text!r}")
     return value
+
+
+def add_folders(parser: argparse.ArgumentParser, **what: str) -> None:
+    """A flag that must be given for each name, and what the folder holds."""
+    for name, text in what.items():
+        parser.add_argument(f"--{name}", type=Path, metavar="DIR", required=True, help=text)
+
+
+def add_pattern(parser: argparse.ArgumentParser) -> None:
+    """Which files of --corpus."""
+    parser.add_argument(
+        "--pattern", default="*.txt", metavar="GLOB", help="which files (default: %(default)s)"
+    )
 
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill.cli.flags import whole_number
+from distill.cli.flags import add_folders, add_pattern, whole_number
 from distill.errors import DistillError
 
 if TYPE_CHECKING:
@@ -24,11 +24,11 @@ def add(commands: Commands) -> None:
         ),
         allow_abbrev=False,
     )
-    for flag, what in (
-        ("--teacher", "what `save_pretrained` wrote, tokenizer too"),
-        ("--out", "where the student goes"),
-    ):
-        parser.add_argument(flag, type=Path, metavar="DIR", required=True, help=what)
+    add_folders(
+        parser,
+        teacher="what `save_pretrained` wrote, tokenizer too",
+        out="where the student goes",
+    )
     for flag, least, default, what in (
         ("--window", 1, 512, "tokens that attention still sees"),
         ("--sinks", 0, 4, "first tokens that it sees too"),
@@ -48,9 +48,7 @@ def add(commands: Commands) -> None:
         help="any of HybridOptions, as layers=[0,2] or feature_map=elu; may be repeated",
     )
     parser.add_argument("--corpus", type=Path, metavar="DIR", help="text below DIR for the gates")
-    parser.add_argument(
-        "--pattern", default="*.txt", metavar="GLOB", help="which files (default: %(default)s)"
-    )
+    add_pattern(parser)
     parser.add_argument(
         "--length",
         type=whole_number(2, 1 << 20),

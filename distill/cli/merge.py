@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill.cli.flags import whole_number
+from distill.cli.flags import add_pattern, whole_number
 from distill.errors import DistillError
 
 if TYPE_CHECKING:
@@ -33,9 +33,7 @@ def add(commands: Commands) -> None:
         "--sweep", type=whole_number(1, 100), metavar="N", help="try all multiples of 1 / N"
     )
     merge.add_argument("--corpus", type=Path, metavar="DIR", help="text that --sweep scores on")
-    merge.add_argument(
-        "--pattern", default="*.txt", metavar="GLOB", help="which files (default: %(default)s)"
-    )
+    add_pattern(merge)
     merge.set_defaults(command=run)
 
 
