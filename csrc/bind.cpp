@@ -58,17 +58,14 @@ void fill(xlstm::Recurrence& args, int cell, int dtype, std::array<std::int64_t,
 // in their order.
 #ifdef XLSTM_BUILD_CUDA
 #define XLSTM_FOR_CUDA(count) \
-  , std::array<Address, count> for_cuda, std::array<int, 4> deal, std::array<Address, 3> for_teams
+  , std::array<Address, count> for_cuda, std::array<int, 5> deal, std::array<Address, 3> for_teams
 
-xlstm::RecurrenceTeams teams_of(const std::array<int, 4>& deal,
+xlstm::RecurrenceTeams teams_of(const std::array<int, 5>& deal,
                                 const std::array<Address, 3>& for_teams) {
-  return {deal[0],
-          deal[1],
-          deal[2],
-          deal[3],
-          pointer<unsigned>(for_teams[0]),
-          pointer(for_teams[1]),
-          pointer(for_teams[2])};
+  xlstm::RecurrenceTeams teams{deal[0], deal[1], deal[2], deal[3], deal[4] != 0};
+  teams.flags = pointer<unsigned>(for_teams[0]);
+  teams.exchange = pointer(for_teams[1]), teams.far = pointer(for_teams[2]);
+  return teams;
 }
 #else
 #define XLSTM_FOR_CUDA(count)
@@ -321,7 +318,8 @@ py::list recurrence_launch_shapes() {
         py::arg("team") = team, py::arg("direction") = shape.forward ? "forward" : "backward",
         py::arg("operand") = static_cast<int>(shape.operand), py::arg("D") = shape.D,
         py::arg("threads") = shape.threads, py::arg("fragments") = shape.fragments,
-        py::arg("held") = shape.held, py::arg("shared_bytes") = shape.shared_bytes));
+        py::arg("held") = shape.held, py::arg("shared_bytes") = shape.shared_bytes,
+        py::arg("cluster") = shape.cluster));
   };
   for (const auto& shape : xlstm::recurrence_launch_shapes()) add(false, shape);
   for (const auto& shape : xlstm::recurrence_team_shapes()) add(true, shape);

@@ -27,6 +27,7 @@ from xlstm_kernels.ops.recurrence.launch import (
     CHIPS,
     COLUMNS,
     FORWARD,
+    TEAM_ROW_TILES,
     Chip,
     Direction,
     Launch,
@@ -36,7 +37,7 @@ from xlstm_kernels.ops.recurrence.launch import (
 # Instructions of SASS, by what they are for. A spill is a store to local memory.
 INSTRUCTIONS = {
     "mma": r"[HQ]G?MMA|UTCHMMA",
-    "async": r"LDGSTS|UBLKCP|UTMALDG|SYNCS",
+    "async": r"LDGSTS|UBLKCP|UTMALDG|SYNCS|STAS",
     "acquire": r"LD\.?G?\S*\.STRONG\.(?:GPU|SYS)",
     "spills": r"STL",
 }
@@ -153,15 +154,18 @@ class Step:
     time_us: float
 
 
-# The model, in cycles of 1.8 GHz: latencies and rates of a Hopper multiprocessor. Of the exchange:
-# a store, a flag, a load and the wait for the slowest block, through L2.
+# The model, in cycles of 1.8 GHz: latencies and rates of a Hopper multiprocessor. Of the exchange
+# through L2: a store, a flag, a load and the wait for the slowest block; of a cluster's: a store,
+# its barrier and that wait. Between shared memories, arXiv 2402.13499 measured 3.3 TB/s on 114
+# multiprocessors, and 180 cycles.
 CLOCK_GHZ = 1.8
 MMA_LATENCY, MMA_ISSUE = 33, 6  # of one product; between two of one tensor core
 POINTWISE_LATENCY = {"slstm": 220, "lstm": 140}
 SFU_PER_UNIT = {"slstm": 6, "lstm": 5}
 ALU_PER_UNIT = {"slstm": 45, "lstm": 30}
-SFU_RATE, ALU_RATE, SHARED_RATE, L2_RATE = 16, 128, 128, 64  # a cycle; the last two in bytes
-BARRIER, EXCHANGE = 60, 1620
+SFU_RATE, ALU_RATE = 16, 128  # a cycle
+SHARED_RATE, L2_RATE, CLUSTER_RATE = 128, 64, 16  # bytes a cycle
+BARRIER, EXCHANGE, CLUSTER_EXCHANGE = 60, 1620, 400
 CELL_TYPES = {"slstm": "SLSTM<false>", "lstm": "LSTM"}  # csrc/cells/list.h
 BACKWARD_POINTWISE = 1.6  # recomputed, and differentiated
 
@@ -181,17 +185,14 @@ def predict(
     per_word = 4 // operand.itemsize
     chained = 1 if per_word == 2 else 3  # products that wait for one another
     at_once = 2 if per_word == 2 else 3  # of one fragment
-    width = launch.units * launch.parts * way.per_unit if not launch.is_team else D * way.per_unit
+    width = launch.units * launch.parts * way.per_unit
     products = launch.tiles or -(-width // (8 * per_word))
+    row_tiles = TEAM_ROW_TILES if launch.is_team else way.row_tiles
     warps = launch.threads // 32
     mma = max(
         products * (MMA_LATENCY if chained == 1 else 4) + (chained - 1) * MMA_LATENCY,
-        products * way.row_tiles * at_once * max(1, warps / 4) * MMA_ISSUE,
+        products * row_tiles * at_once * max(1, warps / 4) * MMA_ISSUE,
     )
-    shared_read = launch.threads * 16 * launch.near / SHARED_RATE
-    if not launch.is_team:
-        operands = 4 * COLUMNS * width // per_word * per_word
-        shared_read = (launch.shared_bytes - 2 * operands + warps * operands) / SHARED_RATE
     units = launch.units * COLUMNS
     function = CELLS[cell].function
     pointwise = POINTWISE_LATENCY[function] + units * (
@@ -199,10 +200,13 @@ def predict(
     )
     if way is BACKWARD:
         pointwise *= BACKWARD_POINTWISE
-    cycles = max(mma, shared_read) + pointwise + BARRIER
+    operands = warps * products * 32 * 8 * per_word
     if launch.is_team:
-        read = warps * products * 32 * 8 * per_word + launch.far * launch.threads * 16
-        cycles += EXCHANGE + BARRIER + read / L2_RATE
+        shared_read, exchange = _exchange(way, launch, operands)
+    else:
+        of_block = 4 * COLUMNS * width
+        shared_read, exchange = launch.shared_bytes - 2 * of_block + warps * of_block, 0.0
+    cycles = max(mma, shared_read / SHARED_RATE) + pointwise + BARRIER + exchange
     states = CELLS[cell].states
     element = operand.itemsize
     per_unit = (
@@ -223,11 +227,24 @@ def predict(
     )
 
 
+def _exchange(way: Direction, launch: Launch, operands: int) -> tuple[int, float]:
+    """Bytes that a team's block reads from its shared memory at each step, and the cycles that its
+    exchange takes; `operands`: bytes of all warps' right operands."""
+    own = way is BACKWARD or launch.is_cluster  # they are in shared memory
+    shared_read = launch.threads * 16 * launch.near + (operands if own else 0)
+    exchanged = 4 * COLUMNS * launch.units * launch.parts
+    if launch.is_cluster:
+        return shared_read, BARRIER + CLUSTER_EXCHANGE + exchanged / CLUSTER_RATE
+    read = (exchanged if own else operands) + launch.far * launch.threads * 16
+    return shared_read, BARRIER + EXCHANGE + read / L2_RATE
+
+
 INTRODUCTION = """# CUDA kernels, as compiled
 
 Written by `make kernels`: do not edit. Registers and bytes of stack of a thread (stack is what
 spills) and numbers of instructions, as nvcc {nvcc} left them in `xlstm_kernels._cuda`. `mma`:
-matrix products on tensor cores; `async`: copies that a thread does not wait for; `acquire`: reads
+matrix products on tensor cores; `async`: copies that a thread does not wait for, and their barriers
+(template argument `true` of a team: it is a cluster, which sm_80 has not); `acquire`: reads
 of another block's flag; `spills`: stores to the stack. `tests/test_cuda_kernels.py` holds them to
 budgets.
 """
@@ -237,7 +254,7 @@ MODEL = """
 B = 16, H = max(1, 768 / D), on an H100 (132 multiprocessors). **Predicted, not measured**:
 latencies and rates of one multiprocessor, in `tests/cuda_kernels.py`, added along the longest path
 of a step. `moved` is what global memory sees with all that a gradient needs, less a team's
-exchange.
+exchange. Heads of more than 128 units are a cluster's, up to 512, and a team's beyond.
 """
 
 
@@ -289,8 +306,8 @@ def predictions(found: list[Kernel]) -> tuple[list[str], list[list[object]]]:
 
 def _kernel(direction: str, cell: str, operand: torch.dtype, launch: Launch) -> tuple[str, str]:
     """Name and template of the kernel that is launched."""
-    width = () if launch.is_team else (str(launch.units),)
-    template = (CELL_TYPES[cell], str(4 // operand.itemsize), *width)
+    last = str(launch.is_cluster).lower() if launch.is_team else str(launch.units)
+    template = (CELL_TYPES[cell], str(4 // operand.itemsize), last)
     return f"recurrence_{'team_' * launch.is_team}{direction}", ", ".join(template)
 
 

@@ -39,19 +39,31 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EVERY_SHAPE = [
     {"B": 9, "T": 18, "H": 2, "D": D, "dtype": dtype} for D in (20, 56, 100) for dtype in DTYPES
 ]
-# Chips that are too small for what one block could do: for heads of 20 units, several teams at a
-# time and one after another's work; for wider ones, blocks of 16 units and of 32, and R of which
-# some is in shared and some in global memory.
+# Chips that have no clusters and are too small for what one block could do: for heads of 20 units,
+# several teams at a time and one after another's work; for wider ones, blocks of 16 units and of
+# 32, and R of which some is in shared and some in global memory.
 SMALL = {"D": 20, "B": 9, "T": 5}
 TEAMS = [
-    (Chip("9.0", 8, 8 << 10), SMALL),
-    (Chip("9.0", 6, 8 << 10), SMALL | {"T": 35, "H": 3}),
-    (Chip("9.0", 2, 8 << 10), SMALL | {"lengths": (0, 5, 0, 33, 17, 0, 2, 0, 1, 4)}),
-    (Chip("9.0", 2, 8 << 10), SMALL | {"B": 0}),
-    (Chip("9.0", 2, 8 << 10), SMALL | {"T": 0}),
-    (launch.EMULATED, {"D": 136, "T": 4}),
-    (Chip("9.0", 9, 24 << 10), {"D": 280, "T": 3, "H": 1}),
-    (Chip("9.0", 11, 8 << 10), {"D": 328, "T": 2, "H": 1}),
+    (Chip("8.0", 8, 8 << 10), SMALL),
+    (Chip("8.0", 6, 8 << 10), SMALL | {"T": 18, "H": 3}),
+    (Chip("8.0", 2, 8 << 10), SMALL | {"lengths": (0, 5, 0, 17, 17, 0, 2, 0, 1, 4)}),
+    (Chip("8.0", 2, 8 << 10), SMALL | {"B": 0}),
+    (Chip("8.0", 2, 8 << 10), SMALL | {"T": 0}),
+    (Chip("8.0", 16, 163 << 10), {"D": 136, "T": 4}),
+    (Chip("8.0", 9, 24 << 10), {"D": 280, "T": 3, "H": 1}),
+    (Chip("8.0", 11, 8 << 10), {"D": 328, "T": 2, "H": 1}),
+]
+# Of three blocks and of sixteen, of 16 units and of 32, with R in registers alone and in shared
+# memory.
+SMALL_CLUSTERS = Chip("9.0", 8, 64 << 10)
+CLUSTERS = [
+    (SMALL_CLUSTERS, {"D": 72, "B": 9, "T": 5}),
+    (SMALL_CLUSTERS, {"D": 72, "T": 18, "H": 1}),
+    (SMALL_CLUSTERS, {"D": 72, "lengths": (0, 5, 0, 17, 2, 0, 1, 0, 1, 4)}),
+    (SMALL_CLUSTERS, {"D": 72, "T": 0}),
+    (Chip("9.0", 16, 48 << 10), {"D": 200, "T": 3, "H": 1}),
+    (launch.EMULATED, {"D": 260, "T": 3, "H": 1}),
+    (launch.EMULATED, {"D": 512, "T": 2, "H": 1}),
 ]
 TEAMS_ON_A_DEVICE = [
     {"B": B, "H": H, "D": D, "dtype": dtype}
@@ -90,6 +102,19 @@ def test_more_teams(chip, case, monkeypatch):
     check_recurrence(case)
 
 
+@on_small_chips(CLUSTERS[:1])
+def test_clusters(chip, case, monkeypatch):
+    monkeypatch.setattr(cuda, "EMULATED", chip)
+    check_recurrence(case)
+
+
+@pytest.mark.slow
+@on_small_chips(CLUSTERS[1:])
+def test_more_clusters(chip, case, monkeypatch):
+    monkeypatch.setattr(cuda, "EMULATED", chip)
+    check_recurrence(case)
+
+
 @emulated
 def test_a_team_gives_the_same_bits_again(monkeypatch):
     monkeypatch.setattr(cuda, "EMULATED", TEAMS[1][0])
@@ -100,8 +125,9 @@ def test_a_team_gives_the_same_bits_again(monkeypatch):
         assert torch.equal(result, second[name]), name
 
 
-def test_every_kind_of_team_is_among_those_tested():
-    deals = [
+def deals_of(teams):
+    """Every launch of `teams`."""
+    return [
         launch_shape(
             way,
             case.D,
@@ -110,13 +136,17 @@ def test_every_kind_of_team_is_among_those_tested():
             case.H,
             chip,
         )
-        for chip, variant in TEAMS
+        for chip, variant in teams
         for dtype in DTYPES
         for case in [RecurrenceCase("lstm", "cuda", **variant | {"dtype": dtype})]
         for way in (FORWARD, BACKWARD)
         if case.sequences
     ]
-    assert all(deal.is_team for deal in deals)
+
+
+def test_every_kind_of_team_is_among_those_tested():
+    deals = deals_of(TEAMS)
+    assert all(deal.is_team and not deal.is_cluster for deal in deals)
     assert {deal.units for deal in deals} == set(launch.TEAM_UNITS)
     assert any(deal.teams > 1 for deal in deals) and any(deal.rounds > 1 for deal in deals)
     assert {(deal.near > 0, deal.far > 0) for deal in deals} >= {
@@ -127,14 +157,35 @@ def test_every_kind_of_team_is_among_those_tested():
     }
 
 
+def test_every_kind_of_cluster_is_among_those_tested():
+    deals = deals_of(CLUSTERS)
+    assert all(deal.is_cluster for deal in deals)
+    assert {deal.units for deal in deals} == set(launch.TEAM_UNITS)
+    assert {deal.near > 0 for deal in deals} == {False, True}
+    assert {deal.parts for deal in deals} >= {3, launch.CLUSTER}
+    assert any(deal.teams > 1 for deal in deals) and any(deal.rounds > 1 for deal in deals)
+
+
+@pytest.mark.parametrize("operand", launch.HELD, ids=str)
+@pytest.mark.parametrize("way", [FORWARD, BACKWARD], ids=["forward", "backward"])
+def test_heads_of_up_to_512_units_are_a_clusters_where_there_are_any(way, operand):
+    for D in (129, 192, 256, 320, 512):
+        for capability, chip in launch.CHIPS.items():
+            deal = launch_shape(way, D, operand, 16, 1, chip)
+            assert deal.is_cluster == (capability in ("9.0", "10.0")), (D, capability)
+            assert not deal.is_cluster or deal.far == 0
+    assert not launch_shape(way, 513, operand, 16, 1, launch.CHIPS["9.0"]).is_cluster
+
+
 @emulated
 def test_launches_are_those_of_the_kernels():
     """What is asked for, in shared memory and in threads, is what kernels take."""
     for shape in load_cuda(emulated=True).recurrence_launch_shapes():
         way = FORWARD if shape["direction"] == "forward" else BACKWARD
         if shape["team"]:
-            assert shape["D"] == way.units and shape["threads"] == launch.TEAM_THREADS
-            assert shape["shared_bytes"] == way.sums_bytes and shape["held"] == launch.HELD
+            held = launch.HELD[CPU_DTYPES[shape["operand"]]][shape["cluster"]]
+            assert (shape["held"], shape["threads"]) == (held, launch.TEAM_THREADS)
+            assert shape["shared_bytes"] == launch.own_bytes(way, min(launch.TEAM_UNITS))
             continue
         deal = launch_shape(way, shape["D"], CPU_DTYPES[shape["operand"]], 1, 1, launch.EMULATED)
         assert (deal.units, deal.threads) == (shape["D"], shape["threads"])

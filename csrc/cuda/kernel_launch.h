@@ -10,6 +10,8 @@
 
 namespace xlstm {
 
+constexpr unsigned kPortableCluster = 8;  // blocks, on every chip that has clusters
+
 struct LaunchShape {
   dim3 grid, block;
   std::size_t shared_bytes = 0;
@@ -24,6 +26,9 @@ void launch(const char* what, const LaunchShape& shape, void* stream, void (*ker
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(shape.shared_bytes)),
         what);
+  if (shape.cluster > kPortableCluster) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), what);
+  }
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
   config.gridDim = shape.grid, config.blockDim = shape.block;

@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(RecurrenceShape<false, kPerWord, kWidth>::kThr
   for (int e = 0; e < 4; ++e) units[e].finish(args, columns[e % 2], work.head, unit_of(e));
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    store_db(args, scratch, work.first / kColumns, work.head, lane, unit_of(2 * row), db[row]);
+    store_db<3>(args, scratch, work.first / kColumns, work.head, unit_of(2 * row), db[row]);
   }
 }
 

@@ -11,18 +11,21 @@ namespace xlstm {
 struct RecurrenceScratch {
   void* states;    // (blocks, kCheckpointInterval, S - 1, units and sequences of a block) float32
   void* h_prev;    // (B, T, H, D) dtype, contiguous: h before each step; null: dR is not wanted
-  void* db_parts;  // (tiles of sequences, of teams twice, G, H, D) float32; null: not wanted
+  void* db_parts;  // (tiles of sequences, G, H, D) float32; null: not wanted
 };
+
+constexpr int kTeamUnits = 16;  // of a head, in a block of a team, or twice as many
 
 // How a head is dealt to a team of blocks (recurrence_team.h).
 struct RecurrenceTeams {
-  int units;        // of the head, in a block; 0: no teams, a block has all of a head
-  int teams;        // at work at a time
-  int tiles;        // products of 16 rows that a warp adds up for one of its sums
-  int near;         // fragments of R of a thread in shared memory
-  unsigned* flags;  // (teams, blocks of a team), zeros
-  void* exchange;   // (teams, 2, slices, tiles, 32, words of an operand), zeros
-  void* far;        // (teams, blocks of a team, fragments, threads, 4) words: the rest of R
+  int units;                  // of the head, in a block; 0: no teams, a block has all of a head
+  int teams;                  // at work at a time
+  int tiles;                  // products of a warp
+  int near;                   // fragments of R of a thread in shared memory
+  bool cluster;               // a team is one; else blocks meet in what follows
+  unsigned* flags = nullptr;  // (teams, blocks of a team), zeros
+  void* exchange = nullptr;   // (teams, 2, slot), zeros in the forward pass
+  void* far = nullptr;  // (teams, blocks of a team, fragments, threads, 4) words: the rest of R
 };
 
 // Heads of up to `D` units in blocks of `threads`; fragments of R in all and in registers.
@@ -30,11 +33,12 @@ struct RecurrenceLaunchShape {
   bool forward;
   DType operand;  // kBFloat16 for bfloat16 r, else kFloat32
   int D, threads, fragments, held, shared_bytes;
+  bool cluster = false;
 };
 
 std::vector<RecurrenceLaunchShape> recurrence_launch_shapes();
-// Of teams: D is a warp's units, shared_bytes those of the sums; fragments, which depend on the head's
-// width, are not counted.
+// Of teams: D is a warp's units, shared_bytes what a block of kTeamUnits has beside R and the exchange;
+// fragments, which depend on the head's width, are not counted.
 std::vector<RecurrenceLaunchShape> recurrence_team_shapes();
 
 // `r_digits`: the dtype that r had before, which has all the digits there are. `stream` is a

@@ -194,15 +194,19 @@ struct UnitGrad {
   float raw[kGates], prev[kStates], dh;
 };
 
-// Sums db of a unit over its columns, and writes that as part `part` of db.
+// Sums db of a unit over its columns, which are in the lanes that differ in bits kColumnLanes, and writes
+// that as part `part` of db.
+template <int kColumnLanes>
 __device__ __forceinline__ void store_db(const RecurrenceBackward& args,
                                          const RecurrenceScratch& scratch, int part, int head,
-                                         const Lane& lane, int unit, float (&db)[kGates]) {
+                                         int unit, float (&db)[kGates]) {
 #pragma unroll
   for (int g = 0; g < kGates; ++g) {
-    db[g] += __shfl_xor_sync(0xffffffffu, db[g], 1);
-    db[g] += __shfl_xor_sync(0xffffffffu, db[g], 2);
-    if (!scratch.db_parts || lane.part != 0 || unit >= args.D) continue;
+#pragma unroll
+    for (int bit = 1; bit < 32; bit *= 2) {
+      if (kColumnLanes & bit) db[g] += __shfl_xor_sync(0xffffffffu, db[g], bit);
+    }
+    if (!scratch.db_parts || threadIdx.x & kColumnLanes || unit >= args.D) continue;
     const std::int64_t row = static_cast<std::int64_t>(part * kGates + g) * args.H + head;
     static_cast<float*>(scratch.db_parts)[row * args.D + unit] = db[g];
   }

@@ -103,6 +103,48 @@ void cluster() {
   }
 }
 
+struct alignas(16) Words {
+  std::uint32_t w[4];
+};
+
+// Two blocks write to each other's shared memory, turn by turn, and read what they got: to write to a
+// slot again is to know that the other has read it, as it has answered since.
+template <bool kAwait>
+__global__ void handed_round_kernel(int blocks, int* out) {
+  constexpr int kTurns = 5;
+  Shared shared;
+  std::uint32_t* inbox = shared.take<std::uint32_t>(2 * 4 * kThreads);
+  xlstm::ByteBarrier* arrivals = shared.take<xlstm::ByteBarrier>(2);
+  if (threadIdx.x < 2) xlstm::init_barrier(arrivals + threadIdx.x);
+  xlstm::cluster_sync();
+  const int next = static_cast<int>(xlstm::cluster_rank() + 1) % blocks;
+  std::uint32_t value = blockIdx.x * 1000 + threadIdx.x;
+  for (unsigned turn = 0; turn < kTurns; ++turn) {
+    const unsigned slot = turn % 2;
+    std::uint32_t* mine = inbox + (slot * kThreads + threadIdx.x) * 4;
+    if (threadIdx.x == 0) xlstm::expect_bytes(arrivals + slot, kThreads * sizeof(Words));
+    xlstm::store_async(mine, Words{{value, 0, 0, value + 1}}, arrivals + slot, next);
+    if (kAwait) xlstm::await_bytes(arrivals + slot, turn / 2);
+    value = mine[3];
+    __syncthreads();
+  }
+  out[blockIdx.x * kThreads + threadIdx.x] = static_cast<int>(value);
+  xlstm::cluster_sync();
+}
+
+template <bool kAwait>
+void handed_round() {
+  constexpr int kCluster = 2;
+  int* out = zeros<int>(2 * kCluster * kThreads);
+  xlstm::LaunchShape shape{2 * kCluster, kThreads, 4096};
+  shape.cluster = kCluster;
+  xlstm::launch("handed_round", shape, nullptr, handed_round_kernel<kAwait>, kCluster, out);
+  finish();
+  for (int block = 0; block < 2 * kCluster; ++block) {
+    expect("handed_round", out[block * kThreads + 5], (block ^ 1) * 1000 + 5 + 5);
+  }
+}
+
 // Blocks hand a value on from one to the next by release and acquire, and meet at the grid's barrier.
 __global__ void chain_kernel(unsigned* flag, int* value, int* out, unsigned* count) {
   if (threadIdx.x == 0) {
@@ -196,10 +238,12 @@ struct Fixture {
 constexpr Fixture kFixtures[] = {
     {"block_sum", block_sum<true, 0>},
     {"cluster", cluster},
+    {"handed_round", handed_round<true>},
     {"chain", chain},
     {"mma_bf16", mma<true>},
     {"mma_tf32", mma<false>},
     {"missing_barrier", block_sum<false, 0>},
+    {"missing_await", handed_round<false>},
     {"index_past_the_end", block_sum<true, 1>},
     {"deadlock", deadlock},
     {"two_writers", two_writers},

@@ -11,16 +11,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SOURCE = ROOT / "csrc"
-SOUND = ["block_sum", "cluster", "chain", "mma_bf16", "mma_tf32"]
+SOUND = ["block_sum", "cluster", "handed_round", "chain", "mma_bf16", "mma_tf32"]
 SANITIZERS = {"plain": "", "address": "address,undefined", "thread": "thread"}
 # What must be found by which build, and the words that say so.
 PLANTED = [
     ("address", "index_past_the_end", "AddressSanitizer: heap-buffer-overflow"),
     ("thread", "missing_barrier", "ThreadSanitizer: data race"),
+    ("thread", "missing_await", "ThreadSanitizer: data race"),
     ("thread", "two_writers", "ThreadSanitizer: data race"),
     ("plain", "deadlock", "deadlock: 48 threads wait, 48 have ended; the first that waits is"),
     ("plain", "too_much_shared", "takes 16 bytes of shared memory, the launch asked for 4"),
 ]
+KERNELS = {"two_writers": "two_writers_kernel", "missing_await": "handed_round_kernel"}
 # One worker compiles each program, once.
 pytestmark = pytest.mark.xdist_group("emulator")
 
@@ -68,5 +70,5 @@ def test_planted_bugs_are_found(
     assert done.returncode != 0
     assert words in done.stderr, done.stderr
     if build != "plain":
-        kernel = "two_writers_kernel" if fixture == "two_writers" else "block_sum_kernel"
+        kernel = KERNELS.get(fixture, "block_sum_kernel")
         assert f"in {kernel}" in done.stderr or f" {kernel}" in done.stderr, done.stderr

@@ -88,21 +88,33 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
 }
 
 // Shared memory above 48 KiB must be asked for by kernel; the bytes each one may have.
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+// So must clusters of more than eight blocks.
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaFuncAttributeNonPortableClusterSizeAllowed,
+};
+struct XlstmMayHave {
+  std::size_t shared_bytes = xlstm::emulator::kDefaultSharedBytes;
+  unsigned cluster = 8;
+};
 template <class... Params>
-std::size_t& max_shared_bytes(void (*kernel)(Params...)) {
-  static thread_local std::vector<std::pair<void (*)(Params...), std::size_t>> known;
-  for (auto& [of, bytes] : known) {
-    if (of == kernel) return bytes;
+XlstmMayHave& may_have(void (*kernel)(Params...)) {
+  static thread_local std::vector<std::pair<void (*)(Params...), XlstmMayHave>> known;
+  for (auto& [of, has] : known) {
+    if (of == kernel) return has;
   }
-  return known.emplace_back(kernel, xlstm::emulator::kDefaultSharedBytes).second;
+  return known.emplace_back(kernel, XlstmMayHave{}).second;
 }
 template <class... Params>
-cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute, int bytes) {
-  if (bytes < 0 || static_cast<std::size_t>(bytes) > xlstm::emulator::g_chip.shared_bytes) {
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute attribute,
+                                 int value) {
+  if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) {
+    return may_have(kernel).cluster = value ? 16 : 8, cudaSuccess;
+  }
+  if (value < 0 || static_cast<std::size_t>(value) > xlstm::emulator::g_chip.shared_bytes) {
     return cudaErrorInvalidValue;
   }
-  return max_shared_bytes(kernel) = static_cast<std::size_t>(bytes), cudaSuccess;
+  return may_have(kernel).shared_bytes = static_cast<std::size_t>(value), cudaSuccess;
 }
 
 enum cudaLaunchAttributeID {
@@ -145,11 +157,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   }
   if (launch.grid.size() == 0 || launch.grid.y > 65535 || launch.grid.z > 65535 ||
       launch.block.size() == 0 || launch.block.size() > xlstm::emulator::kMaxBlockThreads ||
-      launch.cluster == 0 || launch.cluster > 16 || cluster_rows != 1 ||
+      launch.cluster == 0 || launch.cluster > may_have(kernel).cluster || cluster_rows != 1 ||
       launch.grid.x % launch.cluster != 0) {
     return cudaErrorInvalidConfiguration;
   }
-  if (launch.shared_bytes > max_shared_bytes(kernel)) return cudaErrorInvalidValue;
+  if (launch.shared_bytes > may_have(kernel).shared_bytes) return cudaErrorInvalidValue;
   // One block at a time on each multiprocessor: what more it could take depends on registers.
   if (launch.cooperative && launch.grid.size() > xlstm::emulator::kMultiprocessors) {
     return cudaErrorCooperativeLaunchTooLarge;

@@ -104,8 +104,7 @@ def backward(
     mail, far = _exchange(deal, raw_BTGHD)
     states = raw_BTGHD.new_empty((deal.blocks, CHECKPOINT_INTERVAL, last[0] - 1, deal.places))
     h_prev_BTHD = like_x.new_empty((B, T, H, D) if want_r else (0,))
-    db_rows = -(-last[1] // COLUMNS) * (2 if deal.is_team else 1)
-    db_parts = raw_BTGHD.new_empty((db_rows, G, H, D) if want_b else (0,))
+    db_parts = raw_BTGHD.new_empty((-(-last[1] // COLUMNS), G, H, D) if want_b else (0,))
     with launching(raw_BTGHD) as (kernels, stream):
         kernels.recurrence_backward(
             CELL_INDEX[cell],
@@ -151,7 +150,8 @@ def _exchange(deal: Launch, like: Tensor) -> tuple[Tensor, Tensor]:
     """The flags of a launch's teams with what goes through their exchange, zero both; and room for
     what of R is in global memory."""
     flags = _flag_words(deal)
-    mail = like.new_zeros(flags + deal.teams * 2 * deal.slot_words, dtype=torch.int32)
+    slots = 0 if deal.is_cluster else deal.teams * 2 * deal.slot_words
+    mail = like.new_zeros(flags + slots, dtype=torch.int32)
     far = like.new_empty(deal.blocks * deal.far * deal.threads * 4, dtype=torch.int32)
     return mail, far
 
@@ -161,7 +161,7 @@ def _teams(deal: Launch, mail: Tensor, far: Tensor) -> tuple[tuple[int, ...], tu
     first = address(mail)
     units = deal.units if deal.is_team else 0
     addresses = (first, first + 4 * _flag_words(deal), address(far))
-    return (units, deal.teams, deal.tiles, deal.near), addresses
+    return (units, deal.teams, deal.tiles, deal.near, int(deal.is_cluster)), addresses
 
 
 def _flag_words(deal: Launch) -> int:

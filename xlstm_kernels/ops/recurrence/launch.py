@@ -2,9 +2,10 @@
 
 A head of up to 128 units is one block's, which keeps its R in registers and shared memory, and no
 block waits for another. A wider one, or one whose R the chip's shared memory is too small for, is
-dealt to a team of blocks, which tell each other h at every step (csrc/cuda/recurrence_team.h).
-Where not all teams fit on the chip, each takes one head and tile of sequences after the other. The
-cell does not matter: each has four gates, and its states are in registers.
+dealt to a team of blocks, which tell each other h at every step (csrc/cuda/recurrence_team.h). A
+team is a cluster where the chip has clusters and one of up to 16 blocks holds R. Where not all
+teams fit on the chip, each takes one head and tile of sequences after the other. The cell does not
+matter: each has four gates, and its states are in registers.
 """
 
 from __future__ import annotations
@@ -25,22 +26,22 @@ BLOCK_BYTES = {
 TEAM_WARPS = 8
 TEAM_THREADS = 32 * TEAM_WARPS
 TEAM_UNITS = (16, 32)  # of a head, in a block of a team
-HELD = 16  # fragments of R that a thread of a team has in registers
+# Fragments of R that a thread of a team has in registers: of any, of a cluster's.
+HELD = {torch.float32: (16, 24), torch.bfloat16: (16, 32)}
 FETCHED = 4  # products whose operands a warp of a team asks for at a time
+TEAM_ROW_TILES = 2  # of 16 rows, that a warp of a team multiplies at a time
 FRAGMENT_BYTES = 16
+CLUSTER = 16  # blocks at most
+BARRIER_BYTES = 16  # of a block of a cluster
 
 
 class Direction(NamedTuple):
-    """A warp's products: their units, tiles of 16 rows, and elements that a unit gives to one."""
+    """The products of a warp that has all of a sum: its units, and tiles of 16 rows; how many
+    elements a unit gives to a product."""
 
     units: int
     row_tiles: int
     per_unit: int
-
-    @property
-    def sums_bytes(self) -> int:
-        """The sums of a team's block, on their way from slice to slice."""
-        return 4 * 4 * self.row_tiles * TEAM_THREADS
 
 
 FORWARD, BACKWARD = Direction(8, 2, 1), Direction(16, 1, 4)
@@ -50,6 +51,11 @@ class Chip(NamedTuple):
     capability: str
     multiprocessors: int
     shared_bytes: int  # that a block may have
+
+    @property
+    def has_clusters(self) -> bool:
+        """Of 16 blocks. Chips of 12.x have smaller ones, and shared memory for less."""
+        return self.capability.split(".")[0] in ("9", "10")
 
 
 EMULATED = Chip("9.0", 16, 227 << 10)  # csrc/emulator/machine.h
@@ -74,12 +80,13 @@ class Launch:
     rounds: int  # heads and tiles of sequences that a team takes one after the other
     threads: int
     shared_bytes: int
-    # Of a team: products that a warp adds up for each sum, fragments of R of a thread in shared and
-    # in global memory, words of a slot of the exchange.
+    # Of a team: products of a warp, fragments of R of a thread in shared and in global memory,
+    # words of a slot of the exchange, and whether that is in the shared memory of a cluster.
     tiles: int = 0
     near: int = 0
     far: int = 0
     slot_words: int = 0
+    is_cluster: bool = False
 
     @property
     def is_team(self) -> bool:
@@ -110,9 +117,10 @@ def launch_shape(
         if width >= D and max(shared_bytes) <= chip.shared_bytes:
             threads = width // way.units * 32
             return Launch(width, 1, items, 1, threads, shared_bytes[way is BACKWARD])
-    return min(
-        _teams(way, D, operand, items, chip), key=lambda launch: (launch.rounds, launch.units)
-    )
+    deals = list(_teams(way, D, operand, items, chip))
+    if clusters := [deal for deal in deals if deal.is_cluster]:
+        return min(clusters, key=lambda deal: (deal.rounds, deal.parts))
+    return min(deals, key=lambda deal: (deal.rounds, deal.units))
 
 
 def launch_table(chip: Chip, B: int, H: int | None) -> list[dict[str, str]]:
@@ -128,7 +136,8 @@ def launch_table(chip: Chip, B: int, H: int | None) -> list[dict[str, str]]:
                     row["a head in"] = f"D at most {widest(chip)}"
                     continue
                 launch = launch_shape(way, D, operand, B, int(row["H"]), chip)
-                row["a head in"] = f"a team of {launch.parts}" if launch.is_team else "one block"
+                kind = "a cluster" if launch.is_cluster else "a team"
+                row["a head in"] = f"{kind} of {launch.parts}" if launch.is_team else "one block"
                 row["units a block"] = str(launch.units)
                 row["blocks"] = f"{launch.blocks} of {launch.threads}"
                 row["rounds"] = str(launch.rounds)
@@ -142,26 +151,59 @@ def launch_table(chip: Chip, B: int, H: int | None) -> list[dict[str, str]]:
 def _teams(
     way: Direction, D: int, operand: torch.dtype, items: int, chip: Chip
 ) -> Iterator[Launch]:
-    per_word = 4 // operand.itemsize
     for units in TEAM_UNITS:
         parts = _ceil_div(D, units)
         if parts > chip.multiprocessors:
             continue
         teams = min(items, chip.multiprocessors // parts)
-        slices = TEAM_WARPS // (units // way.units)
-        products = _ceil_div(D * way.per_unit, 8 * per_word)
-        tiles = _ceil_div(products, slices * FETCHED) * FETCHED
-        spare = max(0, tiles * way.row_tiles - HELD)
-        room = (chip.shared_bytes - way.sums_bytes) // (FRAGMENT_BYTES * TEAM_THREADS)
-        near = min(spare, room)
-        yield Launch(
-            *(units, parts, teams, _ceil_div(items, teams), TEAM_THREADS),
-            shared_bytes=way.sums_bytes + FRAGMENT_BYTES * TEAM_THREADS * near,
-            tiles=tiles,
-            near=near,
-            far=spare - near,
-            slot_words=slices * tiles * 32 * 2 * per_word,
-        )
+        tiles = _products(way, units, parts, operand)
+        for cluster in (True, False):
+            spare = max(0, tiles * TEAM_ROW_TILES - HELD[operand][cluster])
+            own = own_bytes(way, units)
+            slot_words = _slot_words(way, units, parts, tiles, operand, cluster)
+            if cluster:
+                own += 2 * 4 * slot_words + BARRIER_BYTES
+            near = min(spare, max(0, chip.shared_bytes - own) // (FRAGMENT_BYTES * TEAM_THREADS))
+            deal = Launch(
+                *(units, parts, teams, _ceil_div(items, teams), TEAM_THREADS),
+                shared_bytes=own + FRAGMENT_BYTES * TEAM_THREADS * near,
+                tiles=tiles,
+                near=near,
+                far=spare - near,
+                slot_words=slot_words,
+                is_cluster=cluster,
+            )
+            fits = deal.far == 0 and deal.shared_bytes <= chip.shared_bytes
+            if not cluster or (chip.has_clusters and 1 < parts <= CLUSTER and fits):
+                yield deal
+
+
+def own_bytes(way: Direction, units: int) -> int:
+    """What a block of a team has in shared memory beside R: the sums of its slices, or its gates'
+    gradients of this step and the next."""
+    if way is FORWARD:
+        return 4 * 4 * TEAM_ROW_TILES * TEAM_THREADS
+    return 2 * 4 * 4 * COLUMNS * units
+
+
+def _products(way: Direction, units: int, parts: int, operand: torch.dtype) -> int:
+    """Of a warp of a team."""
+    depth = 8 * 4 // operand.itemsize
+    if way is FORWARD:  # of its slice of the sum
+        slices = TEAM_WARPS * way.units // units
+        return _ceil_div(_ceil_div(parts * units, depth), slices * FETCHED) * FETCHED
+    # Of the block's gates, for the units of the head that are the warp's.
+    rows = _ceil_div(parts * units, 16 * TEAM_ROW_TILES * TEAM_WARPS)
+    return rows * units * way.per_unit // depth
+
+
+def _slot_words(
+    way: Direction, units: int, parts: int, tiles: int, operand: torch.dtype, cluster: bool
+) -> int:
+    """The operands of all slices, or what each block gives of the sums of each."""
+    if way is FORWARD:
+        return TEAM_WARPS * way.units // units * tiles * 32 * 2 * 4 // operand.itemsize
+    return (1 if cluster else parts) * parts * units * COLUMNS
 
 
 def _ceil_div(a: int, b: int) -> int:
