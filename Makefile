@@ -104,8 +104,8 @@ sanitize-emulated:  ## the CUDA kernels' tests on builds with AddressSanitizer a
 	  XLSTM_CUDA_EMULATOR=$$(echo $(EMULATED)/$$kind/xlstm_kernels/_emulated*.so) \
 	  $(PYTEST) tests/test_recurrence.py tests/test_recurrence_cuda.py tests/test_cuda.py \
 	    tests/test_kl_div_cuda.py -p no:cacheprovider --capture=sys -m "not slow" \
-	    -k "(test_dtypes or test_packed_sequences or test_slstm_options or test_teams or test_clusters or scale_rows \
-	    or (every_cut and 2500)) and cuda"; \
+	    -k "(test_dtypes or test_packed_sequences or test_slstm_options or test_teams or test_clusters or test_one_step \
+	    or scale_rows or (every_cut and 2500)) and cuda"; \
 	done
 
 lint:  ## formatting, lint and types

@@ -18,6 +18,7 @@ from xlstm_kernels.ops.recurrence import cuda, launch, op
 from xlstm_kernels.ops.recurrence.launch import BACKWARD, FORWARD, Chip, launch_shape
 from xlstm_kernels.testing import (
     RecurrenceCase,
+    call_recurrence,
     check_recurrence,
     check_results,
     recurrence_inputs,
@@ -113,6 +114,46 @@ def test_clusters(chip, case, monkeypatch):
 def test_more_clusters(chip, case, monkeypatch):
     monkeypatch.setattr(cuda, "EMULATED", chip)
     check_recurrence(case)
+
+
+# One step without a gradient: rows of R read four elements at a time and one, of a whole tile of
+# sequences and of some more.
+STEPS = [
+    {"D": D, "B": B, "H": H, "T": 1, "dtype": dtype, "weight_dtype": weight}
+    for D, B, H in ((24, 1, 3), (27, 9, 2), (136, 3, 1))
+    for dtype in DTYPES
+    for weight in dict.fromkeys((dtype, torch.float32))
+]
+
+
+@pytest.mark.parametrize("case", on_every_backend(*STEPS, backends=["cuda"]))
+def test_one_step(case, monkeypatch):
+    check_step(case, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", on_every_backend({"D": 512, "B": 2, "H": 1, "T": 1}, backends=["cuda"])
+)
+def test_one_step_of_a_wide_head(case, monkeypatch):
+    check_step(case, monkeypatch)
+
+
+def check_step(case, monkeypatch):
+    monkeypatch.setattr(cuda, "launch_shape", None)  # the kernels that loop ask it
+    inputs = recurrence_inputs(case)
+    # What lies at an odd place in memory cannot be read four elements at a time.
+    odd = torch.cat([inputs["r"].new_zeros(1), inputs["r"].flatten()])[1:].view_as(inputs["r"])
+    exact = one_step(case, {name: t.double() for name, t in inputs.items()}, "reference")
+    for r in (inputs["r"], odd):
+        got = one_step(case, inputs | {"r": r}, "cuda")
+        check_results(got, exact, iter([one_step(case, inputs, "reference")]))
+
+
+@torch.no_grad()
+def one_step(case, inputs, backend):
+    h, last = call_recurrence(case, inputs, backend)
+    return {"h": h} | {f"{name}1": part for name, part in last._asdict().items()}
 
 
 @emulated

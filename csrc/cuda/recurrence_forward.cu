@@ -111,6 +111,9 @@ std::vector<RecurrenceLaunchShape> recurrence_launch_shapes() {
 
 void recurrence_forward_cuda(const RecurrenceForward& args, const RecurrenceTeams& teams,
                              DType r_digits, void* stream) {
+  if (args.T == 1 && !args.raw && !args.starts) {
+    return recurrence_step_cuda(args, r_digits, stream);
+  }
   if (teams.units > 0) return recurrence_team_forward_cuda(args, teams, r_digits, stream);
   XLSTM_ISA::dispatch_cell(args.cell, [&](auto cell) {
     if (r_digits == DType::kBFloat16) {

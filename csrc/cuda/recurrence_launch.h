@@ -47,6 +47,8 @@ void recurrence_forward_cuda(const RecurrenceForward& args, const RecurrenceTeam
                              DType r_digits, void* stream);
 void recurrence_backward_cuda(const RecurrenceBackward& args, const RecurrenceScratch& scratch,
                               const RecurrenceTeams& teams, DType r_digits, void* stream);
+// What the first runs for one step of B whole sequences without a gradient: r is of dtype `r_digits`.
+void recurrence_step_cuda(const RecurrenceForward& args, DType r_digits, void* stream);
 // Those of the two that run where there are teams.
 void recurrence_team_forward_cuda(const RecurrenceForward& args, const RecurrenceTeams& teams,
                                   DType r_digits, void* stream);

@@ -2,7 +2,8 @@
 
 How heads are dealt to blocks is in `launch.py`. Gates, sums and states are float32, and so is the
 accuracy of R h, but for bfloat16 r: there h and the gates' gradients keep 16 bits as operands. dR
-is a product of what x's dtype leaves of them.
+is a product of what x's dtype leaves of them. One step without a gradient, as a decoder's, has a
+kernel of its own, which reads r as it is and needs no memory beside what it returns.
 """
 
 from __future__ import annotations
@@ -13,7 +14,17 @@ from torch import Tensor
 from ...backends import cuda_refuses
 from ...memory import CPU_DTYPES, address, dense_rows, dtype_code, launching, plain
 from .arguments import CELL_INDEX, starts_of
-from .launch import BACKWARD, COLUMNS, EMULATED, FORWARD, Chip, Launch, launch_shape, widest
+from .launch import (
+    BACKWARD,
+    COLUMNS,
+    EMULATED,
+    FORWARD,
+    STEP,
+    Chip,
+    Launch,
+    launch_shape,
+    widest,
+)
 from .products import multiply_outer
 from .results import empty_like, forward_results
 from .shapes import CHECKPOINT_INTERVAL, last_shape
@@ -46,12 +57,17 @@ def forward(
     h_BTHD, last_SBHD, saved = forward_results(x_BTGHD, cu_seqlens, cell, save, empty)
     dtype, B = last_SBHD.dtype, last_SBHD.shape[1]
     x_BTGHD, starts = dense_rows(x_BTGHD), starts_of(cu_seqlens, T, cell)
-    r_digits = _digits(r_GHDE)
-    r_GHDE, b_GHD = plain(r_GHDE, dtype), plain(b_GHD, dtype)
+    r_digits, one_step = _digits(r_GHDE), T == 1 and not save and cu_seqlens is None
+    r_GHDE = plain(r_GHDE, CPU_DTYPES[r_digits] if one_step else dtype)
+    b_GHD = plain(b_GHD, dtype)
     state_SBHD = plain(state_SBHD, dtype)
     if B == 0:
         return [h_BTHD, last_SBHD, *saved]
-    deal = launch_shape(FORWARD, D, _operand(r_digits), B, H, _chip(x_BTGHD.device))
+    deal = (
+        STEP
+        if one_step
+        else launch_shape(FORWARD, D, _operand(r_digits), B, H, _chip(x_BTGHD.device))
+    )
     mail, far = _exchange(deal, x_BTGHD)
     with launching(x_BTGHD) as (kernels, stream):
         kernels.recurrence_forward(
@@ -149,9 +165,9 @@ def _chip(device: torch.device) -> Chip:
 def _exchange(deal: Launch, like: Tensor) -> tuple[Tensor, Tensor]:
     """The flags of a launch's teams with what goes through their exchange, zero both; and room for
     what of R is in global memory."""
-    flags = _flag_words(deal)
-    slots = 0 if deal.is_cluster else deal.teams * 2 * deal.slot_words
-    mail = like.new_zeros(flags + slots, dtype=torch.int32)
+    meets = deal.is_team and not deal.is_cluster
+    words = _flag_words(deal) + deal.teams * 2 * deal.slot_words if meets else 0
+    mail = like.new_zeros(words, dtype=torch.int32)
     far = like.new_empty(deal.blocks * deal.far * deal.threads * 4, dtype=torch.int32)
     return mail, far
 

@@ -102,6 +102,10 @@ class Launch:
         return self.teams * self.parts
 
 
+# One step without a gradient, csrc/cuda/recurrence_step.cu, which asks for nothing.
+STEP = Launch(units=4, parts=1, teams=0, rounds=1, threads=128, shared_bytes=0)
+
+
 def widest(chip: Chip) -> int:
     """The most units of a head that `launch_shape` has a launch for."""
     return max(TEAM_UNITS) * chip.multiprocessors
