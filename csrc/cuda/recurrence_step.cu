@@ -23,17 +23,21 @@ struct alignas(kAtOnce * sizeof(T)) Neighbours {
 };
 
 // Sums of a warp: lane l gets that of element l over all lanes.
-__device__ __forceinline__ float sum_lanes(float (&x)[kSums]) {
+template <int kCount>
+__device__ __forceinline__ float sum_lanes(const float (&x)[kCount]) {
+  if constexpr (kCount == 1) {
+    return x[0];
+  } else {
+    constexpr int kHalf = kCount / 2;
+    const bool upper = threadIdx.x & kHalf;
+    float half[kHalf];
 #pragma unroll
-  for (int half = kSums / 2; half > 0; half /= 2) {
-    const bool upper = threadIdx.x & half;
-#pragma unroll
-    for (int at = 0; at < half; ++at) {
-      const float given = upper ? x[at] : x[at + half];
-      x[at] = (upper ? x[at + half] : x[at]) + __shfl_xor_sync(0xffffffffu, given, half);
+    for (int at = 0; at < kHalf; ++at) {
+      const float given = upper ? x[at] : x[at + kHalf];
+      half[at] = (upper ? x[at + kHalf] : x[at]) + __shfl_xor_sync(0xffffffffu, given, kHalf);
     }
+    return sum_lanes(half);
   }
-  return x[0];
 }
 
 // sums[column, gate] += the lane's part of R h. Rows of R and of h are `r_stride`, `h_stride` apart.
@@ -57,7 +61,7 @@ __device__ __forceinline__ void multiply(const T* r, std::int64_t r_stride, cons
     for (int g = 0; g < kGates; ++g) load_all(r + g * r_stride + k, rows[g]);
 #pragma unroll
     for (int column = 0; column < kColumns; ++column) {
-      if (column >= columns) break;
+      if (column >= columns) continue;  // break would leave a loop, and sums in memory
       float x[kWide];
       load_all(h + column * h_stride + k, x);
 #pragma unroll
