@@ -119,9 +119,9 @@ def evaluate(
 
     Args:
         model, teacher: causal language models of transformers, hybrids among them.
-        tokenizer: of transformers, whose first or else last special token stands before each
-            document. Without either, or without a tokenizer, the first token is not predicted.
-            None: the ids are the text's bytes.
+        tokenizer: of transformers; its bos_token, or else its eos_token, stands before each
+            document. None: the ids are the text's bytes. Where nothing stands before a document,
+            its first token is not predicted.
         documents: as `distill.corpus.read_documents` gives them.
         length, rows: `rows` windows of at most `length` tokens are read at once.
         overlap: how many of these have been predicted by the window before, and only give context.

@@ -43,15 +43,17 @@ def add(commands: Commands) -> None:
     compress.add_argument(
         "--layer-map",
         default="spread",
-        choices=("spread", "uniform", "first", "last", "influence"),
-        help="which, where --layers is a number (default: %(default)s)",
+        metavar="MAP",
+        help="which, where --layers is a number: spread, uniform, first, last or influence"
+        " (default: %(default)s)",
     )
     for name, what in SIZES.items():
         compress.add_argument(f"--{name}", type=whole_number(1, 1 << 24), metavar="N", help=what)
     compress.add_argument(
         "--method",
-        choices=("weight", "activation", "svd"),
-        help="what counts (default: activation with --corpus, weight without)",
+        metavar="HOW",
+        help="what counts: weight, activation or svd (default: activation with --corpus, weight"
+        " without)",
     )
     compress.add_argument(
         "--corpus", type=Path, metavar="DIR", help="text to look at: the files below DIR"

@@ -248,5 +248,7 @@ def test_the_command(tmp_path, capsys, corpus_dir):
     student = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     assert (student.config.num_hidden_layers, student.config.intermediate_size) == (1, 24)
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "student").eos_token == "<end>"
+    assert main(["compress", *flags, "--layers", "1", "--layer-map", "middle"]) == 1
+    assert "layer_map must be one of spread" in capsys.readouterr().err
     assert main(["compress", *flags, "--layers", "all"]) == 1
     assert "--layers: must be as 6, every-2 or 0,2,5, got 'all'" in capsys.readouterr().err
