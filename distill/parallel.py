@@ -26,13 +26,15 @@ def make_accelerator(loop: LoopConfig, log: LogConfig, folder: Path) -> Accelera
     """Of the processes that `accelerate launch` or torchrun began, or of this one alone."""
     # FSDP2 casts by itself, and reduces gradients in float32 as DDP does with autocast.
     precision = loop.precision if loop.parallel == "ddp" else "float32"
-    accelerator = Accelerator(
-        mixed_precision=PRECISIONS[precision],
-        cpu=not torch.cuda.is_available(),
-        log_with=log.trackers or None,
-        project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "logs")),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=PRECISIONS[precision],
+            cpu=not torch.cuda.is_available(),
+            log_with=log.trackers or None,
+            project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "logs")),
+        )
+    except ValueError as error:
+        raise DistillError(f"launch: log.trackers {log.trackers}, {precision}: {error}") from error
     if "FSDP" in accelerator.distributed_type.value or "DEEPSPEED" in accelerator.distributed_type:
         raise DistillError(
             f"launch: distributed_type must be MULTI_GPU, with loop.parallel=fsdp2 to shard, got"
@@ -64,6 +66,9 @@ class Wrapped:
             old = student.gradient_checkpointing_enable
             getattr(student, "activation_checkpointing_enable", old)({"use_reentrant": False})
         self.accelerator, self.inside = accelerator, Inside(module)
+        accelerator.ddp_handler = DistributedDataParallelKwargs(
+            broadcast_buffers=False, find_unused_parameters=module.leaves_unused
+        )
         self.shards = loop.parallel == "fsdp2" and accelerator.num_processes > 1
         if self.shards:
             self.call: Any = _shard(self.inside, accelerator, loop.precision)
@@ -122,12 +127,16 @@ def clip(module: nn.Module, most: float | None) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
+@torch.no_grad()
 def shard_teacher(teacher: Any, accelerator: Accelerator) -> None:
-    """A part of each layer on each rank, gathered when it runs."""
+    """A part of each layer on each rank, gathered when it runs; all ranks call it."""
     if isinstance(teacher, FSDPModule):
         return
     policy = MixedPrecisionPolicy()
     _shard_layers(teacher.to(accelerator.device), accelerator, policy, reshard=True)
+    # FSDP2 finds at a first call which module is the whole. Losses may leave the head out, and
+    # would then make a whole of each layer.
+    teacher(torch.zeros(1, 1, dtype=torch.int64, device=accelerator.device), use_cache=False)
 
 
 def _shard(inside: Inside, accelerator: Accelerator, precision: str) -> FSDPModule:

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 from rich import box
 from rich.console import Console
@@ -20,18 +19,6 @@ from rich.table import Column, Table
 from rich.text import Text
 
 PLAIN_INTERVAL_S = 10.0
-
-
-class Meter(Protocol):
-    """Takes one call for every step done."""
-
-    def update(
-        self,
-        done: int,
-        loss: float | None = None,
-        tokens: int = 0,
-        parts: Mapping[str, float] | None = None,
-    ) -> None: ...
 
 
 def table_of(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
@@ -66,7 +53,7 @@ class Reporter:
         self.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
-    def meter(self, title: str, total: int, start: int = 0) -> Iterator[Meter]:
+    def meter(self, title: str, total: int, start: int = 0) -> "Iterator[Meter]":
         """A meter for a piece of work of `total` steps, `start` of which are already done."""
         if not self.live:
             yield PlainMeter(self, title, total, start)
@@ -108,9 +95,11 @@ class Pace:
         return "  ".join([*parts, f"{seconds(left)} left"])
 
 
-class LiveMeter:
-    def __init__(self, progress: Progress, task: TaskID, total: int, start: int):
-        self.progress, self.task, self.pace = progress, task, Pace(total, start)
+class Meter:
+    """Takes one call for every step done."""
+
+    def __init__(self, total: int, start: int):
+        self.total, self.pace = total, Pace(total, start)
 
     def update(
         self,
@@ -119,25 +108,30 @@ class LiveMeter:
         tokens: int = 0,
         parts: Mapping[str, float] | None = None,
     ) -> None:
-        status = self.pace.status(done, loss, tokens, parts or {})
+        """parts: of the loss, by name."""
+        self.show(done, self.pace.status(done, loss, tokens, parts or {}))
+
+    def show(self, done: int, status: str) -> None:
+        raise NotImplementedError
+
+
+class LiveMeter(Meter):
+    def __init__(self, progress: Progress, task: TaskID, total: int, start: int):
+        super().__init__(total, start)
+        self.progress, self.task = progress, task
+
+    def show(self, done: int, status: str) -> None:
         self.progress.update(self.task, completed=done, status=status)
 
 
-class PlainMeter:
+class PlainMeter(Meter):
     """One line at the start, at the end, and at most every `PLAIN_INTERVAL_S` seconds."""
 
     def __init__(self, reporter: Reporter, title: str, total: int, start: int):
-        self.reporter, self.title, self.total = reporter, title, total
-        self.pace, self.said_at = Pace(total, start), -PLAIN_INTERVAL_S
+        super().__init__(total, start)
+        self.reporter, self.title, self.said_at = reporter, title, -PLAIN_INTERVAL_S
 
-    def update(
-        self,
-        done: int,
-        loss: float | None = None,
-        tokens: int = 0,
-        parts: Mapping[str, float] | None = None,
-    ) -> None:
-        status = self.pace.status(done, loss, tokens, parts or {})
+    def show(self, done: int, status: str) -> None:
         now = time.perf_counter()
         if done >= self.total or now - self.said_at >= PLAIN_INTERVAL_S:
             self.said_at = now

@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from distill.checkpoint import write_atomically
 from distill.errors import DistillError
@@ -222,7 +223,7 @@ def _read(source: str | Path) -> DictConfig:
             f"recipe: {source} is neither a file ({error.strerror}) nor a preset{near};"
             f" presets are {', '.join(presets())}"
         ) from error
-    except Exception as error:  # each YAML error has a class of its own
+    except (YAMLError, OmegaConfBaseException) as error:
         raise DistillError(f"recipe: {source} is not YAML: {error}") from error
     if not isinstance(given, DictConfig):
         raise DistillError(f"recipe: {source} must have keys and values at its top")
@@ -277,4 +278,8 @@ def _override(config: Any, text: str) -> None:
         at += f"{part}."
         if depth < len(parts) - 1:
             node = node[int(part)] if isinstance(node, ListConfig) else node[part]
-    OmegaConf.update(config, key, OmegaConf.from_dotlist([f"x={value}"]).x, force_add=True)
+    try:
+        given = OmegaConf.from_dotlist([f"x={value}"]).x
+    except YAMLError:
+        given = value  # as data.pattern=*.py
+    OmegaConf.update(config, key, given, force_add=True)

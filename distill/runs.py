@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from rich.console import Console
 
 from distill import checks, parallel
@@ -118,12 +121,13 @@ class Run:
     def stage(self, config: StageConfig, student: Any) -> Stage:
         """Ready to run. The teacher takes part where a loss needs it beside the cache."""
         specs = self.specs[config.name]
-        needs = frozenset().union(*(spec.needs for spec in specs))
-        beside = "teacher" in needs or ("words" in needs and self.rows.cache is None)
+        words = any("words" in spec.needs for spec in specs)
+        cached = self.rows.cache is not None
+        beside = any(spec.needs_teacher for spec in specs) or (words and not cached)
         if beside and self.teacher is None:
             raise DistillError(f"recipe: teacher.path must be a folder for stage {config.name}")
         checks.require_same_vocabulary(self.teacher, student, self.tokenizer)
-        self.rows.with_words = "words" in needs and self.rows.cache is not None
+        self.rows.with_words = words and cached
         return Stage(
             config,
             self.recipe.loop,
@@ -189,6 +193,13 @@ def run(
     accelerator = shared.accelerator
     if not accelerator.is_main_process:
         shared.reporter = Reporter(Console(quiet=True))
+    with _claimed(folder, accelerator):
+        _run_stages(shared, resume)
+    return folder / "student"
+
+
+def _run_stages(shared: Run, resume: bool) -> None:
+    recipe, folder, accelerator = shared.recipe, shared.folder, shared.accelerator
     if accelerator.is_main_process and not (folder / "recipe.yaml").exists():
         environment = describe_machine() | {"ranks": accelerator.num_processes}
         write_atomically(folder / "environment.json", json.dumps(environment, indent=1))
@@ -207,7 +218,26 @@ def run(
         replace_folder(folder / "student", lambda to: shutil.copytree(done, to))
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    return folder / "student"
+
+
+@contextmanager
+def _claimed(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Refuse a folder that a run writes to: ranks may outlive a launcher that was killed. The
+    system gives the lock up when its process ends, however it ends."""
+    reason = ""
+    with ExitStack() as stack:
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((folder / ".lock").open("w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                reason = f"run: another process is writing to {folder}; wait for it, or end it"
+            except OSError:
+                pass  # a file system without locks
+        if found := [why for why in gather_object([reason]) if why]:
+            raise DistillError(found[0])
+        yield
 
 
 def describe(recipe: Recipe, folder: Path, reporter: Reporter) -> None:

@@ -53,6 +53,10 @@ def training_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
             if key not in own:
                 own[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             state[f"optimizer.{name}.{key}"] = own[key]
+        if "step" not in own:
+            own["step"] = torch.zeros((), device=parameter.device)
+        # The format has no tensors without a dimension.
+        state[f"optimizer.{name}.step"] = own["step"].view(1)
     return state
 
 
@@ -140,8 +144,6 @@ def load(
             dcp.load(state, storage_reader=reader, no_dist=accelerator.num_processes == 1)
     except CheckpointException as error:
         raise DistillError(f"checkpoint: {path} is of another model: {error}") from error
-    for parameter, own in optimizer.state.items():
-        own["step"] = torch.tensor(float(manifest.step), device=parameter.device)
 
 
 @contextlib.contextmanager

@@ -127,6 +127,7 @@ def test_sdist_holds_every_source(tree: Path) -> None:
 def test_wheel_holds_what_it_should(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "xlstm_kernels/py.typed" in names
+    assert {"distill/presets/linearize-paper.yaml", "distill/launch/8-gpus.yaml"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     compiled = [name for name in names if name.endswith(".so")]
     assert len(compiled) == 1 and compiled[0].startswith("xlstm_kernels/_cpu.")

@@ -6,7 +6,7 @@ pytest.importorskip("omegaconf", reason="omegaconf is not installed: the extra `
 
 from distill.errors import DistillError
 from distill.losses import LossSpec
-from distill.recipe import Recipe, presets
+from distill.recipe import PRESETS, Recipe, presets
 
 SMALL = "stages: [{name: a, steps: 3, losses: [{name: ce}]}]"
 
@@ -88,3 +88,11 @@ def test_wrong_files_are_one_line(tmp_path, text, parts):
 def test_a_preset_that_there_is_not():
     with pytest.raises(DistillError, match="did you mean linearize-paper"):
         Recipe.load("linearise-paper")
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("1-gpu", 1), ("8-gpus", 8), ("2x8-gpus", 16)])
+def test_launch_files_are_accelerate_s(name, ranks):
+    reason = "accelerate is not installed: the extra `distill`"
+    config_args = pytest.importorskip("accelerate.commands.config.config_args", reason=reason)
+    file = PRESETS.parent / "launch" / f"{name}.yaml"
+    assert config_args.load_config_from_file(str(file)).num_processes == ranks

@@ -1,5 +1,6 @@
 """A whole run from the command line: what it leaves, and what it says when it cannot."""
 
+import fcntl
 import json
 import os
 import random
@@ -16,8 +17,10 @@ from run_cases import RECIPE, do, make_recipe, transformers, write_teacher
 from distill.__main__ import main
 from distill.capture import load_model
 from distill.errors import Interrupt, Interrupted
+from distill.recipe import Recipe, presets
 from xlstm_kernels.testing import relative_error
 
+psutil = pytest.importorskip("psutil", reason="psutil is not installed: the extra `distill`")
 ROOT = Path(__file__).parents[2]
 
 
@@ -129,7 +132,6 @@ def tool(tmp_path, *arguments, ranks=1):
         text=True,
         cwd=ROOT,
         env=os.environ | own,
-        start_new_session=True,
     )
 
 
@@ -144,7 +146,9 @@ def kill_after(process, run, lines):
     while process.poll() is None and written() < begun + lines:
         time.sleep(0.005)
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+        # Ranks are in sessions of their own, and outlive the launcher.
+        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+            each.kill()
     return process.communicate()[1]
 
 
@@ -167,12 +171,13 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, teacher, corpus_dir):
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 def test_two_ranks_train_what_one_does(tmp_path, teacher, corpus_dir, parallel):
-    changes = ["stages.1.steps=20", "loop.checkpoint_every=4", "data.boundaries=true"]
+    changes = ["stages.1.steps=80", "loop.checkpoint_every=4", "data.boundaries=true"]
     do(make_recipe(tmp_path, teacher, corpus_dir, *changes), tmp_path / "whole")
     given = [f"teacher.path={teacher}", f"data.corpus={corpus_dir}", *changes, "--resume"]
     run = tmp_path / "run"
-    for lines in (12, 10_000):
-        process = tool(tmp_path, *given, f"loop.parallel={parallel}", "--run-dir", run, ranks=2)
+    given.append(f"loop.parallel={parallel}")
+    for ranks, lines in ((2, 10), (1, 8), (2, 10_000)):
+        process = tool(tmp_path, *given, "--run-dir", run, ranks=ranks)
         err = kill_after(process, run, lines)
         assert process.returncode == (0 if lines == 10_000 else -signal.SIGKILL), err
     got, want = weights(run / "student"), weights(tmp_path / "whole/student")
@@ -200,3 +205,54 @@ def test_a_signal_leaves_a_checkpoint(tmp_path, teacher, corpus_dir):
     assert process.returncode == 128 + signal.SIGTERM, err
     assert "stopped; continue with: python -m distill run" in err and "--resume" in err
     assert len(list((tmp_path / "run/checkpoints/align").glob("step-*"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", presets())
+def test_presets_run(capsys, tmp_path, teacher, corpus_dir, preset):
+    stages = Recipe.load(preset).stages
+    given = [f"teacher.path={teacher}", f"data.corpus={corpus_dir}", "data.pattern=*.py"]
+    given += ["data.length=24", "loop.rows=4", "loop.micro_rows=2", "teacher.dtype=float32"]
+    for at, stage in enumerate(stages):
+        given += [f"stages.{at}.tokens=null", f"stages.{at}.steps=2", f"stages.{at}.warmup=1"]
+        assert stage.steps or stage.tokens
+    status = main(["run", preset, *given, "--run-dir", str(tmp_path / "run")])
+    assert status == 0, capsys.readouterr().err
+    assert load_model(tmp_path / "run/student").config.vocab_size == 264
+    assert list((tmp_path / "run/logs").rglob("events*"))
+
+
+def test_a_folder_is_written_by_one(capsys, tmp_path, teacher, corpus_dir):
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        status, _, err = command(capsys, tmp_path, teacher, corpus_dir)
+    assert status == 1 and "another process is writing to" in err
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ("log.trackers=[nosuch]", ["log.trackers", "nosuch"]),
+        ("teacher.path=null", ["teacher.path must be a folder"]),
+        ("data.corpus=null", ["data.corpus must be a folder"]),
+        ("student.options.windw=3", ["windw"]),
+        ("student.kind=load", ["student.path must be a folder"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_recipes_are_one_line(capsys, tmp_path, teacher, corpus_dir, change, parts):
+    status, _, err = command(capsys, tmp_path, teacher, corpus_dir, change)
+    assert status == 1 and err.count("\n") == 1, err
+    for part in parts:
+        assert part in err
+
+
+def test_another_tokenizer_is_refused(capsys, tmp_path, teacher, corpus_dir):
+    student = write_teacher(tmp_path / "student")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(student)
+    tokenizer.add_tokens(["def "])
+    tokenizer.save_pretrained(student)
+    given = ("student.kind=load", f"student.path={student}")
+    status, _, err = command(capsys, tmp_path, teacher, corpus_dir, *given)
+    assert status == 1 and "'def ' is 257 there and None here" in err
