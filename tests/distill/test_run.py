@@ -93,7 +93,8 @@ class StopAt(Interrupt):
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, teacher, corpus_dir):
-    recipe = make_recipe(tmp_path, teacher, corpus_dir)
+    steps = ("stages.0.steps=2", "stages.1.steps=3", "loop.heldout_every=2")
+    recipe = make_recipe(tmp_path, teacher, corpus_dir, *steps)
     do(recipe, tmp_path / "whole")
     for looks in (1, 2):
         with pytest.raises(Interrupted):

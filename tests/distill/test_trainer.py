@@ -17,6 +17,10 @@ def teacher(tmp_path_factory):
     return write_teacher(tmp_path_factory.mktemp("teacher"))
 
 
+layouts = pytest.mark.parametrize(
+    "boundaries",
+    [pytest.param(False, marks=pytest.mark.slow, id="rows"), pytest.param(True, id="documents")],
+)
 # Each has a loss of its own count, and (as text has no equal documents) unequal micro-batches.
 LOSSES = (
     "stages.0.losses=[{name: ce, weight: 0.5}, {name: kl, weight: 0.5},"
@@ -35,7 +39,7 @@ def assert_same_steps(got, want):
     assert worst <= 1e-4, worst
 
 
-@pytest.mark.parametrize("boundaries", [False, True], ids=["rows", "documents"])
+@layouts
 def test_one_batch_is_two_is_four(tmp_path, teacher, corpus_dir, boundaries):
     def steps(micro_rows):
         changes = (f"loop.micro_rows={micro_rows}", f"data.boundaries={boundaries}", *WHOLE)
@@ -61,7 +65,7 @@ def test_two_ranks_are_one(tmp_path, teacher, corpus_dir, parallel, stage):
     assert found[1][0] == found[0][0]
 
 
-@pytest.mark.parametrize("boundaries", [False, True], ids=["rows", "documents"])
+@layouts
 def test_a_cache_is_the_teacher(tmp_path, teacher, corpus_dir, boundaries):
     where = ["--teacher", teacher, "--corpus", corpus_dir, "--pattern", "*.py"]
     sizes = ["-k", 32, "--length", 24, *(["--boundaries"] if boundaries else [])]
