@@ -11,7 +11,6 @@ from distill.errors import DistillError, Interrupted
 
 EXAMPLES = """\
 examples:
-  python -m distill run linearize-paper teacher.path=models/llama data.corpus=~/notes --dry-run
   python -m distill demo                            about five minutes on two cores
   python -m distill demo --resume                   continue after Ctrl-C
   python -m distill demo --quick --run-dir runs/q   the same path in seconds, to try an install
