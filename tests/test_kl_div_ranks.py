@@ -7,11 +7,12 @@ import inspect
 import itertools
 import zlib
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
-from kl_div_cases import DTYPES, short
+from kl_div_cases import short
 from ranks import run_on_ranks
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
@@ -26,6 +27,10 @@ from xlstm_kernels.testing import Results, check_results
 INF, NAN = float("inf"), float("nan")
 BACKENDS = ["reference", *(b.value for b, m in KL_DIV.table.items() if hasattr(m, "OVER_RANKS"))]
 N, E, K = 7, 12, 9
+# Of a float64 row's largest logit the ranks tell each other some 60 octaves, which have 7e-15 left;
+# in one process these kernels have no need of them. Seen: 2.0 budgets (reverse).
+WIDENED_FLOAT64 = {"cuda": 3.0, "triton": 3.0}
+TIMEOUT_S = 900.0  # Triton's interpreter, four at a time
 # By function: the tensors that it differentiates by, in its order, then its other arguments.
 ARGUMENTS = {
     "kl_div": (("student_logits",), ("teacher_logits",)),
@@ -148,7 +153,7 @@ def run_cases(rank: int, cases: list[Case]) -> list[dict[str, Tensor]]:
 
 
 def check_cases(*cases: Case) -> None:
-    every = run_on_ranks(len(cases[0].widths), run_cases, list(cases))
+    every = run_on_ranks(len(cases[0].widths), run_cases, list(cases), timeout_s=TIMEOUT_S)
     for case, parts in zip(cases, zip(*every, strict=True), strict=True):
         got = dict(parts[0])
         for name in got:
@@ -168,7 +173,8 @@ def check_cases(*cases: Case) -> None:
             for results in (got, exact, *plains):
                 results[name] = results[name].masked_fill(lost, 0)
         try:
-            check_results(got, exact, iter(plains))
+            widened = WIDENED_FLOAT64.get(case.backend, 1.0) if case.dtype == torch.float64 else 1.0
+            check_results(got, exact, iter(plains), widened)
         except AssertionError as error:
             raise AssertionError(f"{case}: {error}") from None
 
@@ -176,6 +182,7 @@ def check_cases(*cases: Case) -> None:
 FUNCTIONS = tuple(ARGUMENTS)
 HARD = (("ce_weight", 0.3), ("label_smoothing", 0.1), ("z_loss", 1e-2), ("softcap", 20.0))
 WARM = (("temperature", 2.0), *HARD)
+CHUNKED = (("chunk_rows", 3),)
 
 
 def options(function: str, how: tuple[tuple[str, object], ...]) -> tuple[tuple[str, object], ...]:
@@ -184,11 +191,12 @@ def options(function: str, how: tuple[tuple[str, object], ...]) -> tuple[tuple[s
     return tuple((name, value) for name, value in how if name in known)
 
 
-def test_two_ranks():
-    cases = [Case(f, (33, 20), torch.float32, how=options(f, WARM)) for f in FUNCTIONS]
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_two_ranks(backend):
+    cases = [Case(f, (33, 20), torch.float32, backend, options(f, WARM)) for f in FUNCTIONS]
     cases += [
-        Case("kl_div", (1, 40), how=(("divergence", "js"),), corners=True),
-        Case("linear_kl_div", (20, 30), torch.bfloat16, how=(("chunk_rows", 3),), teacher_more=5),
+        Case("kl_div", (1, 40), torch.float64, backend, (("divergence", "js"),), corners=True),
+        Case("linear_kl_div", (20, 30), torch.bfloat16, backend, CHUNKED, teacher_more=5),
         Case("linear_kl_div", (30, 20), backend="reference", how=WARM),
     ]
     check_cases(*cases)
@@ -200,7 +208,8 @@ HOWS = [
     (("reduction", "batchmean"), ("ignore_index", 3), *HARD),
     (("reduction", "mean"), *WARM),
 ]
-WIDTHS = (1, 2050, 30, 5)
+# By backend: the CPU's rows have blocks, of which there are to be several.
+WIDTHS = {"cpu": (1, 2050, 30, 5), "cuda": (1, 300, 30, 5), "triton": (1, 50, 30, 5)}
 
 
 def supported(support: str, divergence: str) -> bool:
@@ -210,18 +219,24 @@ def supported(support: str, divergence: str) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES, ids=short)
-def test_four_ranks(dtype):
-    cases = [Case(f, WIDTHS, dtype, how=options(f, how)) for f in FUNCTIONS for how in HOWS]
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [*itertools.product(BACKENDS[1:], (torch.float32, torch.bfloat16)),
+     ("cpu", torch.float64), ("cpu", torch.float16)],
+    ids=short,
+)  # fmt: skip
+def test_four_ranks(backend, dtype):
+    case = partial(Case, widths=WIDTHS[backend], dtype=dtype, backend=backend)
+    cases = [case(f, how=options(f, how)) for f in FUNCTIONS for how in HOWS]
     for divergence in DIVERGENCES:
         how = (("divergence", divergence),)
         cases += [
-            Case(f, WIDTHS, dtype, how=(*how, *more), labelled=False, teacher_more=more_words)
+            case(f, how=(*how, *more), labelled=False, teacher_more=more_words)
             for f in ("kl_div", "linear_kl_div")
             for more, more_words in (((), 0), (WARM[:1], 7))
         ]
         cases += [
-            Case(f, WIDTHS, dtype, how=(*how, ("support", support), *more))
+            case(f, how=(*how, ("support", support), *more))
             for f in ("topk_kl_div", "linear_topk_kl_div")
             for support in SUPPORTS
             for more in ((), WARM)

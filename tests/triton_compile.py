@@ -162,24 +162,38 @@ def recurrence(
 
 
 def kl_div(
-    dtype: str, V: int, words: int = 0, support: str = "tail", grad: str = "", **options: Any
+    dtype: str,
+    V: int,
+    words: int = 0,
+    support: str = "tail",
+    grad: str = "",
+    split: bool = False,
+    **options: Any,
 ) -> None:
     """A call of `xk.kl_div`, or of `xk.topk_kl_div` with this many words; `grad`: the dtype of the
-    gradient, where it is not the student's."""
+    gradient, where it is not the student's; `split`: what a process does of split rows."""
     from xlstm_kernels.ops.kl_div import triton as dense
     from xlstm_kernels.ops.kl_div.options import Options
+    from xlstm_kernels.ops.kl_div.ranks import PHASES, Shard, Split
     from xlstm_kernels.ops.topk_kl_div import triton as sparse
 
     student = torch.zeros(16, V, dtype=getattr(torch, dtype))
     labels = torch.zeros(16, dtype=torch.int64) if options.get("ce_weight") else None
     rest = (labels, None, *Options(**options))
     into = torch.zeros(16, V, dtype=getattr(torch, grad or dtype))
-    if words:
-        ids = torch.zeros(16, words, dtype=torch.int64)
-        logprobs = torch.zeros(16, words)
-        sparse.overwrite(student, logprobs, ids, None, *rest, support, grad=into)
-    else:
-        dense.overwrite(student, torch.zeros_like(student), *rest, grad=into)
+    shard = Shard(None, 0, (V,), (V,))  # type: ignore[arg-type]  # nobody is asked
+    sums, z_words = (torch.zeros(16, size, dtype=torch.float64) for size in (14, words))
+    for phase in range(1, len(PHASES)) if split else [0]:
+        if words and PHASES[phase] == "mixed":
+            continue  # its outcomes are few, and every process has them all
+        how: dict[str, Any] = {"grad": into if PHASES[phase] in ("whole", "loss") else None}
+        if split:
+            how["split"] = Split(phase, sums, z_words, shard)
+        if words:
+            ids, logprobs = torch.zeros(16, words, dtype=torch.int64), torch.zeros(16, words)
+            sparse._launch(student, logprobs, ids, None, *rest, support, **how)
+        else:
+            dense._launch(student, torch.zeros_like(student), *rest, **how)
 
 
 def attention(

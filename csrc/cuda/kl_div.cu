@@ -62,9 +62,14 @@ class KlDivRow {
     Fate fate = Fate::kZero;
     double loss = 0;
     if (!task.skipped) {
-      const Tops tops = read(task);
+      Tops tops = read(task);
+      if (sums_given(args_)) {
+        const RowSums& row = args_.sums[n_];
+        tops = {row.shift_s / scale_, row.shift_t / scale_, row.z_label};
+      }
       most_s_ = finite(tops.student), most_t_ = finite(tops.teacher);
       Plan<C> plan = total(task, tops);
+      if (sums_asked(args_)) return;
       if (plan.fate == Fate::kComputed && mixed()) plan = mix(task, plan);
       fate = plan.fate;
       const double T = args_.temperature;
@@ -106,14 +111,33 @@ class KlDivRow {
     double all[2] = {most[0], most[1]};
     return group_.reduce(all, Largest{}, [&](const double (&tops)[2]) {
       // The label's logit now: another block may soon write a gradient there.
-      return Tops{tops[0], tops[1], static_cast<double>(student_[static_cast<int>(task.label)])};
+      const C z_label = task.label < 0 ? C(0) : student_[static_cast<int>(task.label)];
+      return Tops{tops[0], tops[1], static_cast<double>(z_label)};
     });
   }
 
   // The row's sums, and what they leave to do.
   __device__ __forceinline__ Plan<C> total(const RowTask& task, const Tops& tops) {
-    const bool reverse = args_.divergence == Divergence::kReverse;
     C sums[4] = {};  // e_s, e_t, their difference, the gap
+    if (!sums_given(args_)) sum(sums);
+    constexpr int kSums = 4 + HardLabel<C>::kSums;
+    double all[kSums] = {sums[0], sums[1], sums[2], sums[3]};
+    hard_.get(all + 4);
+    return group_.reduce(all, Sum{}, [&](const double (&of)[kSums]) {
+      if (sums_given(args_)) return plan(task, args_.sums[n_]);
+      RowSums row;
+      row.shift_s = tops.student * scale_, row.shift_t = tops.teacher * scale_;
+      row.sum_s = of[0], row.sum_t = of[1], row.excess = of[2];
+      row.gap = of[3] * scale_;
+      HardLabel<C>::put(of + 4, tops.student, tops.z_label, row);
+      if (sums_asked(args_) && group_.leads()) args_.sums[n_] = row;
+      return plan(task, row);
+    });
+  }
+
+  // And adds to the hard-label part's sums.
+  __device__ __forceinline__ void sum(C (&sums)[4]) {
+    const bool reverse = args_.divergence == Divergence::kReverse;
     each_vector([&](int, const C(&s)[kN], const C(&t)[kN]) {
       C part[4] = {};
 #pragma unroll
@@ -129,19 +153,9 @@ class KlDivRow {
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums[i] += part[i];
     });
-    constexpr int kSums = 4 + HardLabel<C>::kSums;
-    double all[kSums] = {sums[0], sums[1], sums[2], sums[3]};
-    hard_.get(all + 4);
-    return group_.reduce(all, Sum{}, [&](const double (&of)[kSums]) {
-      RowSums row;
-      row.sum_s = of[0], row.sum_t = of[1], row.excess = of[2];
-      row.gap = of[3] * scale_;
-      return plan(task, tops, row, of + 4);
-    });
   }
 
-  __device__ __forceinline__ Plan<C> plan(const RowTask& task, const Tops& tops, const RowSums& row,
-                                          const double* hard) const {
+  __device__ __forceinline__ Plan<C> plan(const RowTask& task, const RowSums& row) const {
     const bool reverse = args_.divergence == Divergence::kReverse;
     Plan<C> plan{};
     const bool nan = row.sum_s != row.sum_s || row.sum_t != row.sum_t || task.scale != task.scale;
@@ -152,7 +166,7 @@ class KlDivRow {
     if (plan.fate != Fate::kComputed) return plan;
     const XLSTM_ISA::Weights by(row, 0, 0);
     plan.w_s = by.s, plan.w_t = by.t, plan.apart = by.apart;
-    plan.hard = HardPart<C>(args_, hard, row.sum_s, most_s_, tops.z_label, task.scale);
+    plan.hard = HardPart<C>(args_, row, row.sum_s, most_s_, task.scale);
     plan.divergence = XLSTM_ISA::plain_divergence(row, reverse);
     plan.far = !(plan.divergence < 1);  // about where most of q has little of p
     plan.log_rest = ::log(1 - args_.mix);
@@ -189,6 +203,7 @@ class KlDivRow {
   }
 
   __device__ __forceinline__ Plan<C> mix(const RowTask& task, const Plan<C>& plan) const {
+    if (args_.phase == Phase::kLoss) return with_mixture_sums(task, plan, args_.sums[n_]);
     C loss = 0, slope = 0;
     with_mixture([&](auto divergence) {
       each_vector([&](int, const C(&s)[kN], const C(&t)[kN]) {
@@ -205,13 +220,21 @@ class KlDivRow {
     });
     double all[2] = {loss, slope};
     return group_.reduce(all, Sum{}, [&](const double (&of)[2]) {
-      Plan<C> mixed = plan;
-      mixed.divergence = of[0];
-      const double kl = task.scale * args_.kl_weight * args_.temperature;
-      mixed.a = static_cast<C>(kl);
-      mixed.b = static_cast<C>((plan.hard.soft - kl * of[1]) * plan.w_s);
-      return mixed;
+      RowSums row;
+      row.mixed = of[0], row.slope = of[1];
+      if (args_.phase == Phase::kMixed && group_.leads()) {
+        args_.sums[n_].mixed = row.mixed, args_.sums[n_].slope = row.slope;
+      }
+      return with_mixture_sums(task, plan, row);
     });
+  }
+  __device__ __forceinline__ Plan<C> with_mixture_sums(const RowTask& task, Plan<C> plan,
+                                                       const RowSums& row) const {
+    plan.divergence = row.mixed;
+    const double kl = task.scale * args_.kl_weight * args_.temperature;
+    plan.a = static_cast<C>(kl);
+    plan.b = static_cast<C>((plan.hard.soft - kl * row.slope) * plan.w_s);
+    return plan;
   }
 
   __device__ __forceinline__ void write(const RowTask& task, const Plan<C>& plan) const {

@@ -40,7 +40,8 @@ struct RowTask {
     scale = weight * (by.counted ? *by.counted : by.number);
     const bool ignored = args.labels && label == args.ignore_index;
     skipped = ignored || weight == 0;
-    labelled_wrong = label < 0 || label >= args.V_student;
+    // A negative one of a split row is another process's.
+    labelled_wrong = label >= args.V_student || (label < 0 && args.phase == Phase::kWhole);
     if (labelled_wrong) label = 0;
   }
 };
@@ -63,6 +64,13 @@ class HardLabel {
   __device__ __forceinline__ void get(double* sums) const {
     sums[0] = sum_, sums[1] = total_, sums[2] = words_;
   }
+  // All threads' into the row's; `most` is its largest logit, as it is where all are masked.
+  static __device__ __forceinline__ void put(const double* sums, double most, double z_label,
+                                             RowSums& row) {
+    row.shift_hard = most * static_cast<double>(static_cast<C>(XLSTM_ISA::kLog2E));
+    row.sum_hard = sums[0], row.words = sums[2], row.z_label = z_label;
+    if (row.words > 0) row.z_all = sums[1] + row.words * most;
+  }
   static __device__ __forceinline__ C e(C x) {
     return XLSTM_ISA::exp2(x * static_cast<C>(XLSTM_ISA::kLog2E));
   }
@@ -81,15 +89,15 @@ struct HardPart {
   C own = 0, label = 0, word = 0;  // of its own softmax; what comes off the label, off every word
 
   HardPart() = default;
-  // `sum` at the divergence's temperature, for use where that is 1; `z_label` and `most` logits.
-  __device__ __forceinline__ HardPart(const RowLoss& args, const double* sums, double sum,
-                                      double most, double z_label, double scale) {
+  // `sum` at the divergence's temperature, for use where that is 1; `most` is the largest logit.
+  __device__ __forceinline__ HardPart(const RowLoss& args, const RowSums& row, double sum,
+                                      double most, double scale) {
     if (args.ce_weight == 0) return;
     const bool own_softmax = args.temperature != 1, smooth = args.label_smoothing != 0;
-    if (own_softmax) sum = sums[0];
-    const double log_sum = ::log(sum), x = z_label - most;
+    if (own_softmax) sum = row.sum_hard;
+    const double log_sum = ::log(sum), x = row.z_label - most;
     const double log_q = x * (XLSTM_ISA::kLn2 * static_cast<C>(XLSTM_ISA::kLog2E)) - log_sum;
-    const double mean = smooth ? sums[1] / sums[2] : 0;
+    const double mean = smooth ? row.z_all / row.words - most : 0;
     loss = args.ce_weight * XLSTM_ISA::hard_loss(args, log_q, x - mean, log_sum + most);
     const double slope = scale * XLSTM_ISA::hard_slope(args, log_sum + most);
     if (own_softmax) {
@@ -98,7 +106,7 @@ struct HardPart {
       soft = slope;
     }
     label = static_cast<C>(scale * XLSTM_ISA::hard_label(args));
-    if (smooth) word = static_cast<C>(scale * XLSTM_ISA::hard_word(args, sums[2]));
+    if (smooth) word = static_cast<C>(scale * XLSTM_ISA::hard_word(args, row.words));
   }
 
   // The gradient by one logit, from the divergence's: z as it counts, x less the largest.
@@ -111,6 +119,14 @@ struct HardPart {
     return z == XLSTM_ISA::kMasked<C> ? C(0) : (g - word) * (1 - t * t);
   }
 };
+
+// Of a split row, whether its sums are known, or are only asked for.
+__device__ __forceinline__ bool sums_given(const RowLoss& args) {
+  return args.phase == Phase::kMixed || args.phase == Phase::kLoss;
+}
+__device__ __forceinline__ bool sums_asked(const RowLoss& args) {
+  return args.phase == Phase::kSums;
+}
 
 // One number in all of a gradient's slice.
 template <class E>

@@ -8,6 +8,7 @@
 //   float64; sums of a thread over the others in the compute type. Nothing saved.
 #include "cells/outcome.h"
 #include "cuda/row_loss.h"
+#include "cuda/row_words.h"
 
 namespace xlstm {
 namespace {
@@ -19,29 +20,10 @@ using XLSTM_ISA::Outcome;
 
 constexpr int kThreads = 256;  // of a block, at most: words take registers
 
-// The words inside a row, in shared memory; a word that comes several times is at its first place.
-struct Words {
-  static constexpr int kBytes = 2 * 4 + 3 * 8, kArrays = 6;  // of a word; each on 16 bytes
-
-  __device__ __forceinline__ Words(Shared& shared, std::int64_t K, int bit_words)
-      : K(static_cast<int>(K)),
-        bit_words(bit_words),
-        given(shared.take<std::int32_t>(K)),
-        ids(shared.take<std::int32_t>(K)),
-        z(shared.take<double>(K)),
-        log_p(shared.take<double>(K)),
-        q(shared.take<double>(K)),
-        bits(shared.take<unsigned>(bit_words)) {}
-
-  const int K, bit_words;
-  std::int32_t *given, *ids;  // -1: none; of ids, also where a word has come before
-  double *z, *log_p, *q;      // then log_p gives way to the slope
-  unsigned* const bits;       // of a block's slice: whether a logit's word is inside
-};
-
 // The largest of a row: logits outside and inside, logarithms of masses; whether an id is wrong.
 struct Tops {
   double outside, inside, log_p, wrong, z_label;
+  __device__ __forceinline__ double largest() const { return outside > inside ? outside : inside; }
 };
 
 // What the sums of a row leave to do.
@@ -85,8 +67,10 @@ class TopkRow {
     double loss = 0;
     if (!task.skipped) {
       const bool wrong = gather();
-      const Tops tops = read(task, wrong);
+      Tops tops = read(task, wrong);
+      if (sums_given(args_)) tops.outside = args_.sums[n_].shift_s / scale_;
       const Plan<C> plan = total(task, tops);
+      if (sums_asked(args_)) return;
       fate = plan.fate;
       loss = plan.hard.loss;
       if (fate == Fate::kComputed) {
@@ -134,7 +118,7 @@ class TopkRow {
     __syncthreads();  // threads may still be at the row before
     for (int k = group_.thread(); k < words_.K; k += group_.threads()) {
       const std::int64_t at = n_ * args_.K + k, id = args_.ids[at];
-      const bool none = id < 0 || id >= args_.V_student;
+      const bool none = id < 0 || id >= args_.V;
       wrong = wrong || (none && id != -1);
       words_.given[k] = none ? -1 : static_cast<std::int32_t>(id);
       words_.q[k] = static_cast<double>(static_cast<const C*>(args_.logprobs)[at]);
@@ -152,12 +136,21 @@ class TopkRow {
         if (words_.given[other] == id) log_p = XLSTM_ISA::log_add(log_p, words_.q[other]);
       }
       words_.log_p[k] = log_p;
-      words_.z[k] = static_cast<double>(student_[id]);
-      const int at = id - begin_;
+      const int column = id - static_cast<int>(args_.first), at = column - begin_;
+      words_.z[k] = logit(column, n_ * args_.K + k);
       if (at >= 0 && at < vectors_ * kN) atomicOr(words_.bits + at / 32, 1u << at % 32);
     }
     __syncthreads();
     return wrong;
+  }
+
+  // Of a word inside, which is the row's `at`-th and may be another process's.
+  __device__ __forceinline__ double logit(int column, std::int64_t at) const {
+    if (sums_given(args_)) return args_.z_words[at];
+    if (column < 0 || column >= args_.V_student) return kMasked<double>;
+    const double z = static_cast<double>(student_[column]);
+    if (sums_asked(args_) && group_.block() == 0) args_.z_words[at] = z;
+    return z;
   }
 
   // Reads the row, keeps it, and finds its largest.
@@ -176,7 +169,7 @@ class TopkRow {
       all[2] = words_.log_p[k] > all[2] ? words_.log_p[k] : all[2];
     });
     return group_.reduce(all, Largest{}, [&](const double (&of)[4]) {
-      const double z_label = student_[static_cast<int>(task.label)];
+      const double z_label = task.label < 0 ? C(0) : student_[static_cast<int>(task.label)];
       return Tops{of[0], of[1], of[2], of[3], z_label};
     });
   }
@@ -187,9 +180,32 @@ class TopkRow {
 
   // The row's sums, and what they leave to do.
   __device__ __forceinline__ Plan<C> total(const RowTask& task, const Tops& tops) {
-    most_ = static_cast<C>(finite(tops.outside > tops.inside ? tops.outside : tops.inside));
+    most_ = static_cast<C>(finite(tops.largest()));
     outside_ = static_cast<C>(finite(tops.outside));
     most_log_p_ = finite(tops.log_p / p_temperature_);
+    constexpr int kSums = 5 + HardLabel<C>::kSums;
+    double all[kSums] = {sums_given(args_) ? C(0) : sum_outside()};
+    each_word([&](int k) {
+      if (group_.block() != 0) return;  // every block has these
+      hard_.add(static_cast<C>(words_.z[k]) - most_);
+      all[1] += ::exp(log_e(words_.z[k]));
+      all[2] += ::exp(words_.log_p[k]);
+      all[3] += ::exp(words_.log_p[k] / p_temperature_ - most_log_p_);
+      all[4] += 1;
+    });
+    hard_.get(all + 5);
+    return group_.reduce(all, Sum{}, [&](const double (&of)[kSums]) {
+      if (sums_given(args_)) return plan(task, tops, args_.sums[n_], of);
+      RowSums row;
+      row.shift_s = tops.outside * scale_, row.sum_s = of[0];
+      HardLabel<C>::put(of + 5, tops.largest(), tops.z_label, row);
+      if (sums_asked(args_) && group_.leads()) args_.sums[n_] = row;
+      return plan(task, tops, row, of);
+    });
+  }
+
+  // And adds to the hard-label part's sums.
+  __device__ __forceinline__ C sum_outside() {
     C e = 0;
     each_vector([&](int, const C(&z)[kN], unsigned) {
       C part = 0;
@@ -200,21 +216,8 @@ class TopkRow {
       }
       e += part;
     });
-    constexpr int kSums = 5 + HardLabel<C>::kSums;
-    double all[kSums] = {e};
-    each_word([&](int k) {
-      if (group_.block() != 0) return;  // every block has these
-      hard_.add(static_cast<C>(words_.z[k]) - most_);
-      all[1] += ::exp(log_e(words_.z[k]));
-      all[2] += ::exp(words_.log_p[k]);
-      all[3] += ::exp(words_.log_p[k] / p_temperature_ - most_log_p_);
-      all[4] += 1;
-    });
-    hard_.get(all + 5);
-    return group_.reduce(all, Sum{},
-                         [&](const double (&of)[kSums]) { return plan(task, tops, of); });
+    return e;
   }
-
   __device__ __forceinline__ C e_outside(C z) const {
     return XLSTM_ISA::exp2((z - outside_) * scale_);
   }
@@ -223,11 +226,11 @@ class TopkRow {
     return kLn2 * ((z - most_) * static_cast<double>(scale_));
   }
 
-  __device__ __forceinline__ Plan<C> plan(const RowTask& task, const Tops& tops,
+  __device__ __forceinline__ Plan<C> plan(const RowTask& task, const Tops& tops, const RowSums& row,
                                           const double (&of)[8]) const {
     const bool closed = args_.support == Support::kBoth;
-    const double raise = ::exp(log_e(outside_)), inside = of[1];
-    const double sum = inside + (of[0] > 0 || of[0] != of[0] ? of[0] * raise : 0);
+    const double raise = ::exp(log_e(outside_)), inside = of[1], outside = row.sum_s;
+    const double sum = inside + (outside > 0 || outside != outside ? outside * raise : 0);
     Plan<C> plan{};
     const bool known = teacher(of[2], of[3], of[4], plan);
     const bool nan = sum != sum || task.scale != task.scale || plan.rest.p != plan.rest.p;
@@ -240,11 +243,11 @@ class TopkRow {
     plan.q_shift = ::log(compared);
     plan.part = compared / sum;
     plan.outside = raise / sum;
-    plan.tail = of[0] > 0 ? 1 / of[0] : 0;
+    plan.tail = outside > 0 ? 1 / outside : 0;
     plan.rest.log_q =
-        closed || of[0] == 0 ? -kInfinity : ::log(of[0]) + log_e(outside_) - plan.q_shift;
+        closed || outside == 0 ? -kInfinity : ::log(outside) + log_e(outside_) - plan.q_shift;
     plan.rest.q = ::exp(plan.rest.log_q);
-    plan.hard = HardPart<C>(args_, of + 5, sum, most_, tops.z_label, task.scale);
+    plan.hard = HardPart<C>(args_, row, sum, most_, task.scale);
     return plan;
   }
 
@@ -254,7 +257,7 @@ class TopkRow {
                                           Plan<C>& plan) const {
     const C* given = static_cast<const C*>(args_.tail_logmass);
     const double log_mass = given ? static_cast<double>(given[n_]) : XLSTM_ISA::log_left(mass);
-    const double words = static_cast<double>(args_.V_student) - count;
+    const double words = static_cast<double>(args_.V) - count;
     const double tail =
         with_tail() ? XLSTM_ISA::log_tail(log_mass, words, p_temperature_) : -kInfinity;
     const double most = tail > most_log_p_ || !(inside > 0) ? finite(tail) : most_log_p_;
@@ -327,8 +330,8 @@ class TopkRow {
     });
     const double kl = task.scale * args_.kl_weight * args_.temperature;
     each_word([&](int k) {
-      const int at = words_.ids[k];
-      if (at < begin_ || at >= begin_ + vectors_ * kN) return;
+      const int at = words_.ids[k] - static_cast<int>(args_.first);
+      if (at < begin_ || at >= begin_ + vectors_ * kN || at >= grad_.V()) return;
       const C z = static_cast<C>(words_.z[k]);
       const double q = words_.q[k], soft = plan.hard.soft * q * plan.part;
       const C g = static_cast<C>(kl * (words_.log_p[k] - q * slopes.sum) + soft);

@@ -86,8 +86,8 @@ def kl_div(
             columns. The ranks call it together, and so they do a backward that computes the
             gradient again: a second one, and every one of float16. Beside a few numbers they
             exchange, however many the words, 96 bytes a row in two all-reduces, in a third one 16
-            more for a mixture and "tv". torch.compile cannot trace it; backends "reference", which
-            gathers all columns, and "cpu".
+            more for a mixture and "tv". They compare their calls first, for which a GPU is waited
+            for. torch.compile cannot trace it; backend "reference" gathers all columns.
         backend: "auto", or one of "reference", "cpu", "cuda", "triton"; a named backend runs or
             raises. On a GPU "triton" reads nothing back: a label out of range makes its row NaN.
 

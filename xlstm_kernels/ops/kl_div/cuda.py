@@ -10,7 +10,10 @@ from torch import Tensor
 from ...memory import address, launching, refused_by_cuda
 from . import compiled
 from .options import Options
+from .ranks import Split
 from .verbs import verbs
+
+OVER_RANKS = True
 
 
 def supports(student: Tensor, teacher: Tensor) -> str | None:
@@ -30,9 +33,10 @@ def _launch(
     row_weight: Tensor | None,
     *options: Any,
     grad: Tensor | None,
+    split: Split | None = None,
 ) -> Tensor:
     call, _teacher, arguments = compiled.kl_div_call(
-        student, teacher, labels, row_weight, Options(*options), grad
+        student, teacher, labels, row_weight, Options(*options), grad, split
     )
     counted = student.new_empty((), dtype=torch.float64)
     with launching(student) as (kernels, stream):

@@ -27,6 +27,7 @@ from .options import Options
 from .rows import sum_rows, valid_rows, weigh_rows
 
 # In the order of csrc/launch.h's enum and struct.
+PHASES = ("whole", "sums", "mixed", "loss")
 _SUMS, _MIXED, _LOSS = 1, 2, 3
 _SHIFTS, _SUMMED, _OF_MIXTURE = slice(0, 4), slice(4, 12), slice(12, 14)
 _FIELDS = 14

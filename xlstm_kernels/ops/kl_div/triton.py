@@ -16,9 +16,12 @@ from ...backends import TRITON_INTERPRETED
 from ...cells import compute_dtype
 from ...memory import on_device, refused_by_triton
 from .options import Options
+from .ranks import Split
 from .rows import read_rows, row_strides
 from .triton_launch import StudentCall, choose, first_bits, logits
 from .verbs import verbs
+
+OVER_RANKS = True
 
 
 def supports(student: Tensor, teacher: Tensor) -> str | None:
@@ -55,12 +58,13 @@ def _launch(
     row_weight: Tensor | None,
     *call_: Any,
     grad: Tensor | None,
+    split: Split | None = None,
 ) -> Tensor:
     from .triton_kernel import kl_div_kernel
 
     options = Options(*call_)
     (student, teacher), (_, inner_rows), strides = read_rows((student, teacher), grad)
-    call = StudentCall("kl_div", student, labels, row_weight, options, grad is not None)
+    call = StudentCall("kl_div", student, labels, row_weight, options, grad is not None, split)
     how, warps = call.how(max(student.shape[-1], teacher.shape[-1]))
     if call.N > 0:
         with on_device(student):
@@ -69,6 +73,7 @@ def _launch(
                 logits(teacher, strides[1]),
                 logits(student if grad is None else grad, strides[-1]),
                 call.given,
+                call.shared(),
                 call.row_loss,
                 call.N,
                 inner_rows,

@@ -42,6 +42,23 @@ from .triton_rows import (
     settled,
     store_gradient,
 )
+from .triton_split import (
+    EXCESS,
+    GAP,
+    MIXED,
+    SHIFT_S,
+    SHIFT_T,
+    SLOPE,
+    STRAY,
+    SUM_S,
+    SUM_T,
+    tell,
+    tell_hard,
+    tell_shift,
+    told,
+    told_hard,
+    told_shift,
+)
 
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -147,6 +164,30 @@ def read(pair, rows, scale, HOW: tl.constexpr):
 
 
 @triton.jit
+def tell_sums(split, rows, sums, scale, HOW: tl.constexpr):
+    tell_shift(split, rows, SHIFT_S, sums.most_s, scale)
+    tell_shift(split, rows, SHIFT_T, sums.most_t, scale)
+    tell_shift(split, rows, STRAY, sums.stray, scale)
+    tell(split, rows, SUM_S, sums.sum_s)
+    tell(split, rows, SUM_T, sums.sum_t)
+    tell(split, rows, EXCESS, sums.excess)
+    tell(split, rows, GAP, sums.gap * scale.to(tl.float64))
+
+
+@triton.jit
+def told_sums(split, rows, scale, HOW: tl.constexpr):
+    return Sums(
+        told_shift(split, rows, SHIFT_S, scale, HOW),
+        told_shift(split, rows, SHIFT_T, scale, HOW),
+        told(split, rows, SUM_S),
+        told(split, rows, SUM_T),
+        told(split, rows, EXCESS),
+        told(split, rows, GAP) / scale.to(tl.float64),
+        told_shift(split, rows, STRAY, scale, HOW),
+    )
+
+
+@triton.jit
 def plain_divergence(sums, scale, HOW: tl.constexpr):
     """KL(q|p) for reverse, else KL(p|q), as if nothing were masked in one alone."""
     if HOW.divergence == "reverse":
@@ -192,7 +233,7 @@ def mix(pair, rows, sums, weights, by, scale, HOW: tl.constexpr):
         loss, slope = mixed_terms(z_s, z_t, sums, weights, by, scale, HOW)
         losses += loss
         slopes += slope
-    return sum_lanes(losses), sum_lanes(slopes).to(HOW.dtype)
+    return sum_lanes(losses), sum_lanes(slopes)
 
 
 @triton.jit
@@ -209,9 +250,13 @@ def block_gradient(z_s, z_t, sums, weights, by, scale, a, b, HOW: tl.constexpr):
 
 
 @triton.jit
-def kl_div_row(pair, rows, hard_by, mix_p, z_label, factors, scale, HOW: tl.constexpr):
+def kl_div_row(pair, rows, split, hard_by, mix_p, z_label, factors, scale, HOW: tl.constexpr):
     """What the last sweep needs, and the rows' loss."""
-    sums, hard = read(pair, rows, scale, HOW)
+    if HOW.phase == "whole":
+        sums, hard = read(pair, rows, scale, HOW)
+    else:
+        sums = told_sums(split, rows, factors.scale, HOW)
+        hard, z_label = told_hard(split, rows, sums.most_s, HOW)
     nan = (sums.sum_s != sums.sum_s) | (sums.sum_t != sums.sum_t) | (rows.scale != rows.scale)
     counts = (sums.sum_s > 0.0) & (sums.sum_t > 0.0) & (nan == 0)
     rest = tl.where(nan, float("nan"), 0.0).to(HOW.dtype)
@@ -235,7 +280,15 @@ def kl_div_row(pair, rows, hard_by, mix_p, z_label, factors, scale, HOW: tl.cons
         a = kl * weights.s * factors.inverse_T
         b = -a * mean_gap
     else:
-        D, slope = mix(pair, rows, sums, weights, by, factors.scale, HOW)
+        if HOW.phase == "loss":
+            D = told(split, rows, MIXED)
+            slope = told(split, rows, SLOPE)
+        else:
+            D, slope = mix(pair, rows, sums, weights, by, factors.scale, HOW)
+        if HOW.phase == "mixed":
+            tell(split, rows, MIXED, D)
+            tell(split, rows, SLOPE, slope)
+        slope = slope.to(HOW.dtype)
         a = kl
         b = -kl * weights.s * slope
     if HOW.divergence == "forward" or HOW.divergence == "reverse":
@@ -260,6 +313,7 @@ def kl_div_kernel(
     teacher,
     grad,
     given,
+    split,
     row_loss,
     N,
     inner_rows,
@@ -292,11 +346,16 @@ def kl_div_kernel(
         number(ce_weight, HOW), number(smoothing, HOW), number(z_loss, HOW), pair.cap_s
     )
     # Before the gradient takes its place.
-    z_label = load_one(s, rows.label, rows.live, pair.cap_s, HOW)
-    sums, weights, by, label, a, b, rest, loss = kl_div_row(
-        pair, rows, hard_by, number(mix_p, HOW), z_label, factors, scales, HOW
-    )
-    tl.store(row_loss + rows.n, tl.where(rows.live, loss, 0.0), rows.there)
+    z_label = load_one(s, rows.label, rows.live & (rows.label >= 0), pair.cap_s, HOW)
+    if HOW.phase == "sums":
+        sums, hard = read(pair, rows, scales, HOW)
+        tell_sums(split, rows, sums, factors.scale, HOW)
+        tell_hard(split, rows, hard, z_label, HOW)
+    else:
+        sums, weights, by, label, a, b, rest, loss = kl_div_row(
+            pair, rows, split, hard_by, number(mix_p, HOW), z_label, factors, scales, HOW
+        )
+        tl.store(row_loss + rows.n, tl.where(rows.live, loss, 0.0), rows.there)
     if HOW.grad:
         tl.debug_barrier()  # all of the row has been read
         mixed: tl.constexpr = HOW.divergence != "forward" and HOW.divergence != "reverse"

@@ -17,6 +17,7 @@ from ...backends import TRITON_INTERPRETED
 from ...cells import compute_dtype
 from ...memory import plain
 from .options import Options
+from .ranks import PHASES, Split
 from .rows import Strides, valid_rows
 
 
@@ -66,10 +67,12 @@ class StudentCall:
         row_weight: Tensor | None,
         options: Options,
         want_grad: bool,
+        split: Split | None,
     ):
         from .triton_rows import Given
 
         self.student, self.options, self.want_grad = student, options, want_grad
+        self.split = split
         self.shape, self.N, self.V = (
             student.shape[:-1],
             student.shape[:-1].numel(),
@@ -77,7 +80,7 @@ class StudentCall:
         )
         self.dtype = compute_dtype(student.dtype)
         self.labels, self.row_weight = plain(labels, torch.int64), plain(row_weight, self.dtype)
-        if student.device.type == "cpu":
+        if student.device.type == "cpu" and split is None:
             valid_rows(function, student, labels, self.V, options.ignore_index)
         self.factor = self._factor()
         unused = self.factor
@@ -102,6 +105,16 @@ class StudentCall:
         if self.options.reduction == "none":
             return self.row_loss.view(self.shape)
         return (self.row_loss.sum(dtype=torch.float64) * self.factor).to(self.dtype)
+
+    def shared(self) -> Any:
+        """With other processes, which have the other columns."""
+        from .triton_split import Split
+
+        unused = self.factor
+        if self.split is None:
+            return Split(unused, unused)
+        z_words = self.split.z_words
+        return Split(self.split.sums, unused if z_words is None else z_words)
 
     def numbers(self) -> tuple[float, ...]:
         """Of the divergence: scale, 1 / T and the gains of loss and gradient, mix. Of the hard
@@ -136,6 +149,7 @@ class StudentCall:
             own=hard and options.temperature != 1,
             smooth=hard and options.label_smoothing != 0,
             emulated=TRITON_INTERPRETED,
+            phase="whole" if self.split is None else PHASES[self.split.phase],
         )
         return how, blocks.warps
 

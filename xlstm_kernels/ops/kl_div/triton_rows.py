@@ -38,6 +38,7 @@ class How(NamedTuple):
     own: bool  # its softmax is not the divergence's
     smooth: bool
     emulated: bool  # by Triton's interpreter
+    phase: str  # "whole", or what it does of rows that are split: "sums", "mixed", "loss"
 
 
 class Logits(NamedTuple):
@@ -69,7 +70,7 @@ class Factors(NamedTuple):
 class Rows(NamedTuple):
     """A program's rows: their numbers, whether they are there, and whether they count, by label and
     weight; weight, and weight times the reduction's factor, NaN where the label is out of range;
-    label. Each [rows]."""
+    label, negative where another process has it. Each [rows]."""
 
     n: Any
     there: Any
@@ -99,6 +100,8 @@ def rows_of(given, V, N, ignore_index, HOW: tl.constexpr):
         label = tl.load(given.labels + n, there, other=0)
         live = live & (label != ignore_index)
         known = (label >= 0) & (label < V)
+        if HOW.phase != "whole":
+            known = known | (label < 0)  # among another process's columns
         weight = tl.where(known, weight, float("nan"))
         label = tl.where(known, label, 0)
     return Rows(n, there, live, weight, weight * tl.load(given.factor), label)

@@ -11,6 +11,7 @@ from ..topk_kl_div import triton as topk_kl_div
 from .chunks import Kernels, run
 from .inputs import Inputs
 
+OVER_RANKS = True
 forward = partial(run, Kernels(kl_div, topk_kl_div, on_host=False))
 
 

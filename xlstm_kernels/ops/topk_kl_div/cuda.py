@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from ...memory import address, launching, refused_by_cuda
+from ..kl_div.ranks import Split
 from ..kl_div.verbs import verbs
 from .compiled import topk_kl_div_call
 
+OVER_RANKS = True
 MAX_WORDS = 2048  # of a row; a block has them in shared memory
 
 
@@ -22,8 +24,8 @@ def supports(student: Tensor, topk_logprobs: Tensor) -> str | None:
     return None
 
 
-def _launch(student: Tensor, *call: Any, grad: Tensor | None) -> Tensor:
-    student_call, _target, arguments = topk_kl_div_call(student, *call, grad=grad)
+def _launch(student: Tensor, *call: Any, grad: Tensor | None, split: Split | None = None) -> Tensor:
+    student_call, _target, arguments = topk_kl_div_call(student, *call, grad=grad, split=split)
     counted = student.new_empty((), dtype=torch.float64)
     with launching(student) as (kernels, stream):
         kernels.topk_kl_div(*arguments, address(counted), stream)

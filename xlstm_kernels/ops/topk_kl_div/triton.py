@@ -14,6 +14,7 @@ from torch import Tensor
 from ...cells import compute_dtype
 from ...memory import on_device, plain, refused_by_triton
 from ..kl_div.options import Options
+from ..kl_div.ranks import Split
 from ..kl_div.rows import read_rows
 from ..kl_div.triton_launch import StudentCall, logits, power_of_two
 from ..kl_div.verbs import verbs
@@ -26,6 +27,9 @@ LARGEST_K = 2048
 LARGEST_BLOCK = 2048
 # Of a program: words of all its rows, and pairs of them that it compares at once.
 PROGRAM_WORDS, PROGRAM_PAIRS = 1024, 4096
+
+
+OVER_RANKS = True
 
 
 def supports(student: Tensor, topk_logprobs: Tensor) -> str | None:
@@ -45,6 +49,7 @@ def _launch(
     row_weight: Tensor | None,
     *call: Any,
     grad: Tensor | None,
+    split: Split | None = None,
 ) -> Tensor:
     from .triton_kernel import topk_kl_div_kernel
     from .triton_words import Words
@@ -53,10 +58,11 @@ def _launch(
     options, dtype = Options(*options_), compute_dtype(student.dtype)
     (student,), (_, inner_rows), strides = read_rows((student,), grad)
     ids = plain(topk_ids, torch.int64)
+    V, first = (student.shape[-1], 0) if split is None else (split.shard.V, split.shard.first)
     if ids.device.type == "cpu":
-        check_ids("topk_kl_div", ids, student.shape[-1])
+        check_ids("topk_kl_div", ids, V)
     student_call = StudentCall(
-        "topk_kl_div", student, labels, row_weight, options, grad is not None
+        "topk_kl_div", student, labels, row_weight, options, grad is not None, split
     )
     tail = plain(tail_logmass, dtype)
     words = Words(
@@ -64,6 +70,8 @@ def _launch(
         ids,
         student_call.factor if tail is None else tail,
         ids.shape[-1],
+        V,
+        first,
     )
     how, warps = student_call.how(student.shape[-1], LARGEST_BLOCK)
     how, topk = _topk(how, ids.shape[-1], support, tail is not None)
@@ -74,6 +82,7 @@ def _launch(
                 words,
                 logits(student if grad is None else grad, strides[-1]),
                 student_call.given,
+                student_call.shared(),
                 student_call.row_loss,
                 student_call.N,
                 inner_rows,

@@ -39,6 +39,16 @@ from ..kl_div.triton_rows import (
     settled,
     store_gradient,
 )
+from ..kl_div.triton_split import (
+    SHIFT_S,
+    SUM_S,
+    tell,
+    tell_hard,
+    tell_shift,
+    told,
+    told_hard,
+    told_shift,
+)
 from .triton_words import Outcomes, divergence, gather, teacher_of
 
 
@@ -64,9 +74,9 @@ class Student(NamedTuple):
 
 
 @triton.jit
-def is_inside(ids, first, begin, HOW: tl.constexpr):
+def is_inside(ids, held, begin, HOW: tl.constexpr):
     """[rows, block]: whether a column of the block that begins there is a word inside."""
-    here = first & (ids >= begin) & (ids < begin + HOW.block)
+    here = held & (ids >= begin) & (ids < begin + HOW.block)
     row = tl.arange(0, HOW.rows)[:, None]
     place = tl.where(here, row * HOW.block + (ids - begin).to(tl.int32), 0)
     size: tl.constexpr = HOW.rows * HOW.block
@@ -87,11 +97,32 @@ def read(s, V, cap, rows, inside, scale, HOW: tl.constexpr):
         if HOW.own or HOW.smooth:
             most, lift = grown(hard.most, z)
             hard = add_hard(hard, z, most, lift, HOW)
-        z = tl.where(is_inside(inside.ids, inside.first, begin, HOW), -INFINITY, z)
+        z = tl.where(is_inside(inside.ids, inside.held, begin, HOW), -INFINITY, z)
         most, _ = grown(outside.most, z)
         kept = tl.exp2((outside.most - finite(most)) * scale)[:, None] * outside.sum
         outside = Outside(most, kept + tl.exp2((z - finite(most)[:, None]) * scale))
     return Outside(outside.most, sum_lanes(outside.sum).to(HOW.dtype)), over_lanes(hard)
+
+
+@triton.jit
+def tell_outside(split, rows, outside, inside, z, words, scale, TOPK: tl.constexpr):
+    tell_shift(split, rows, SHIFT_S, outside.most, scale)
+    tell(split, rows, SUM_S, outside.sum)
+    tl.store(split.z_words + word_places(words, rows, TOPK), z.to(tl.float64), inside.held)
+
+
+@triton.jit
+def told_outside(split, rows, inside, words, scale, HOW: tl.constexpr, TOPK: tl.constexpr):
+    """And the logits of the words inside."""
+    places = word_places(words, rows, TOPK)
+    z = tl.load(split.z_words + places, inside.first, other=-INFINITY).to(HOW.dtype)
+    most = told_shift(split, rows, SHIFT_S, scale, HOW)
+    return Outside(most, told(split, rows, SUM_S).to(HOW.dtype)), z
+
+
+@triton.jit
+def word_places(words, rows, TOPK: tl.constexpr):
+    return rows.n[:, None] * words.K + tl.arange(0, TOPK.columns)[None, :]
 
 
 @triton.jit
@@ -134,6 +165,7 @@ def topk_row(
     cap,
     words,
     rows,
+    split,
     inside,
     z,
     z_label,
@@ -145,10 +177,14 @@ def topk_row(
     TOPK: tl.constexpr,
 ):
     """What the gradient needs, and the rows' loss. z: logits of the words inside."""
-    outside, hard = read(s, V, cap, rows, inside, factors.scale, HOW)
+    if HOW.phase == "whole":
+        outside, hard = read(s, V, cap, rows, inside, factors.scale, HOW)
+    else:
+        outside, z = told_outside(split, rows, inside, words, factors.scale, HOW, TOPK)
+        hard, z_label = told_hard(split, rows, outside.most, HOW)
     student = student_of(outside, z, inside, factors, HOW, TOPK)
     p, log_p, p_tail, log_p_tail, mass = teacher_of(
-        words, rows, inside, V, teacher_inverse_T, HOW, TOPK
+        words, rows, inside, teacher_inverse_T, HOW, TOPK
     )
     nan = (student.sum != student.sum) | (mass != mass) | (rows.scale != rows.scale) | inside.wrong
     counts = (student.sum > 0.0) & (mass > 0.0) & (nan == 0)
@@ -176,7 +212,7 @@ def topk_row(
         b += label.soft * tl.exp2((outside.most - finite(student.most)) * factors.scale)
     b = tl.where(counts, b + rest, rest)
     slope = tl.where((counts & (rest == 0.0))[:, None], kl[:, None] * slope, rest[:, None])
-    return Gradient(b, slope, rest), outside.most, label, loss
+    return Gradient(b, slope, rest), outside.most, label, z, loss
 
 
 @triton.jit
@@ -197,7 +233,7 @@ def write_inside(g_first, rows, inside, z, gradient, label, hard_by, HOW: tl.con
     g = finish_gradient(g, z, inside.ids, label, rows, hard_by, gradient.rest, HOW.hard, HOW)
     g = tl.where(z == -INFINITY, gradient.rest[:, None], g)
     places = g_first[:, None] + inside.ids
-    tl.store(places, in_dtype_of(g_first, g, HOW), inside.first & rows.live[:, None])
+    tl.store(places, in_dtype_of(g_first, g, HOW), inside.held)
 
 
 @triton.jit(do_not_specialize=["N", "inner_rows", "ignore_index"])
@@ -206,6 +242,7 @@ def topk_kl_div_kernel(
     words,
     grad,
     given,
+    split,
     row_loss,
     N,
     inner_rows,
@@ -235,25 +272,31 @@ def topk_kl_div_kernel(
     )
     inside = gather(words, rows, student.V, HOW, TOPK)
     # Before the gradient takes their places.
-    z_label = load_one(s, rows.label, rows.live, student_cap, HOW)
-    z = load_one(s[:, None], inside.ids, inside.first, student_cap, HOW)
-    gradient, most, label, loss = topk_row(
-        s,
-        student.V,
-        student_cap,
-        words,
-        rows,
-        inside,
-        z,
-        z_label,
-        number(mix_p, HOW),
-        hard_by,
-        factors,
-        number(teacher_inverse_T, HOW),
-        HOW,
-        TOPK,
-    )
-    tl.store(row_loss + rows.n, tl.where(rows.live, loss, 0.0), rows.there)
+    z_label = load_one(s, rows.label, rows.live & (rows.label >= 0), student_cap, HOW)
+    z = load_one(s[:, None], inside.ids, inside.held, student_cap, HOW)
+    if HOW.phase == "sums":
+        outside, hard = read(s, student.V, student_cap, rows, inside, factors.scale, HOW)
+        tell_outside(split, rows, outside, inside, z, words, factors.scale, TOPK)
+        tell_hard(split, rows, hard, z_label, HOW)
+    else:
+        gradient, most, label, z, loss = topk_row(
+            s,
+            student.V,
+            student_cap,
+            words,
+            rows,
+            split,
+            inside,
+            z,
+            z_label,
+            number(mix_p, HOW),
+            hard_by,
+            factors,
+            number(teacher_inverse_T, HOW),
+            HOW,
+            TOPK,
+        )
+        tl.store(row_loss + rows.n, tl.where(rows.live, loss, 0.0), rows.there)
     if HOW.grad:
         g_first = first_of(grad, rows.n, inner_rows)
         tl.debug_barrier()  # all of the row has been read

@@ -17,12 +17,15 @@ from ..kl_div.triton_rows import INFINITY, finite
 
 
 class Words(NamedTuple):
-    """logprobs, in the compute dtype, and ids, int64, (N, K), and tail_logmass (N,)."""
+    """logprobs, in the compute dtype, and ids, int64, (N, K), and tail_logmass (N,); how many words
+    there are in all, and the first that the student's columns are of."""
 
     logprobs: Any
     ids: Any
     tail: Any
     K: Any
+    V: Any
+    first: Any
 
 
 class TopK(NamedTuple):
@@ -37,11 +40,13 @@ class TopK(NamedTuple):
 
 
 class Inside(NamedTuple):
-    """[rows, columns]: ids; whether it is the first of its word; the logarithm of all its mass.
-    [rows]: whether an id is out of range."""
+    """[rows, columns]: the student's columns that ids are; whether it is the first of its word, and
+    of one that has a column here; the logarithm of all its mass. [rows]: whether an id is out of
+    range."""
 
     ids: Any
     first: Any
+    held: Any
     log_mass: Any
     wrong: Any
 
@@ -67,7 +72,7 @@ def load_words(words, rows, k, HOW: tl.constexpr):
 
 
 @triton.jit
-def gather(words, rows, V, HOW: tl.constexpr, TOPK: tl.constexpr):
+def gather(words, rows, V_student, HOW: tl.constexpr, TOPK: tl.constexpr):
     """Masses of a word that comes several times are added up at the first."""
     k = tl.arange(0, TOPK.columns)
     ids, _ = load_words(words, rows, k, HOW)
@@ -85,20 +90,22 @@ def gather(words, rows, V, HOW: tl.constexpr, TOPK: tl.constexpr):
         most = larger
         earlier = same & (j[None, None, :] < k[None, :, None])
         before += tl.sum(earlier.to(tl.int32), 2)
-    inside = ids >= 0
-    first = inside & (before == 0)
-    wrong = tl.max(((ids < -1) | (ids >= V)).to(tl.int32), 1) > 0
+    first = (ids >= 0) & (before == 0)
+    wrong = tl.max(((ids < -1) | (ids >= words.V)).to(tl.int32), 1) > 0
     # A word that comes once keeps its logarithm: ln 1 is 0.
     log_mass = tl.where(first, tl.where(sum == 0.0, -INFINITY, finite(most) + ln(sum)), -INFINITY)
-    return Inside(tl.where(inside & (ids < V), ids, 0), first & (ids < V), log_mass, wrong)
+    first = first & (ids < words.V)
+    ids -= words.first
+    held = first & (ids >= 0) & (ids < V_student)
+    return Inside(ids, first, held, log_mass, wrong)
 
 
 @triton.jit
-def log_tail(words, rows, inside, V, inverse_T, HOW: tl.constexpr, TOPK: tl.constexpr):
+def log_tail(words, rows, inside, inverse_T, HOW: tl.constexpr, TOPK: tl.constexpr):
     """ln(n (r / n)^(1/T)) of the n words outside."""
     log_r = rows.weight * 0.0 - INFINITY
     if TOPK.with_tail:
-        n = (V - tl.sum(inside.first.to(tl.int32), 1)).to(HOW.dtype)
+        n = (words.V - tl.sum(inside.first.to(tl.int32), 1)).to(HOW.dtype)
         log_n = ln(tl.maximum(n, 1.0))
         if TOPK.tail_given:
             log_r = tl.load(words.tail + rows.n, rows.live, other=-INFINITY)
@@ -110,10 +117,10 @@ def log_tail(words, rows, inside, V, inverse_T, HOW: tl.constexpr, TOPK: tl.cons
 
 
 @triton.jit
-def teacher_of(words, rows, inside, V, inverse_T, HOW: tl.constexpr, TOPK: tl.constexpr):
+def teacher_of(words, rows, inside, inverse_T, HOW: tl.constexpr, TOPK: tl.constexpr):
     """p and log p inside, the same of the tail, and the sum they were divided by: 0 or NaN where
     there is no teacher."""
-    tail = log_tail(words, rows, inside, V, inverse_T, HOW, TOPK)
+    tail = log_tail(words, rows, inside, inverse_T, HOW, TOPK)
     log_p = inside.log_mass * inverse_T
     # Less the largest: powers of 1 / T underflow, and weights of samples may be of any size.
     most = finite(tl.maximum(tl.max(log_p, 1), tail))
