@@ -195,6 +195,7 @@ def run(
         shared.reporter = Reporter(Console(quiet=True))
     with _claimed(folder, accelerator):
         _run_stages(shared, resume)
+    shared.reporter.say(f"student  {folder / 'student'}")
     return folder / "student"
 
 

@@ -59,5 +59,4 @@ def run(args: argparse.Namespace) -> None:
         describe(recipe, args.run_dir, reporter)
         return
     with Interrupt() as interrupt:
-        student = run_recipe(recipe, args.run_dir, reporter, interrupt, resume=args.resume)
-    reporter.say(f"student  {student}")
+        run_recipe(recipe, args.run_dir, reporter, interrupt, resume=args.resume)
