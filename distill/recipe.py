@@ -6,6 +6,7 @@ A key that no dataclass has is an error that names the nearest one that there is
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -156,7 +157,17 @@ class Recipe:
             raise DistillError(f"recipe: {error.full_key or source}: {why}") from error
         assert isinstance(recipe, cls)
         recipe.check()
+        recipe.expand_home()
         return recipe
+
+    def expand_home(self) -> None:
+        """Put the user's folder for ~ in paths: a shell does not, within KEY=~/notes."""
+        for part, name in (
+            *((self.student, "path"), (self.data, "corpus")),
+            *((self.teacher, "path"), (self.teacher, "cache")),
+        ):
+            if (path := getattr(part, name)) is not None:
+                setattr(part, name, str(Path(path).expanduser()))
 
     def save(self, path: Path) -> None:
         write_atomically(path, OmegaConf.to_yaml(OmegaConf.structured(self)))
@@ -175,8 +186,17 @@ class Recipe:
             "loop.parallel": (self.loop.parallel, ("ddp", "fsdp2")),
             "loop.precision": (self.loop.precision, tuple(PRECISIONS)),
         }
-        least = {"loop.rows": (self.loop.rows, 1), "data.length": (self.data.length, 2)}
+        least: dict[str, tuple[float, float]] = {"loop.rows": (self.loop.rows, 1)}
+        least["data.length"] = (self.data.length, 2)
         least |= {"loop.keep": (self.loop.keep, 1), "log.every": (self.log.every, 1)}
+        least |= {"student.calibration_rows": (self.student.calibration_rows, 0)}
+        if self.loop.micro_rows is not None:
+            least["loop.micro_rows"] = (self.loop.micro_rows, 1)
+        if not 0 <= self.data.heldout_fraction < 1:
+            raise DistillError(
+                "recipe: data.heldout_fraction must be at least 0 and below 1, got"
+                f" {self.data.heldout_fraction}"
+            )
         if not self.stages:
             raise DistillError("recipe: stages must have one at least")
         for at, stage in enumerate(self.stages):
@@ -189,6 +209,7 @@ class Recipe:
             if (stage.steps is None) == (stage.tokens is None):
                 raise DistillError(f"recipe: {where} must have one of steps and tokens")
             least[f"{where}.budget"] = (stage.steps or stage.tokens or 0, 1)
+            least |= _stage_least(where, stage)
             if not stage.losses:
                 raise DistillError(f"recipe: {where}.losses must have one at least")
         for key, (value, allowed) in choices.items():
@@ -197,10 +218,24 @@ class Recipe:
                     f"recipe: {key} must be one of {', '.join(allowed)}, got {value!r}"
                 )
         for key, (number, lowest) in least.items():
-            if number < lowest:
+            if not lowest <= number < math.inf:
                 raise DistillError(f"recipe: {key} must be at least {lowest}, got {number}")
         if len({stage.name for stage in self.stages}) < len(self.stages):
             raise DistillError("recipe: stages must have names of their own")
+
+
+def _stage_least(where: str, stage: StageConfig) -> dict[str, tuple[float, float]]:
+    """Numbers of a stage and what they must be at least; raises for those with other bounds."""
+    if stage.clip is not None and not stage.clip > 0:
+        raise DistillError(f"recipe: {where}.clip must be above 0, got {stage.clip}")
+    if len(stage.betas) != 2 or not all(0 <= beta < 1 for beta in stage.betas):
+        raise DistillError(
+            f"recipe: {where}.betas must be two from 0 to below 1, got {stage.betas}"
+        )
+    if not stage.trainable:
+        raise DistillError(f"recipe: {where}.trainable must have one pattern at least")
+    names = ("lr", "final_lr", "warmup", "weight_decay")
+    return {f"{where}.{name}": (getattr(stage, name), 0) for name in names}
 
 
 def presets() -> list[str]:

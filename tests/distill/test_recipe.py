@@ -43,6 +43,13 @@ def test_overrides(tmp_path):
     assert stage.losses[0].weight == {"kind": "linear", "start": 0.0}
 
 
+def test_patterns_and_homes_are_taken_as_a_shell_passes_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    recipe = read(tmp_path, "data.corpus=~/notes", "data.pattern=*.md", "teacher.path=~/models/a")
+    assert (recipe.data.corpus, recipe.data.pattern) == ("/home/someone/notes", "*.md")
+    assert recipe.teacher.path == "/home/someone/models/a"
+
+
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
@@ -55,6 +62,14 @@ def test_overrides(tmp_path):
         ("stages.0.tokens=9", ["stages.0 must have one of steps and tokens"]),
         ("stages.0.name=../x", ["stages.0.name", "'../x'"]),
         ("data", ["key=value", "'data'"]),
+        ("loop.micro_rows=-2", ["loop.micro_rows must be at least 1, got -2"]),
+        ("data.heldout_fraction=1.5", ["data.heldout_fraction must be at least 0 and below 1"]),
+        ("stages.0.lr=-1", ["stages.0.lr must be at least 0, got -1"]),
+        ("stages.0.lr=nan", ["stages.0.lr", "got nan"]),
+        ("stages.0.betas=[0.9]", ["stages.0.betas must be two", "[0.9]"]),
+        ("stages.0.betas=[0.9", ["stages[0].betas"]),
+        ("stages.0.clip=0", ["stages.0.clip must be above 0"]),
+        ("stages.0.trainable=[]", ["stages.0.trainable must have one pattern"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
