@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.checkpoint import replace_folder
 from distill.corpus import read_documents
 from distill.data import Rows, Tokens
 from distill.errors import DistillError, Interrupt
@@ -63,6 +64,16 @@ def load_model(path: Path, dtype: Any = "auto") -> Any:
         return AutoModelForCausalLM.from_pretrained(path, **options).eval()
     except (OSError, ValueError, KeyError) as error:
         raise DistillError(f"model: cannot load {path}: {error}") from error
+
+
+def save_model(path: Path, model: Any, tokenizer: Any, **options: Any) -> None:
+    """What `load_teacher` reads, whole or not at all."""
+
+    def write(to: Path) -> None:
+        model.save_pretrained(to, **options)
+        tokenizer.save_pretrained(to)
+
+    replace_folder(path, write)
 
 
 def corpus_tokens(root: Path, pattern: str, tokenizer: Any) -> Tensor:

@@ -38,6 +38,7 @@ def replace_folder(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a folder beside `path` and put it there, whole or not at all."""
     temporary = path.with_name(f".{path.name}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         write(temporary)
         shutil.rmtree(path, ignore_errors=True)
@@ -46,6 +47,17 @@ def replace_folder(path: Path, write: Callable[[Path], Any]) -> None:
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise DistillError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def require_place(path: Path, *sources: Path) -> None:
+    """Raises DistillError unless a model may be put at `path`: in a new folder, an empty one, or in
+    the place of another model that is none of those it is made from."""
+    if path.resolve() in [source.resolve() for source in sources]:
+        raise DistillError(f"--out: must be another folder than what is read, got {path}")
+    if not path.exists() or (path / "config.json").is_file():
+        return
+    if not path.is_dir() or any(path.iterdir()):
+        raise DistillError(f"--out: must be a new folder or one of a model, {path} is neither")
 
 
 def file_digest(path: Path) -> str:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from distill.capture import load_model
-from distill.checkpoint import replace_folder
+from distill.checkpoint import replace_folder, require_place
 from distill.errors import DistillError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -51,6 +51,7 @@ def merge(
     shares = _shares(experts, weights)
     read = {name: Weights(Path(path)) for name, path in experts.items()}
     require_alike(read)
+    require_place(Path(out), *(weights.folder for weights in read.values()))
     replace_folder(Path(out), lambda to: _write(to, read, shares))
     return Path(out)
 

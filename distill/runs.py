@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from rich.console import Console
 
 from distill import checks, parallel
-from distill.capture import load_model, load_teacher
+from distill.capture import load_model, load_teacher, save_model
 from distill.checkpoint import replace_folder, write_atomically
 from distill.compression import compress
 from distill.corpus import Corpus, load_corpus
@@ -259,13 +259,7 @@ def _train(stage: Stage, done: Path, shared: Run, resume: bool) -> None:
         stage.run(meter)
     weights = stage.wrapped.weights()
     if shared.accelerator.is_main_process:
-        student = stage.module.student
-
-        def write(to: Path) -> None:
-            student.save_pretrained(to, state_dict=weights)
-            shared.tokenizer.save_pretrained(to)
-
-        replace_folder(done, write)
+        save_model(done, stage.module.student, shared.tokenizer, state_dict=weights)
     shared.accelerator.wait_for_everyone()
     shared.accelerator.free_memory()
 

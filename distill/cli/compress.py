@@ -70,9 +70,11 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from distill.capture import corpus_tokens, load_teacher
+    from distill.capture import corpus_tokens, load_teacher, save_model
+    from distill.checkpoint import require_place
     from distill.compression import compress
 
+    require_place(args.out, args.teacher)
     teacher, tokenizer = load_teacher(args.teacher)
     inputs = None
     if args.corpus is not None:
@@ -89,8 +91,7 @@ def run(args: argparse.Namespace) -> None:
         method=args.method,
         inputs=inputs,
     )
-    student.save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
+    save_model(args.out, student, tokenizer)
     before, after = teacher.num_parameters(), student.num_parameters()
     print(
         f"student  {args.out}: layers {', '.join(map(str, layer_map))} of the teacher's, {after:,}"

@@ -62,10 +62,12 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> None:
     import yaml
 
-    from distill.capture import corpus_tokens, load_teacher
+    from distill.capture import corpus_tokens, load_teacher, save_model
+    from distill.checkpoint import require_place
     from distill.hybrid import hybridize, new_parameters
     from distill.stages import calibrate_gates
 
+    require_place(args.out, args.teacher)
     options = {}
     for text in args.option:
         name, _, value = text.partition("=")
@@ -80,8 +82,7 @@ def run(args: argparse.Namespace) -> None:
     if args.corpus is not None:
         tokens_N = corpus_tokens(args.corpus, args.pattern, tokenizer)
         calibrate_gates(student, tokens_N[None, : args.length])
-    student.save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
+    save_model(args.out, student, tokenizer)
     added = sum(parameter.numel() for parameter in new_parameters(student).values())
     print(
         f"student  {args.out}: {added:,} new parameters beside the teacher's"

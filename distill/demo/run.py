@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from distill.checkpoint import replace_folder, settings_difference
+from distill.capture import save_model
+from distill.checkpoint import settings_difference
 from distill.corpus import Corpus
 from distill.data import Tokens, byte_tokenizer
 from distill.demo.config import DemoConfig, Recipes, Sizes
@@ -133,10 +134,4 @@ def write_start(folder: Path, sizes: Sizes) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
-
-    def write(to: Path) -> None:
-        model.save_pretrained(to)
-        tokenizer.save_pretrained(to)
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    replace_folder(folder, write)
+    save_model(folder, model, tokenizer)

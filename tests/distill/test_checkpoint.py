@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from distill.checkpoint import settings_difference, write_atomically
+from distill.checkpoint import require_place, settings_difference, write_atomically
 from distill.errors import DistillError
 
 SETTINGS = {"stage": {"steps": 4, "lr": 0.1}, "seed": 1}
@@ -49,3 +49,18 @@ def test_write_that_the_system_cuts_short_keeps_the_old_file(tmp_path):
     assert done.stdout == f"cannot write {path}: File too large\n", done.stderr
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_a_model_replaces_a_model_alone(tmp_path):
+    mine, model, empty = (tmp_path / name for name in ("mine", "model", "empty"))
+    for folder in (mine, model, empty):
+        folder.mkdir()
+    (mine / "notes.md").write_text("mine")
+    (model / "config.json").write_text("{}")
+    for place in (tmp_path / "new", empty, model):
+        require_place(place, mine)
+    for place in (mine, mine / "notes.md"):
+        with pytest.raises(DistillError, match="must be a new folder or one of a model"):
+            require_place(place, model)
+    with pytest.raises(DistillError, match="must be another folder than what is read"):
+        require_place(tmp_path / "empty" / ".." / "model", model)

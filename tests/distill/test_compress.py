@@ -252,3 +252,5 @@ def test_the_command(tmp_path, capsys, corpus_dir):
     assert "layer_map must be one of spread" in capsys.readouterr().err
     assert main(["compress", *flags, "--layers", "all"]) == 1
     assert "--layers: must be as 6, every-2 or 0,2,5, got 'all'" in capsys.readouterr().err
+    assert main(["compress", *flags[:2], "--out", flags[1], "--layers", "1"]) == 1
+    assert "must be another folder" in capsys.readouterr().err
