@@ -107,6 +107,11 @@ def load_corpus(
     """Read `root` and split it; `heldout_bytes` bounds the text that scores are measured on."""
     documents = read_documents(root, pattern)
     train, heldout = split_by_file(documents, heldout_fraction, heldout_bytes)
+    if not train:
+        raise DistillError(
+            f"corpus: heldout_fraction must leave one of {len(documents)} files to train on, got"
+            f" {heldout_fraction}"
+        )
     parts = [part for d in (*train, *heldout) for part in (d.path.encode(), d.text)]
     return Corpus(root, train, heldout, _digest(*parts))
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import ProjectConfiguration
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -24,23 +26,34 @@ from distill.taps import decoder_layers
 
 def make_accelerator(loop: LoopConfig, log: LogConfig, folder: Path) -> Accelerator:
     """Of the processes that `accelerate launch` or torchrun began, or of this one alone."""
+    state = PartialState(cpu=not torch.cuda.is_available())
     # FSDP2 casts by itself, and reduces gradients in float32 as DDP does with autocast.
-    precision = loop.precision if loop.parallel == "ddp" else "float32"
-    try:
-        accelerator = Accelerator(
-            mixed_precision=PRECISIONS[precision],
-            cpu=not torch.cuda.is_available(),
-            log_with=log.trackers or None,
-            project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "logs")),
-        )
-    except ValueError as error:
-        raise DistillError(f"launch: log.trackers {log.trackers}, {precision}: {error}") from error
+    shards = loop.parallel == "fsdp2" and state.num_processes > 1
+    precision = "float32" if shards else loop.precision
+    _require_trackers(log.trackers)
+    AcceleratorState._reset_state()  # the precision of another recipe that this process has run
+    accelerator = Accelerator(
+        mixed_precision=PRECISIONS[precision],
+        cpu=state.device.type == "cpu",
+        log_with=log.trackers or None,
+        project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "logs")),
+    )
     if "FSDP" in accelerator.distributed_type.value or "DEEPSPEED" in accelerator.distributed_type:
         raise DistillError(
             f"launch: distributed_type must be MULTI_GPU, with loop.parallel=fsdp2 to shard, got"
             f" {accelerator.distributed_type.value}"
         )
     return accelerator
+
+
+def _require_trackers(names: list[str]) -> None:
+    there = [str(tracker) for tracker in get_available_trackers()]
+    for name in names:
+        if name not in there:
+            raise DistillError(
+                f"recipe: log.trackers must be of those installed, {', '.join(there) or 'none'},"
+                f" got {name!r}"
+            )
 
 
 class Inside(nn.Module):

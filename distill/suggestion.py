@@ -169,6 +169,8 @@ def state_bytes(config: Any, context: int) -> int:
     if config.model_type == "xlstm":
         K, V = config.qk_head_dim, config.v_head_dim
         return layers * config.num_heads * (K * V + K + 1) * 4
+    if not heads:
+        raise DistillError(f"suggest: the state of models of type {config.model_type} is not known")
     D = getattr(config, "head_dim", None) or config.hidden_size // heads
     each = 2 * (getattr(config, "num_key_value_heads", None) or heads) * D * dtype.itemsize
     if not config.model_type.startswith(PREFIX):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill.cli.flags import whole_number, whole_numbers
+from distill.errors import DistillError
 
 if TYPE_CHECKING:
     from distill.cli.flags import Commands
@@ -64,9 +65,13 @@ def run(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     console = Console(highlight=False)
-    models = {
-        role: load_model(getattr(args, role)).to(args.device) for role in ("teacher", "student")
-    }
+    models = {role: load_model(getattr(args, role)) for role in ("teacher", "student")}
+    try:
+        for model in models.values():
+            model.to(args.device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        why = str(error).splitlines()[0]
+        raise DistillError(f"--device: cannot use {args.device!r}: {why}") from error
     with Reporter(console).meter("bench", len(args.contexts) * len(models)) as meter:
         timing = bench(
             models,

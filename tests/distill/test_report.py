@@ -202,6 +202,8 @@ def test_the_commands(tmp_path, capsys, corpus_dir):
     capsys.readouterr()
     assert main(["bench", *pair, "--contexts", "32,8", "--steps", "2", "--json", str(file)]) == 0
     assert "context" in capsys.readouterr().out
+    assert main(["bench", *pair, "--device", "nothing"]) == 1
+    assert "--device: cannot use 'nothing'" in capsys.readouterr().err
     assert [row["context"] for row in json.loads(file.read_text())["models"]["student"]] == [8, 32]
     assert main(["eval", *pair, "--out", str(tmp_path / "none")]) == 1
     assert "--corpus: must be given" in capsys.readouterr().err

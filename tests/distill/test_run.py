@@ -17,7 +17,8 @@ from run_cases import RECIPE, do, make_recipe, transformers, write_teacher
 from distill.__main__ import main
 from distill.capture import load_model
 from distill.errors import Interrupt, Interrupted
-from distill.recipe import Recipe, presets
+from distill.parallel import make_accelerator
+from distill.recipe import LogConfig, LoopConfig, Recipe, presets
 from xlstm_kernels.testing import relative_error
 
 psutil = pytest.importorskip("psutil", reason="psutil is not installed: the extra `distill`")
@@ -119,6 +120,24 @@ def test_a_run_is_not_written_over(capsys, tmp_path, teacher, corpus_dir):
     (tmp_path / "run" / "recipe.yaml").write_text("")
     status, _, err = command(capsys, tmp_path, teacher, corpus_dir)
     assert status == 1 and "holds a run; pass --resume" in err
+
+
+def test_what_no_command_can_do_is_one_line(capsys, tmp_path, teacher, corpus_dir):
+    for change, why in (
+        ("log.trackers=[nothing]", "log.trackers must be of those installed"),
+        ("data.heldout_fraction=0.99", "must leave one of"),
+    ):
+        status, _, err = command(capsys, tmp_path, teacher, corpus_dir, change)
+        assert status == 1 and why in err and err.count("\n") == 1
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_one_process_computes_in_the_recipe_s_precision(tmp_path, parallel):
+    for precision, want in (("bfloat16", "bf16"), ("float32", "no")):
+        loop = LoopConfig(precision=precision, parallel=parallel)
+        accelerator = make_accelerator(loop, LogConfig(trackers=[]), tmp_path)
+        assert accelerator.mixed_precision == want
 
 
 def tool(tmp_path, *arguments, ranks=1):

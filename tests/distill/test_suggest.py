@@ -63,6 +63,9 @@ def test_pairs_of_one_tokenizer_come_first(tmp_path, corpus_dir, capsys):
     listed.write_text("large\n")
     with pytest.raises(DistillError, match="must be a list of folders, got 'large'"):
         folders_of(listed)
+    mamba = transformers.MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1)
+    with pytest.raises(DistillError, match="the state of models of type mamba is not known"):
+        state_bytes(mamba, CONTEXT)
     (tmp_path / "empty").mkdir()
     assert main(["suggest", str(tmp_path / "empty")]) == 1
     assert "must hold models, got none" in capsys.readouterr().err
