@@ -29,6 +29,7 @@ hypothesis.settings.load_profile("fixed")
 # The emulator takes its time. These run all of a kernel, and are what a fast run has of it.
 QUICK_ON_EMULATOR = {
     *("test_dtypes", "test_packed_sequences", "test_slstm_options", "test_teams"),
+    *("test_clusters", "test_one_step"),
     *("test_matches_torch", "test_reductions_and_weights", "test_hard_label_options_by_hand"),
     *("test_masked_vocabulary_equals_a_narrower_one", "test_inplace_gradient_of_views"),
     *("test_a_label_out_of_range_makes_its_row_nan", "test_an_id_out_of_range_makes_its_row_nan"),

@@ -109,7 +109,6 @@ def test_clusters(chip, case, monkeypatch):
     check_recurrence(case)
 
 
-@pytest.mark.slow
 @on_small_chips(CLUSTERS[1:])
 def test_more_clusters(chip, case, monkeypatch):
     monkeypatch.setattr(cuda, "EMULATED", chip)
@@ -120,22 +119,19 @@ def test_more_clusters(chip, case, monkeypatch):
 # sequences and of some more.
 STEPS = [
     {"D": D, "B": B, "H": H, "T": 1, "dtype": dtype, "weight_dtype": weight}
-    for D, B, H in ((24, 1, 3), (27, 9, 2), (136, 3, 1))
+    for D, B, H in ((24, 1, 3), (27, 9, 2), (136, 3, 1), (512, 2, 1))
     for dtype in DTYPES
     for weight in dict.fromkeys((dtype, torch.float32))
 ]
 
 
-@pytest.mark.parametrize("case", on_every_backend(*STEPS, backends=["cuda"]))
+@pytest.mark.parametrize("case", on_every_backend(*STEPS[:5], backends=["cuda"]))
 def test_one_step(case, monkeypatch):
     check_step(case, monkeypatch)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "case", on_every_backend({"D": 512, "B": 2, "H": 1, "T": 1}, backends=["cuda"])
-)
-def test_one_step_of_a_wide_head(case, monkeypatch):
+@pytest.mark.parametrize("case", on_every_backend(*STEPS[5:], backends=["cuda"]))
+def test_more_steps(case, monkeypatch):
     check_step(case, monkeypatch)
 
 
