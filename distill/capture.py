@@ -15,6 +15,7 @@ from distill.data import Rows, Tokens
 from distill.errors import DistillError, Interrupt
 from distill.losses import packed_inputs
 from distill.progress import Reporter
+from distill.taps import require_documents
 from distill.teacher import CacheWriter, id_bits, model_digest, topk_words
 
 
@@ -105,6 +106,8 @@ def capture(
             f"teacher: its tokenizer must have ids below the model's vocabulary of {vocabulary},"
             f" got {int(tokens.ids_N.max())}"
         )
+    if config.boundaries:
+        require_documents(model)
     rows = Rows(tokens, 1, config.length, 0, config.boundaries)
     _say_sizes(reporter, rows.windows, config, vocabulary)
     if dry_run:

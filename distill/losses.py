@@ -31,6 +31,7 @@ from distill.taps import (
     gathered,
     layer_pairs,
     next_words,
+    require_documents,
 )
 from distill.teacher import TopK
 
@@ -215,7 +216,12 @@ class DistillModule(nn.Module):
                 of losses times these weights, divided by one count for both; but no gradient
                 belongs to either alone. Without weights each loss has its own.
         """
-        inputs = {} if cu_seqlens is None else packed_inputs(cu_seqlens, input_ids)
+        inputs: dict[str, Any] = {}
+        if cu_seqlens is not None:
+            inputs = packed_inputs(cu_seqlens, input_ids)
+            for model in (self.student, self.teacher):
+                if model is not None:
+                    require_documents(model)
         student = Run(self.student, input_ids, inputs, self._wanted[0], grad=True)
         words = None if words is None else _of_tokens(words, input_ids)
         asks_for_words = words is None and any("words" in spec.needs for spec in self.specs)

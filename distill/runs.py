@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
 
-from distill import checks, parallel
+from distill import checks, parallel, snapshot
 from distill.capture import load_model, load_teacher, save_model
 from distill.checkpoint import replace_folder, write_atomically
 from distill.compression import compress
@@ -91,6 +91,9 @@ class Run:
         expected |= self.tokens.fingerprint(self.recipe.data.length, self.recipe.data.boundaries)
         if self.teacher is not None:
             expected["model"] = model_digest(self.teacher)
+            if expected["model"] != cache.index.fingerprint.get("model"):
+                # `distill cache` reads a teacher in the dtype that it has on disk.
+                expected["model"] = model_digest(load_model(Path(self.recipe.teacher.path or "")))
         cache.index.require(cache.folder, expected)
         return cache
 
@@ -136,7 +139,7 @@ class Run:
             self.rows,
             self.accelerator,
             self.folder / "checkpoints" / config.name,
-            self._settings(config),
+            self.settings(config),
             Metrics(self.folder / "metrics.jsonl", self.accelerator),
             self._heldout,
             interrupt=self.interrupt,
@@ -155,7 +158,7 @@ class Run:
         found = {name: getattr(scores, name) for name in ("bits_per_byte", "accuracy", "agreement")}
         return {name: value for name, value in found.items() if value is not None}
 
-    def _settings(self, config: StageConfig) -> dict[str, Any]:
+    def settings(self, config: StageConfig) -> dict[str, Any]:
         """All that decides the weights of a stage."""
         whole = self.recipe.as_dict()
         stages = whole.pop("stages")
@@ -210,7 +213,10 @@ def _run_stages(shared: Run, resume: bool) -> None:
     start: Callable[[], Any] = shared.first_student
     for config in recipe.stages:
         done = folder / "checkpoints" / config.name / "student"
-        if not done.exists():
+        if done.exists():
+            for last in snapshot.checkpoints(done.parent)[-1:]:
+                snapshot.read_manifest(last, shared.settings(config))
+        else:
             stage = shared.stage(config, start())
             checks.say(shared.reporter, stage)
             _train(stage, done, shared, resume)
@@ -255,6 +261,8 @@ def _train(stage: Stage, done: Path, shared: Run, resume: bool) -> None:
         parallel.shard_teacher(shared.teacher, shared.accelerator)
     if resume:
         stage.restore()
+        if shared.accelerator.is_main_process:
+            shared.recipe.save(shared.folder / "recipe.yaml")  # stages to come may have changed
     with shared.reporter.meter(stage.config.name, stage.steps, stage.step) as meter:
         stage.run(meter)
     weights = stage.wrapped.weights()

@@ -162,7 +162,8 @@ def sparse_loss(
     Returns:
         The sum, and the number of words that count.
     """
-    targets_N = next_words(input_ids if labels is None else labels).flatten()
+    labels = input_ids if labels is None else labels
+    targets_N = next_words(labels, inputs.get("cu_seq_lens_q")).flatten()
     loss = topk_loss(
         Run(student, input_ids, inputs, grad=True),
         by_token(words),

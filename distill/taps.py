@@ -265,6 +265,20 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     return found[0]
 
 
+def require_documents(model: Any) -> None:
+    """Raises DistillError for a model whose state goes on from one packed document to the next."""
+    family = model.config.model_type
+    if (
+        getattr(model, "_is_stateful", False)
+        and family != RECURRENT
+        and not family.startswith(PREFIX)
+    ):
+        raise DistillError(
+            f"documents: a model of type {family} does not keep packed ones apart; leave out"
+            " boundaries (cu_seqlens)"
+        )
+
+
 def attention_of(model: Any, layer: nn.Module) -> Any:
     family = model.config.model_type.removeprefix(PREFIX)
     if family not in FAMILIES:

@@ -123,3 +123,13 @@ def test_an_mlstm_model_scores_the_same_on_our_kernels():
 def test_the_docstrings_example():
     result = doctest.testmod(recurrent)
     assert result.attempted and not result.failed
+
+
+def test_models_that_mix_documents_are_refused():
+    student = transformers.xLSTMForCausalLM(
+        transformers.xLSTMConfig(vocab_size=VOCAB, hidden_size=32, num_heads=4, num_blocks=1)
+    )
+    module = distill.DistillModule(student, None, [distill.LossSpec("ce")])
+    cu_seqlens = torch.tensor([0, 8, 20], dtype=torch.int32)
+    with pytest.raises(DistillError, match="of type xlstm does not keep packed ones apart"):
+        module(tokens(20, B=1), tokens(20, B=1), cu_seqlens=cu_seqlens)

@@ -122,6 +122,12 @@ def test_a_run_is_not_written_over(capsys, tmp_path, teacher, corpus_dir):
     assert status == 1 and "holds a run; pass --resume" in err
 
 
+def test_a_finished_stage_of_other_settings_is_refused(capsys, tmp_path, teacher, corpus_dir):
+    assert command(capsys, tmp_path, teacher, corpus_dir, "--resume")[0] == 0
+    status, _, err = command(capsys, tmp_path, teacher, corpus_dir, "--resume", "stages.0.lr=0.5")
+    assert status == 1 and "is of other settings (stages.align.lr 0.01 there, 0.5 here)" in err
+
+
 def test_what_no_command_can_do_is_one_line(capsys, tmp_path, teacher, corpus_dir):
     for change, why in (
         ("log.trackers=[nothing]", "log.trackers must be of those installed"),

@@ -137,6 +137,15 @@ def test_sparse_loss_of_all_words_is_the_dense_one():
     assert all(relative_error(a, b) <= 1e-3 for a, b in zip(got, grads, strict=True))
 
 
+def test_sparse_loss_of_packed_documents():
+    teacher, ids = make_teacher(), tokens(20, B=1)
+    student = hybrid.hybridize(teacher, window=3)
+    words = stages.topk_targets(teacher, ids, k=8)
+    packed = {"cu_seq_lens_q": torch.tensor([0, 8, 20], dtype=torch.int32)}
+    _, count = stages.sparse_loss(student, ids, words, **packed)
+    assert count == 18
+
+
 def test_stage_two_trains_everything():
     teacher = make_teacher()
     student = hybrid.hybridize(teacher, window=3, copy_weights=True).train()

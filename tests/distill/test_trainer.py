@@ -81,6 +81,8 @@ def test_a_cache_is_the_teacher(tmp_path, teacher, corpus_dir, boundaries):
     # Log-probabilities of a cache are rounded to 2^-11.
     for got, want in zip(losses(f"teacher.cache={out}"), losses(), strict=True):
         assert got == pytest.approx(want, rel=1e-3, abs=1e-3)
+    # The same weights in another dtype are the same teacher.
+    assert losses(f"teacher.cache={out}", "teacher.dtype=bfloat16")
     with pytest.raises(DistillError, match=r"boundaries is .* there and .* here"):
         losses(f"teacher.cache={out}", f"data.boundaries={not boundaries}")
     with pytest.raises(DistillError, match=r"data is .*; length is 24 there and 23 here"):
