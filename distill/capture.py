@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from distill.checkpoint import replace_folder
 from distill.corpus import read_documents
 from distill.data import Rows, Tokens
 from distill.errors import DistillError, Interrupt
+from distill.evaluation import require_positions
 from distill.losses import packed_inputs
 from distill.progress import Reporter
 from distill.taps import require_documents
@@ -61,10 +63,14 @@ def load_model(path: Path, dtype: Any = "auto") -> Any:
         settings, _ = PretrainedConfig.get_config_dict(path)
         if is_student(settings.get("model_type", "")):
             return load_student(path, dtype=dtype).eval()
-        options = {"use_safetensors": True, "dtype": dtype}
-        return AutoModelForCausalLM.from_pretrained(path, **options).eval()
-    except (OSError, ValueError, KeyError) as error:
+        options = {"use_safetensors": True, "dtype": dtype, "output_loading_info": True}
+        model, found = AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise DistillError(f"model: cannot load {path}: {error}") from error
+    if found["missing_keys"]:  # transformers would draw them at random
+        missing = sorted(found["missing_keys"])
+        raise DistillError(f"model: {path} lacks {len(missing)} of its weights, as {missing[0]}")
+    return model.eval()
 
 
 def save_model(path: Path, model: Any, tokenizer: Any, **options: Any) -> None:
@@ -99,6 +105,7 @@ def capture(
     vocabulary = model.config.vocab_size
     tokens = tokens.cut(config.max_tokens)
     count = len(tokens.ids_N)
+    require_positions("cache", model, config.length)
     if count < config.length:
         raise DistillError(f"corpus: one window takes {config.length} tokens, got {count}")
     if int(tokens.ids_N.max()) >= vocabulary:

@@ -258,7 +258,7 @@ def _read(source: str | Path) -> DictConfig:
             f"recipe: {source} is neither a file ({error.strerror}) nor a preset{near};"
             f" presets are {', '.join(presets())}"
         ) from error
-    except (YAMLError, OmegaConfBaseException) as error:
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise DistillError(f"recipe: {source} is not YAML: {error}") from error
     if not isinstance(given, DictConfig):
         raise DistillError(f"recipe: {source} must have keys and values at its top")

@@ -24,7 +24,7 @@ from distill.compression import compress
 from distill.corpus import Corpus, load_corpus
 from distill.data import Rows, Tokens
 from distill.errors import DistillError, Interrupt
-from distill.evaluation import evaluate
+from distill.evaluation import evaluate, require_positions
 from distill.hybrid import hybridize
 from distill.losses import DistillModule, LossSpec
 from distill.machine import describe_machine
@@ -68,6 +68,7 @@ class Run:
             self._read_cache(),
         )
 
+        require_positions("data", self.teacher, data.length)
         if self.teacher is not None and self.accelerator.is_main_process:
             checks.say_teacher(self.reporter, self.teacher.to(self.accelerator.device), self.rows)
 
@@ -130,6 +131,7 @@ class Run:
         if beside and self.teacher is None:
             raise DistillError(f"recipe: teacher.path must be a folder for stage {config.name}")
         checks.require_same_vocabulary(self.teacher, student, self.tokenizer)
+        require_positions("data", student, self.rows.length)
         self.rows.with_words = words and cached
         return Stage(
             config,

@@ -92,7 +92,18 @@ def test_dry_run_writes_nothing(teacher_dir, corpus_dir, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("wrong", ["no teacher", "no weights", "no eos", "short", "no corpus"])
+WRONG = (
+    "no teacher",
+    "no weights",
+    "cut weights",
+    "lacking weights",
+    "no eos",
+    "short",
+    "no corpus",
+)
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_bad_input_is_one_line(wrong, teacher_dir, corpus_dir, tmp_path, capsys):
     teacher, corpus, more = tmp_path / "teacher", corpus_dir, []
     shutil.copytree(teacher_dir, teacher)
@@ -100,6 +111,12 @@ def test_bad_input_is_one_line(wrong, teacher_dir, corpus_dir, tmp_path, capsys)
         teacher = tmp_path / "nowhere"
     elif wrong == "no weights":
         (teacher / "model.safetensors").unlink()
+    elif wrong == "cut weights":
+        (teacher / "model.safetensors").write_bytes(b"cut")
+    elif wrong == "lacking weights":
+        config = transformers.AutoConfig.from_pretrained(teacher)
+        config.num_hidden_layers += 1
+        config.save_pretrained(teacher)
     elif wrong == "no eos":
         tokenizer = transformers.AutoTokenizer.from_pretrained(teacher)
         tokenizer.eos_token = None
@@ -111,3 +128,11 @@ def test_bad_input_is_one_line(wrong, teacher_dir, corpus_dir, tmp_path, capsys)
     assert main(arguments(teacher, corpus, tmp_path / "out", *more)) == 1
     err = capsys.readouterr().err
     assert err.startswith("distill: ") and err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_more_tokens_than_positions_are_refused(tmp_path):
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_positions=8, n_embd=16, n_layer=1, n_head=2, vocab_size=64)
+    )
+    with pytest.raises(DistillError, match="length must be at most 8, the positions of the model"):
+        capture_of(model, torch.arange(40), tmp_path)

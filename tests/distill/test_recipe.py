@@ -100,6 +100,12 @@ def test_wrong_files_are_one_line(tmp_path, text, parts):
         assert part in str(caught.value)
 
 
+def test_a_file_that_is_no_text(tmp_path):
+    (tmp_path / "model").write_bytes(b"\x80")
+    with pytest.raises(DistillError, match="is not YAML"):
+        Recipe.load(tmp_path / "model")
+
+
 def test_a_preset_that_there_is_not():
     with pytest.raises(DistillError, match="did you mean linearize-paper"):
         Recipe.load("linearise-paper")
