@@ -196,6 +196,7 @@ def test_two_ranks(backend):
     cases = [Case(f, (33, 20), torch.float32, backend, options(f, WARM)) for f in FUNCTIONS]
     cases += [
         Case("kl_div", (1, 40), torch.float64, backend, (("divergence", "js"),), corners=True),
+        Case("topk_kl_div", (3, 40), torch.float32, backend, HARD),
         Case("linear_kl_div", (20, 30), torch.bfloat16, backend, CHUNKED, teacher_more=5),
         Case("linear_kl_div", (30, 20), backend="reference", how=WARM),
     ]

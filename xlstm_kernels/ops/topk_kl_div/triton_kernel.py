@@ -181,8 +181,9 @@ def topk_row(
         outside, hard = read(s, V, cap, rows, inside, factors.scale, HOW)
     else:
         outside, z = told_outside(split, rows, inside, words, factors.scale, HOW, TOPK)
-        hard, z_label = told_hard(split, rows, outside.most, HOW)
     student = student_of(outside, z, inside, factors, HOW, TOPK)
+    if HOW.phase != "whole":
+        hard, z_label = told_hard(split, rows, student.most, HOW)
     p, log_p, p_tail, log_p_tail, mass = teacher_of(
         words, rows, inside, teacher_inverse_T, HOW, TOPK
     )
