@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from distill.checkpoint import replace_folder
-from distill.corpus import read_documents
+from distill.corpus import load_corpus
 from distill.data import Rows, Tokens
 from distill.errors import DistillError, Interrupt
 from distill.evaluation import require_positions
@@ -84,8 +84,8 @@ def save_model(path: Path, model: Any, tokenizer: Any, **options: Any) -> None:
 
 
 def corpus_tokens(root: Path, pattern: str, tokenizer: Any) -> Tensor:
-    """All files in the order of their paths, each closed by the tokenizer's end of text."""
-    return torch.from_numpy(Tokens.of(read_documents(root, pattern), tokenizer).ids_N).long()
+    """Training files in the order of their paths, each closed by the tokenizer's end of text."""
+    return torch.from_numpy(Tokens.of(load_corpus(root, pattern).train, tokenizer).ids_N).long()
 
 
 @torch.no_grad()

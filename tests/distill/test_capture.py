@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from distill.__main__ import main, resume_command
-from distill.capture import CaptureConfig, capture, load_teacher
+from distill.capture import CaptureConfig, capture, corpus_tokens, load_teacher
+from distill.corpus import load_corpus
 from distill.data import Tokens
 from distill.errors import DistillError, Interrupt, Interrupted
 from distill.progress import Reporter
@@ -128,6 +129,12 @@ def test_bad_input_is_one_line(wrong, teacher_dir, corpus_dir, tmp_path, capsys)
     assert main(arguments(teacher, corpus, tmp_path / "out", *more)) == 1
     err = capsys.readouterr().err
     assert err.startswith("distill: ") and err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_statistics_are_of_training_files(corpus_dir, teacher_dir):
+    _, tokenizer = load_teacher(teacher_dir)
+    want = Tokens.of(load_corpus(corpus_dir).train, tokenizer).ids_N
+    assert np.array_equal(corpus_tokens(corpus_dir, "*.py", tokenizer).numpy(), want)
 
 
 def test_more_tokens_than_positions_are_refused(tmp_path):
