@@ -54,6 +54,8 @@ class Run:
         )
         self.specs = {stage.name: loss_specs(stage) for stage in recipe.stages}
         self.teacher, self.tokenizer = self._read_teacher()
+        # Other weights in the same folder show in a part of them, which takes no time to read.
+        self.weights = None if self.teacher is None else model_digest(self.teacher, stride=61)
         data = recipe.data
         self.corpus: Corpus = load_corpus(
             Path(data.corpus or ""), data.pattern, data.heldout_fraction, data.heldout_bytes
@@ -170,13 +172,14 @@ class Run:
         for name in ("checkpoint_every", "keep", "heldout_every"):
             del whole["loop"][name]
         whole["data"].pop("corpus")
+        whole["teacher"] |= {"path": None, "weights": self.weights}
         return whole | kept | {"tokens": self.tokens.digest()}
 
 
 def run(
     recipe: Recipe,
-    folder: Path,
-    reporter: Reporter,
+    folder: str | Path,
+    reporter: Reporter | None = None,
     interrupt: Interrupt | None = None,
     *,
     resume: bool = False,
@@ -192,6 +195,7 @@ def run(
         DistillError: an input does not fit, or a number is not finite.
         Interrupted: a signal came; a checkpoint is there.
     """
+    folder, reporter = Path(folder), reporter or Reporter(Console(highlight=False))
     if (folder / "recipe.yaml").exists() and not resume:
         raise DistillError(f"run: {folder} holds a run; pass --resume, or another --run-dir")
     shared = Run(recipe, folder, reporter, interrupt or Interrupt(), tokens)

@@ -14,9 +14,10 @@ import pytest
 import torch
 from run_cases import RECIPE, do, make_recipe, transformers, write_teacher
 
+import distill
 from distill.__main__ import main
 from distill.capture import load_model
-from distill.errors import Interrupt, Interrupted
+from distill.errors import DistillError, Interrupt, Interrupted
 from distill.parallel import make_accelerator
 from distill.recipe import LogConfig, LoopConfig, Recipe, presets
 from xlstm_kernels.testing import relative_error
@@ -126,6 +127,18 @@ def test_a_finished_stage_of_other_settings_is_refused(capsys, tmp_path, teacher
     assert command(capsys, tmp_path, teacher, corpus_dir, "--resume")[0] == 0
     status, _, err = command(capsys, tmp_path, teacher, corpus_dir, "--resume", "stages.0.lr=0.5")
     assert status == 1 and "is of other settings (stages.align.lr 0.01 there, 0.5 here)" in err
+
+
+def test_a_teacher_of_other_weights_is_refused(tmp_path, corpus_dir):
+    teacher = write_teacher(tmp_path / "teacher")
+    recipe = make_recipe(tmp_path, teacher, corpus_dir, "stages.0.steps=1", "stages.1.steps=1")
+    distill.run(recipe, str(tmp_path / "run"))
+    model = load_model(teacher)
+    with torch.no_grad():
+        model.lm_head.weight.add_(0.1)
+    model.save_pretrained(teacher)
+    with pytest.raises(DistillError, match=r"is of other settings \(teacher.weights .* there"):
+        distill.run(recipe, str(tmp_path / "run"), resume=True)
 
 
 def test_what_no_command_can_do_is_one_line(capsys, tmp_path, teacher, corpus_dir):
