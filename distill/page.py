@@ -35,7 +35,7 @@ thead th { font-weight: 600; white-space: nowrap; }
 tbody th { color: var(--soft); font-weight: 400; }
 .lead tbody tr:first-child * { color: var(--ink); font-weight: 600; }
 i { display: inline-block; width: .7rem; height: .7rem; border-radius: 50%; margin-right: .5rem; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr));
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr));
   gap: 1rem; }
 figure { margin: 0; }
 .plot { padding: 1rem 1rem .75rem; }
