@@ -56,11 +56,11 @@ def run(args: argparse.Namespace) -> None:
     import torch
     from rich.console import Console
 
-    from distill.bench import bench
-    from distill.capture import load_model
-    from distill.checkpoint import write_atomically
+    from distill.data.capture import load_model
+    from distill.evaluation.bench import bench
+    from distill.files import write_atomically
     from distill.progress import Reporter, table_of
-    from distill.report import crossover_sentence, timing_table
+    from distill.report.document import crossover_sentence, timing_table
 
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -66,9 +66,9 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from distill.capture import CaptureConfig, capture, load_teacher
-    from distill.corpus import load_corpus
-    from distill.data import Tokens
+    from distill.data.capture import CaptureConfig, capture, load_teacher
+    from distill.data.corpus import load_corpus
+    from distill.data.rows import Tokens
     from distill.progress import Reporter
 
     config = CaptureConfig(args.k, args.length, args.rows, args.max_tokens, args.boundaries)

@@ -70,9 +70,9 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from distill.capture import corpus_tokens, load_teacher, save_model
-    from distill.checkpoint import require_place
-    from distill.compression import compress
+    from distill.data.capture import corpus_tokens, load_teacher, save_model
+    from distill.files import require_place
+    from distill.models.compression import compress
 
     require_place(args.out, args.teacher)
     teacher, tokenizer = load_teacher(args.teacher)

@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
     from rich.console import Console
 
-    from distill.corpus import load_corpus, standard_library
+    from distill.data.corpus import load_corpus, standard_library
     from distill.demo.config import demo_config
     from distill.demo.report import publish
     from distill.demo.results import measure

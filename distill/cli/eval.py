@@ -112,12 +112,12 @@ def run(args: argparse.Namespace) -> None:
 
     from rich.console import Console
 
-    from distill.assessment import Plan, assess
-    from distill.checkpoint import write_atomically
-    from distill.corpus import load_corpus, read_documents
+    from distill.data.corpus import load_corpus, read_documents
+    from distill.evaluation.assessment import Plan, assess
+    from distill.files import write_atomically
     from distill.progress import Reporter
-    from distill.report import sentences, write_report
-    from distill.run_folder import SCORES
+    from distill.report.document import sentences, write_report
+    from distill.report.run_folder import SCORES
 
     reporter = Reporter(Console(highlight=False))
     heldout = _complete(args)
@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> None:
     plan = Plan(args.length, args.rows, args.overlap, args.needle, args.contexts)
     scores = assess(models, tokenizer, documents, plan, say=reporter.say)
     if args.harness:
-        from distill.harness import harness_tasks
+        from distill.evaluation.harness import harness_tasks
 
         reporter.say(f"harness  {args.harness}")
         names, limit = args.harness.split(","), args.harness_limit
@@ -143,7 +143,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def run_report(args: argparse.Namespace) -> None:
-    from distill.report import write_report
+    from distill.report.document import write_report
 
     write_report(args.run_dir)
     print(f"report   {args.run_dir / 'report.html'}")
@@ -151,11 +151,11 @@ def run_report(args: argparse.Namespace) -> None:
 
 def _complete(args: argparse.Namespace) -> dict[str, Any]:
     """Fill in what a run's recipe says; how the run holds files out of the corpus."""
-    from distill.run_folder import CONTROLS, RECIPE
+    from distill.report.run_folder import CONTROLS, RECIPE
 
     heldout = {}
     if (args.out / RECIPE).exists():
-        from distill.recipe import Recipe
+        from distill.training.recipe import Recipe
 
         recipe = Recipe.load(args.out / RECIPE)
         data = recipe.data
@@ -181,7 +181,7 @@ def _complete(args: argparse.Namespace) -> dict[str, Any]:
 
 def _load(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     """Models by name, teacher first, and their tokenizer."""
-    from distill.capture import load_teacher
+    from distill.data.capture import load_teacher
 
     folders = {"teacher": args.teacher, "student": args.student}
     for text in args.control:

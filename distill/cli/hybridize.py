@@ -62,10 +62,10 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> None:
     import yaml
 
-    from distill.capture import corpus_tokens, load_teacher, save_model
-    from distill.checkpoint import require_place
-    from distill.hybrid import hybridize, new_parameters
-    from distill.stages import calibrate_gates
+    from distill.data.capture import corpus_tokens, load_teacher, save_model
+    from distill.files import require_place
+    from distill.hybrid.convert import hybridize, new_parameters
+    from distill.hybrid.stages import calibrate_gates
 
     require_place(args.out, args.teacher)
     options = {}

@@ -38,7 +38,7 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from distill.merging import merge
+    from distill.models.merging import merge
 
     experts = {name: Path(folder) for name, folder in map(_pair, args.experts)}
     if len(experts) != len(args.experts):
@@ -58,10 +58,10 @@ def run(args: argparse.Namespace) -> None:
 
 def _swept(args: argparse.Namespace, experts: dict[str, Path]) -> dict[str, float]:
     """The weights that take the fewest bits per byte."""
-    from distill.capture import load_teacher
-    from distill.corpus import load_corpus
-    from distill.evaluation import evaluate
-    from distill.merging import Trial, sweep
+    from distill.data.capture import load_teacher
+    from distill.data.corpus import load_corpus
+    from distill.evaluation.scores import evaluate
+    from distill.models.merging import Trial, sweep
 
     if args.corpus is None:
         raise DistillError("--sweep: --corpus must be given, the text to score on")

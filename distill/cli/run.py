@@ -49,9 +49,9 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from distill.progress import Reporter
-    from distill.recipe import Recipe
-    from distill.runs import describe
-    from distill.runs import run as run_recipe
+    from distill.training.recipe import Recipe
+    from distill.training.runs import describe
+    from distill.training.runs import run as run_recipe
 
     recipe = Recipe.load(args.recipe, args.overrides)
     reporter = Reporter(Console(highlight=False))

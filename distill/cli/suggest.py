@@ -42,8 +42,8 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
+    from distill.models.suggestion import folders_of, suggest, table
     from distill.progress import table_of
-    from distill.suggestion import folders_of, suggest, table
 
     folders = folders_of(args.models)
     if not folders:

@@ -11,7 +11,7 @@ from distill.errors import DistillError, Interrupt
 
 if TYPE_CHECKING:
     from distill.cli.flags import Commands
-    from distill.tuning import Trial
+    from distill.training.tuning import Trial
 
 
 def add(commands: Commands) -> None:
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
     from rich.table import Table
 
     from distill.progress import Reporter
-    from distill.tuning import BEST, tune
+    from distill.training.tuning import BEST, tune
 
     console = Console(highlight=False)
     over = dict(_values(text) for text in args.over)

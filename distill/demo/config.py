@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from distill.recipe import (
+from distill.training.recipe import (
     DataConfig,
     LogConfig,
     LoopConfig,

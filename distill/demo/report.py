@@ -14,13 +14,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from distill import figures, page
-from distill.checkpoint import write_atomically
 from distill.demo.results import judge
-from distill.plots import svg
+from distill.files import write_atomically
 from distill.progress import seconds
-from distill.report import drawings, timing_table
-from distill.run_folder import RunFolder
+from distill.report.document import drawings, figures, page, timing_table
+from distill.report.plots import svg
+from distill.report.run_folder import RunFolder
 
 WHAT = {
     "teacher": "a transformer over bytes",

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from distill.assessment import Plan, assess
-from distill.capture import load_model
-from distill.data import byte_tokenizer
+from distill.data.capture import load_model
+from distill.data.rows import byte_tokenizer
 from distill.demo.config import Recipes
 from distill.demo.run import PARTS, Demo
 from distill.demo.speed import compare_backends
+from distill.evaluation.assessment import Plan, assess
 from distill.machine import describe_machine
 
 PROMPTS = (

@@ -20,15 +20,15 @@ from pathlib import Path
 
 import torch
 
-from distill.capture import save_model
-from distill.checkpoint import settings_difference
-from distill.corpus import Corpus
-from distill.data import Tokens, byte_tokenizer
+from distill.data.capture import save_model
+from distill.data.corpus import Corpus
+from distill.data.rows import Tokens, byte_tokenizer
 from distill.demo.config import DemoConfig, Recipes, Sizes
 from distill.errors import DistillError, Interrupt
+from distill.files import settings_difference
 from distill.progress import Meter, Reporter
-from distill.recipe import Recipe
-from distill.runs import run as run_recipe
+from distill.training.recipe import Recipe
+from distill.training.runs import run as run_recipe
 
 PARTS = ("hybrid", "teacher on", "small", "small, labels")
 

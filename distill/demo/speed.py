@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.capture import load_model
+from distill.data.capture import load_model
 from distill.errors import DistillError
-from distill.losses import DistillModule, LossSpec
-from distill.mixer import HybridMixer
-from distill.recipe import StageConfig
+from distill.hybrid.mixer import HybridMixer
+from distill.losses.module import DistillModule, LossSpec
+from distill.training.recipe import StageConfig
 from xlstm_kernels.testing import budget, relative_error
 
 REFERENCE = "reference"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from distill.corpus import load_corpus
+from distill.data.corpus import load_corpus
 from distill.demo import config as presets
 from distill.demo.config import Budget, DemoConfig, Sizes
 from distill.demo.run import Demo

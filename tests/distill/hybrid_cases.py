@@ -6,8 +6,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from distill import hybrid, stages  # noqa: E402 - they import it
-from distill.corpus import load_corpus  # noqa: E402
+from distill.data.corpus import load_corpus  # noqa: E402
+from distill.hybrid.convert import convert as hybrid  # noqa: E402 - they import it
+from distill.hybrid.convert import stages  # noqa: E402
 
 __all__ = [
     "TEACHERS",

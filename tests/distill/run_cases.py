@@ -13,11 +13,11 @@ import transformers  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from distill import runs  # noqa: E402 - they import it
-from distill.data import byte_tokenizer  # noqa: E402
+from distill.data.rows import byte_tokenizer  # noqa: E402
 from distill.errors import Interrupt  # noqa: E402
 from distill.progress import Reporter  # noqa: E402
-from distill.recipe import Recipe  # noqa: E402
+from distill.training import runs  # noqa: E402 - they import it
+from distill.training.recipe import Recipe  # noqa: E402
 
 RECIPE = """
 student: {options: {window: 8}}

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from distill.__main__ import main, resume_command
-from distill.capture import CaptureConfig, capture, corpus_tokens, load_teacher
-from distill.corpus import load_corpus
-from distill.data import Tokens
+from distill.data.capture import CaptureConfig, capture, corpus_tokens, load_teacher
+from distill.data.corpus import load_corpus
+from distill.data.rows import Tokens
+from distill.data.teacher import TeacherCache
 from distill.errors import DistillError, Interrupt, Interrupted
+from distill.hybrid.stages import sparse_loss, topk_targets
 from distill.progress import Reporter
-from distill.stages import sparse_loss, topk_targets
-from distill.teacher import TeacherCache
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 

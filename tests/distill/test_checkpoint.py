@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from distill.checkpoint import require_place, settings_difference, write_atomically
 from distill.errors import DistillError
+from distill.files import require_place, settings_difference, write_atomically
 
 SETTINGS = {"stage": {"steps": 4, "lr": 0.1}, "seed": 1}
 
@@ -39,7 +39,7 @@ def test_write_that_the_system_cuts_short_keeps_the_old_file(tmp_path):
     path.write_bytes(b"old")
     code = (
         "import resource, sys; from pathlib import Path\n"
-        "from distill.checkpoint import write_atomically\n"
+        "from distill.files import write_atomically\n"
         "from distill.errors import DistillError\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "try: write_atomically(Path(sys.argv[1]), bytes(1 << 20))\n"

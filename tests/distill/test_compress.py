@@ -19,8 +19,8 @@ from hybrid_cases import (
 
 import distill
 from distill.__main__ import main
-from distill.compression import compress
 from distill.errors import DistillError
+from distill.models.compression import compress
 from xlstm_kernels.testing import relative_error
 
 

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from distill.corpus import (
+from distill.data.corpus import (
     epoch_order,
     load_corpus,
     read_documents,

@@ -5,8 +5,8 @@ import pytest
 import torch
 from run_cases import byte_tokenizer, transformers
 
-from distill.corpus import Document
-from distill.data import IGNORED, Rows, Tokens
+from distill.data.corpus import Document
+from distill.data.rows import IGNORED, Rows, Tokens
 from distill.errors import DistillError
 
 TEXTS = ["größe = 3\n", "x", "\tdef f():\n        return '🙂'\n", "0123456789" * 9]

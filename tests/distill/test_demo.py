@@ -13,13 +13,13 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file
 
-from distill.data import Tokens, byte_tokenizer
+from distill.data.rows import Tokens, byte_tokenizer
 from distill.demo.report import publish, render, sentences, summary
 from distill.demo.results import judge, measure
 from distill.demo.run import PARTS
 from distill.demo.speed import Parity
 from distill.errors import DistillError, Interrupted
-from distill.trainer import Stage
+from distill.training.trainer import Stage
 
 
 @pytest.fixture(scope="module")

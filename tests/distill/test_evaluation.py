@@ -7,10 +7,10 @@ import torch
 from hybrid_cases import hybrid, make_teacher, save_teacher, transformers
 
 import distill
-from distill.corpus import Document
+from distill.data.corpus import Document
 from distill.errors import DistillError
-from distill.evaluation import evaluate
-from distill.recovery import win_and_tie
+from distill.evaluation.recovery import win_and_tie
+from distill.evaluation.scores import evaluate
 
 DOCUMENTS = [
     Document("pkg/a.py", bytes(range(5, 40))),

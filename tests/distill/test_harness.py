@@ -7,7 +7,7 @@ import pytest
 from hybrid_cases import hybrid, save_teacher, transformers
 
 from distill.errors import DistillError
-from distill.harness import harness_tasks
+from distill.evaluation.harness import harness_tasks
 
 CHOICE = """\
 task: tiny_choice

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import distill
 from distill.__main__ import main
 from distill.errors import DistillError
-from distill.mixer import CHOICES, HybridMixer, HybridOptions
+from distill.hybrid.mixer import CHOICES, HybridMixer, HybridOptions
 from xlstm_kernels.testing import relative_error
 
 NO_MLSTM = {"output_gate": "bias", "output_bias": -200.0}

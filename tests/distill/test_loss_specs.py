@@ -5,8 +5,8 @@ import pytest
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 from distill.errors import DistillError
-from distill.losses import LossSpec, Schedule
-from distill.taps import layer_pairs
+from distill.losses.module import LossSpec, Schedule
+from distill.losses.taps import layer_pairs
 
 
 def test_layer_maps():

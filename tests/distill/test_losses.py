@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from hybrid_cases import families, hybrid, make_teacher, stages, stir, tokens, transformers
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from distill import recurrent  # noqa: F401 - makes its type known
+from distill.data.teacher import TopK, topk_words
 from distill.errors import DistillError
-from distill.losses import LOSSES, DistillModule, LossSpec, register_loss
-from distill.taps import PLAIN_HEADS, Run
-from distill.teacher import TopK, topk_words
+from distill.losses.module import LOSSES, DistillModule, LossSpec, register_loss
+from distill.losses.taps import PLAIN_HEADS, Run
+from distill.models import recurrent  # noqa: F401 - makes its type known
 from xlstm_kernels.testing import relative_error
 
 PROMPT = 5  # words of the first row that do not count

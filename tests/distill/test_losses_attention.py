@@ -6,11 +6,11 @@ import pytest
 import torch
 from hybrid_cases import families, hybrid, make_teacher, stir, tokens
 
-from distill import recurrent
-from distill.attention import Rows
 from distill.errors import DistillError
-from distill.losses import DistillModule, LossSpec
-from distill.taps import Run, Wanted
+from distill.hybrid.attention import Rows
+from distill.losses.module import DistillModule, LossSpec
+from distill.losses.taps import Run, Wanted
+from distill.models import recurrent
 from xlstm_kernels.testing import relative_error
 
 EVERY_LAYER = frozenset(range(3))

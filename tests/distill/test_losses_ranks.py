@@ -7,7 +7,7 @@ from hybrid_cases import hybrid, make_teacher, stir, tokens
 from ranks import run_on_ranks
 from torch.distributed.fsdp import fully_shard
 
-from distill.losses import DistillModule, LossSpec
+from distill.losses.module import DistillModule, LossSpec
 from xlstm_kernels.testing import relative_error
 
 pytestmark = pytest.mark.slow

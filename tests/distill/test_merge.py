@@ -7,11 +7,11 @@ import torch
 from hybrid_cases import hybrid, make_teacher, save_teacher, stir, tokens, transformers
 
 import distill
-from distill import merging
 from distill.__main__ import main
-from distill.capture import load_model
+from distill.data.capture import load_model
 from distill.errors import DistillError
-from distill.merging import merge, sweep
+from distill.models import merging
+from distill.models.merging import merge, sweep
 
 
 @pytest.fixture(scope="module")

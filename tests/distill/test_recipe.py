@@ -5,8 +5,8 @@ import pytest
 pytest.importorskip("omegaconf", reason="omegaconf is not installed: the extra `distill`")
 
 from distill.errors import DistillError
-from distill.losses import LossSpec
-from distill.recipe import PRESETS, Recipe, presets
+from distill.losses.module import LossSpec
+from distill.training.recipe import PRESETS, Recipe, presets
 
 SMALL = "stages: [{name: a, steps: 3, losses: [{name: ce}]}]"
 

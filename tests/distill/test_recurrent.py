@@ -8,10 +8,10 @@ from hybrid_cases import VOCAB, make_teacher, tokens, transformers
 
 import distill
 import xlstm_kernels as xk
-from distill import recurrent
-from distill.corpus import Document
+from distill.data.corpus import Document
 from distill.errors import DistillError
-from distill.recurrent import SLSTMConfig, SLSTMForCausalLM
+from distill.models import recurrent
+from distill.models.recurrent import SLSTMConfig, SLSTMForCausalLM
 from xlstm_kernels.testing import relative_error
 
 

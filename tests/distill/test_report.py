@@ -10,13 +10,13 @@ import torch
 from hybrid_cases import hybrid, make_teacher, save_teacher, stir, tokens, transformers
 
 from distill.__main__ import main
-from distill.assessment import Plan, assess
-from distill.bench import bench, crossover
-from distill.corpus import read_documents
+from distill.data.corpus import read_documents
 from distill.errors import DistillError
-from distill.probes import QUESTION, mean_gates, needle
-from distill.report import comparisons, render_markdown, write_report
-from distill.run_folder import RunFolder
+from distill.evaluation.assessment import Plan, assess
+from distill.evaluation.bench import bench, crossover
+from distill.evaluation.probes import QUESTION, mean_gates, needle
+from distill.report.document import comparisons, render_markdown, write_report
+from distill.report.run_folder import RunFolder
 
 METRICS = [
     {"stage": "align", "step": s, "tokens": 100 * s, "loss": 2.0 / s, "losses": {"mixer": 2.0 / s}}

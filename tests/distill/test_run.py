@@ -16,10 +16,10 @@ from run_cases import RECIPE, do, make_recipe, transformers, write_teacher
 
 import distill
 from distill.__main__ import main
-from distill.capture import load_model
+from distill.data.capture import load_model
 from distill.errors import DistillError, Interrupt, Interrupted
-from distill.parallel import make_accelerator
-from distill.recipe import LogConfig, LoopConfig, Recipe, presets
+from distill.training.parallel import make_accelerator
+from distill.training.recipe import LogConfig, LoopConfig, Recipe, presets
 from xlstm_kernels.testing import relative_error
 
 psutil = pytest.importorskip("psutil", reason="psutil is not installed: the extra `distill`")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from run_cases import make_accelerator
 
-from distill import snapshot
 from distill.errors import DistillError
+from distill.training import snapshot
 
 SETTINGS = {"stages": {"a": {"lr": 1.0}}}
 

@@ -5,10 +5,10 @@ import torch
 from hybrid_cases import hybrid, make_teacher, save_teacher, transformers
 
 from distill.__main__ import main
-from distill.bench import held_bytes
 from distill.errors import DistillError
-from distill.recurrent import SLSTMConfig, SLSTMForCausalLM
-from distill.suggestion import folders_of, state_bytes, suggest
+from distill.evaluation.bench import held_bytes
+from distill.models.recurrent import SLSTMConfig, SLSTMForCausalLM
+from distill.models.suggestion import folders_of, state_bytes, suggest
 
 CONTEXT = 24
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import xlstm_kernels as xk
-from distill.errors import DistillError
-from distill.teacher import (
+from distill.data.teacher import (
     INDEX,
     CacheWriter,
     TeacherCache,
@@ -17,6 +16,7 @@ from distill.teacher import (
     topk_words,
     unpack_ids,
 )
+from distill.errors import DistillError
 
 OF = {"model": "abc", "data": "def"}
 V, K = 1000, 16

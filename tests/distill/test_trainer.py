@@ -7,8 +7,8 @@ from run_cases import first_stage, make_recipe, steps_on_rank, write_teacher
 
 from distill.__main__ import main
 from distill.errors import DistillError
-from distill.recipe import StageConfig
-from distill.trainer import lr_at
+from distill.training.recipe import StageConfig
+from distill.training.trainer import lr_at
 from xlstm_kernels.testing import relative_error
 
 

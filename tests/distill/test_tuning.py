@@ -10,8 +10,8 @@ from run_cases import RECIPE, write_teacher
 from distill.__main__ import main
 from distill.errors import DistillError
 from distill.progress import Reporter
-from distill.recipe import Recipe
-from distill.tuning import BEST, Round, Trial, choices, plan, tune, with_budget
+from distill.training.recipe import Recipe
+from distill.training.tuning import BEST, Round, Trial, choices, plan, tune, with_budget
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""Text as tokens, and a teacher's words about it, on disk."""

@@ -1,0 +1,150 @@
+"""`distill cache`: a teacher of transformers reads a corpus, and its likeliest next words stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from distill.data.corpus import load_corpus
+from distill.data.rows import Rows, Tokens
+from distill.data.teacher import CacheWriter, id_bits, model_digest, topk_words
+from distill.errors import DistillError, Interrupt
+from distill.evaluation.scores import require_positions
+from distill.files import replace_folder
+from distill.losses.module import packed_inputs
+from distill.losses.taps import require_documents
+from distill.progress import Reporter
+
+
+@dataclass(frozen=True)
+class CaptureConfig:
+    """Windows of `length` tokens, one after the other, `rows` of them at a time.
+
+    boundaries: a document's words come from that document alone, as `DataConfig` has it.
+    """
+
+    k: int
+    length: int
+    rows: int
+    max_tokens: int | None
+    boundaries: bool = False
+
+
+def load_teacher(path: Path, dtype: Any = "auto") -> tuple[Any, Any]:
+    """Model and tokenizer from a folder, from safetensors alone; no code beside them is run.
+
+    The model may be a student of `hybridize`. The folder of one without a tokenizer is refused.
+    """
+    from transformers import AutoTokenizer
+
+    model = load_model(path, dtype)
+    try:
+        return model, AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise DistillError(f"teacher: no tokenizer in {path}: {error}") from error
+
+
+def load_model(path: Path, dtype: Any = "auto") -> Any:
+    """What `save_pretrained` wrote, of a causal language model or a student of `hybridize`."""
+    from transformers import AutoModelForCausalLM, PretrainedConfig
+    from transformers.utils import logging
+
+    from distill.hybrid.convert import is_student, load_student
+
+    logging.disable_progress_bar()
+    if not path.is_dir():
+        raise DistillError(f"model: {path} is not a folder that `save_pretrained` wrote")
+    try:
+        settings, _ = PretrainedConfig.get_config_dict(path)
+        if is_student(settings.get("model_type", "")):
+            return load_student(path, dtype=dtype).eval()
+        options = {"use_safetensors": True, "dtype": dtype, "output_loading_info": True}
+        model, found = AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise DistillError(f"model: cannot load {path}: {error}") from error
+    if found["missing_keys"]:  # transformers would draw them at random
+        missing = sorted(found["missing_keys"])
+        raise DistillError(f"model: {path} lacks {len(missing)} of its weights, as {missing[0]}")
+    return model.eval()
+
+
+def save_model(path: Path, model: Any, tokenizer: Any, **options: Any) -> None:
+    """What `load_teacher` reads, whole or not at all."""
+
+    def write(to: Path) -> None:
+        model.save_pretrained(to, **options)
+        tokenizer.save_pretrained(to)
+
+    replace_folder(path, write)
+
+
+def corpus_tokens(root: Path, pattern: str, tokenizer: Any) -> Tensor:
+    """Training files in the order of their paths, each closed by the tokenizer's end of text."""
+    return torch.from_numpy(Tokens.of(load_corpus(root, pattern).train, tokenizer).ids_N).long()
+
+
+@torch.no_grad()
+def capture(
+    model: Any,
+    tokens: Tokens,
+    out: Path,
+    config: CaptureConfig,
+    reporter: Reporter,
+    interrupt: Interrupt,
+    dry_run: bool = False,
+) -> None:
+    """Writes the cache, or goes on with one of the same teacher, tokens and sizes.
+
+    Row r of it is what follows token r: of the tokens that fill windows.
+    """
+    vocabulary = model.config.vocab_size
+    tokens = tokens.cut(config.max_tokens)
+    count = len(tokens.ids_N)
+    require_positions("cache", model, config.length)
+    if count < config.length:
+        raise DistillError(f"corpus: one window takes {config.length} tokens, got {count}")
+    if int(tokens.ids_N.max()) >= vocabulary:
+        raise DistillError(
+            f"teacher: its tokenizer must have ids below the model's vocabulary of {vocabulary},"
+            f" got {int(tokens.ids_N.max())}"
+        )
+    if config.boundaries:
+        require_documents(model)
+    rows = Rows(tokens, 1, config.length, 0, config.boundaries)
+    _say_sizes(reporter, rows.windows, config, vocabulary)
+    if dry_run:
+        return
+    fingerprint = tokens.fingerprint(config.length, config.boundaries)
+    fingerprint["model"] = model_digest(model)
+    with CacheWriter(out, fingerprint, config.k, vocabulary) as writer:
+        start = len(writer) // config.length
+        if start == rows.windows:
+            reporter.say(f"cache    {out} is complete")
+            return
+        with reporter.meter("cache", rows.windows, start) as meter:
+            for begin in range(start, rows.windows, config.rows):
+                end = min(begin + config.rows, rows.windows)
+                batch = rows.batch(torch.arange(begin, end)).to(model.device)
+                packed = batch.cu_seqlens
+                inputs = {} if packed is None else packed_inputs(packed, batch.input_ids)
+                logits = model(batch.input_ids, use_cache=False, **inputs).logits
+                writer.append(topk_words(logits.flatten(0, 1), config.k))
+                meter.update(end, tokens=batch.input_ids.numel())
+                if interrupt.requested is not None:
+                    writer.flush()
+                interrupt.check()
+
+
+def _say_sizes(reporter: Reporter, windows: int, config: CaptureConfig, vocabulary: int) -> None:
+    each = -(-config.k * id_bits(vocabulary) // 8) + 2 * config.k + 4
+    tokens = windows * config.length
+    reporter.say(
+        f"cache    {tokens} tokens, {windows} windows of {config.length}: {each} bytes a"
+        f" token, {each * tokens / 1e6:.1f} MB; all logits in two bytes would be"
+        f" {2 * vocabulary} bytes a token"
+    )

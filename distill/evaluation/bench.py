@@ -1,0 +1,160 @@
+"""How fast models read and write, and what they must remember, by the length of what they read.
+
+Models are timed one after another at each length, so that whatever else the machine does falls on
+all of them alike. A cache of keys and values is timed both as it grows and of a size fixed before,
+which copies less, and the faster counts.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StaticCache
+
+from distill.errors import DistillError
+from distill.evaluation.scores import require_positions
+from distill.hybrid.convert import PREFIX
+from distill.machine import describe_machine
+
+# What transformers' models call what they remember.
+CACHES = ("past_key_values", "cache_params")
+
+
+@torch.no_grad()
+def bench(
+    models: Mapping[str, Any],
+    contexts: Sequence[int],
+    *,
+    steps: int = 16,
+    rows: int = 1,
+    after_case: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Time models, teacher first and student second, after prompts of `contexts` tokens.
+
+    Args:
+        models: causal language models of transformers by name.
+        contexts: lengths of the prompts.
+        steps: tokens that are written after each, one at a time; the median counts.
+        rows: sequences at once.
+
+    Returns:
+        For JSON: `models`: by name a list of rows (context, prefill_tokens_per_s, decode_ms,
+        cache_bytes, peak_bytes where the device counts them), and `crossover`: from which context
+        on the second model writes faster than the first, None where it does not.
+    """
+    if not contexts or min(contexts) < 1:
+        raise DistillError(f"bench: contexts must be at least 1, got {list(contexts)}")
+    for model in models.values():
+        require_positions("bench", model, max(contexts) + steps)
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
+    warmed = min(contexts)
+    for model in models.values():
+        _measure(model.eval(), warmed, 2, rows, None)
+    done, cases = 0, len(contexts) * len(models)
+    for context in sorted(contexts):
+        for name, model in models.items():
+            found[name].append(_best(model, context, steps, rows))
+            done += 1
+            after_case(done, cases)
+    first = next(iter(models.values()))
+    return {
+        "rows": rows,
+        "steps": steps,
+        "dtype": str(first.dtype).removeprefix("torch."),
+        "device": str(first.device),
+        "machine": describe_machine(),
+        "models": found,
+        "crossover": crossover(*list(found.values())[:2]) if len(found) > 1 else None,
+    }
+
+
+def crossover(teacher: list[dict[str, Any]], student: list[dict[str, Any]]) -> int | None:
+    """The least context from which on, as far as was measured, the student writes faster."""
+    since = None
+    for theirs, ours in zip(teacher, student, strict=True):
+        if ours["decode_ms"] >= theirs["decode_ms"]:
+            since = None
+        elif since is None:
+            since = ours["context"]
+    return since
+
+
+def _best(model: Any, context: int, steps: int, rows: int) -> dict[str, Any]:
+    measured = [_measure(model, context, steps, rows, None)]
+    if _has_keys(model):
+        fixed = StaticCache(config=model.config, max_cache_len=context + steps)
+        measured.append(_measure(model, context, steps, rows, fixed))
+    fastest = min(measured, key=lambda row: row["decode_ms"])
+    # What it needs to remember is what the growing cache holds.
+    return fastest | {
+        "prefill_tokens_per_s": max(row["prefill_tokens_per_s"] for row in measured),
+        "cache_bytes": measured[0]["cache_bytes"],
+    }
+
+
+def _has_keys(model: Any) -> bool:
+    model_type = model.config.model_type
+    return not model_type.startswith(PREFIX) and model._supports_default_dynamic_cache()
+
+
+def _measure(model: Any, context: int, steps: int, rows: int, cache: Any) -> dict[str, Any]:
+    device = model.device
+    generator = torch.Generator().manual_seed(context)
+    prompt = torch.randint(model.config.vocab_size, (rows, context), generator=generator).to(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    given = {} if cache is None else {"past_key_values": cache}
+    began = _now(device)
+    output = model(prompt, use_cache=True, logits_to_keep=1, **given)
+    prefill_s = _now(device) - began
+    name = next(name for name in CACHES if getattr(output, name, None) is not None)
+    state = getattr(output, name)
+    size = held_bytes(state)
+    token = output.logits[:, -1:].argmax(dim=-1)
+    step_s = []
+    for _ in range(steps):
+        began = _now(device)
+        output = model(token, use_cache=True, **{name: state})
+        state = getattr(output, name)
+        token = output.logits[:, -1:].argmax(dim=-1)
+        step_s.append(_now(device) - began)
+    return {
+        "context": context,
+        "prefill_tokens_per_s": rows * context / prefill_s,
+        "decode_ms": 1e3 * statistics.median(step_s),
+        "cache_bytes": size,
+        "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+    }
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def held_bytes(cache: Any) -> int:
+    """Of all tensors within an object, each counted once."""
+    sizes: dict[int, int] = {}
+    seen: set[int] = set()
+
+    def visit(value: Any) -> None:
+        if isinstance(value, Tensor):
+            sizes[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, Mapping):
+            for part in value.values():
+                visit(part)
+        elif isinstance(value, list | tuple):
+            for part in value:
+                visit(part)
+        elif hasattr(value, "__dict__") and id(value) not in seen:
+            seen.add(id(value))
+            visit(vars(value))
+
+    visit(cache)
+    return sum(sizes.values())

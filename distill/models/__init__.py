@@ -1,0 +1,1 @@
+"""Students that are not hybrids: smaller, merged, recurrent; and which to choose."""
