@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from distill.evaluation.assessment import GENERATION
 from distill.evaluation.recovery import WinAndTie, win_and_tie
 from distill.files import write_atomically
-from distill.report.document import figures, page
+from distill.report import figures, page
 from distill.report.plots import svg
 from distill.report.run_folder import RunFolder
 

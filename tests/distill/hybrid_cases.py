@@ -7,8 +7,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from distill.data.corpus import load_corpus  # noqa: E402
-from distill.hybrid.convert import convert as hybrid  # noqa: E402 - they import it
-from distill.hybrid.convert import stages  # noqa: E402
+from distill.hybrid import convert as hybrid  # noqa: E402 - they import it
+from distill.hybrid import stages  # noqa: E402
 
 __all__ = [
     "TEACHERS",
