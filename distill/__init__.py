@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distill.data.teacher import TeacherCache
     from distill.evaluation.scores import evaluate
-    from distill.hybrid.convert import hybridize, load_student, new_parameters, stages
+    from distill.hybrid import stages
+    from distill.hybrid.convert import hybridize, load_student, new_parameters
     from distill.hybrid.mixer import HybridOptions
     from distill.losses.module import DistillModule, LossSpec, register_loss
     from distill.models.compression import Compressed, compress

@@ -17,7 +17,8 @@ from rich.table import Table
 from distill.demo.results import judge
 from distill.files import write_atomically
 from distill.progress import seconds
-from distill.report.document import drawings, figures, page, timing_table
+from distill.report import figures, page
+from distill.report.document import drawings, timing_table
 from distill.report.plots import svg
 from distill.report.run_folder import RunFolder
 
