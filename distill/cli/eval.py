@@ -120,6 +120,10 @@ def run(args: argparse.Namespace) -> None:
     from distill.report.run_folder import SCORES
 
     reporter = Reporter(Console(highlight=False))
+    if args.harness:
+        from distill.evaluation.harness import require_harness
+
+        require_harness()
     heldout = _complete(args)
     models, tokenizer = _load(args)
     if args.all_files:

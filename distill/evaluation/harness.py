@@ -33,14 +33,11 @@ def harness_tasks(
     Raises:
         DistillError: lm_eval is not installed, or a task has no score of which more is better.
     """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise DistillError(
-            f"harness: lm_eval must be installed ({error}); pip install 'lm_eval[hf]'"
-        ) from error
+    require_harness()
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
     manager = TaskManager(include_path=None if folder is None else str(folder))
     scores: dict[str, dict[str, float]] = {}
     kinds: dict[str, str] = {}
@@ -60,6 +57,16 @@ def harness_tasks(
             writes = config["output_type"] == "generate_until"
             kinds[name] = GENERATION if writes else TEXT
     return [task(name, kinds[name], each) for name, each in scores.items()]
+
+
+def require_harness() -> None:
+    """Raises DistillError unless lm_eval is installed, which is better known before hours of it."""
+    try:
+        import lm_eval.models.huggingface  # noqa: F401
+    except ImportError as error:
+        raise DistillError(
+            f"harness: lm_eval must be installed ({error}); pip install 'lm_eval[hf]'"
+        ) from error
 
 
 def _first(name: str, metrics: Mapping[str, Any], better: Mapping[str, Any]) -> float:

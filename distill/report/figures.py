@@ -34,7 +34,7 @@ def losses(axes: Axes, run: RunFolder, stage: str) -> None:
         color = (STUDENT, *OTHERS)[at % (len(OTHERS) + 1)]
         axes.plot(_millions(curve), curve.values, color=color, label=name, linewidth=1.6)
     values = [value for curve in curves.values() for value in curve.values]
-    if min(values) > 0 and max(values) > 10 * min(values):
+    if values and min(values) > 0 and max(values) > 10 * min(values):
         _log_scale(axes)
     axes.set_ylabel("loss, each part by itself")
     _over_tokens(axes)

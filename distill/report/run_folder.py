@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,7 +71,7 @@ class RunFolder:
             value: Any = line
             for name in names:
                 value = value.get(name) if isinstance(value, dict) else None
-            if isinstance(value, int | float) and stage in (None, line.get("stage")):
+            if _is_finite(value) and stage in (None, line.get("stage")):
                 curve.tokens.append(line["tokens"])
                 curve.values.append(float(value))
         return curve
@@ -83,6 +84,10 @@ class RunFolder:
             if isinstance(line.get(part), dict) and stage in (None, line.get("stage"))
         )
         return list(dict.fromkeys(name for values in found for name in values))
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -106,6 +111,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             line = json.loads(text)
+            if not isinstance(line, dict) or not isinstance(line.get("tokens", 0), int | float):
+                raise ValueError("it must be an object, its tokens a number")
         except ValueError as error:
             if number == len(texts):  # a killed run's last, not closed
                 continue

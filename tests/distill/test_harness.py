@@ -6,6 +6,7 @@ import sys
 import pytest
 from hybrid_cases import hybrid, save_teacher, transformers
 
+from distill.__main__ import main
 from distill.errors import DistillError
 from distill.evaluation.harness import harness_tasks
 
@@ -55,7 +56,9 @@ def test_tasks_of_a_folder(tmp_path, corpus_dir, monkeypatch):
     assert all(0 <= score <= 1 for task in found for score in task["scores"].values())
 
 
-def test_without_the_harness(monkeypatch):
+def test_without_the_harness(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(DistillError, match=r"harness: lm_eval must be installed .*pip install"):
         harness_tasks({}, None, ["gsm8k"])
+    assert main(["eval", "--out", "nowhere", "--harness", "gsm8k"]) == 1  # before anything is read
+    assert "lm_eval must be installed" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import re
 import shutil
 
@@ -99,13 +100,16 @@ def test_what_is_not_there_is_left_out(run_dir, scores):
 def test_lines_of_a_run_that_was_stopped(run_dir):
     again = {"stage": "kd", "step": 2, "tokens": 200, "loss": 9.0}
     path = run_dir / "metrics.jsonl"
-    path.write_text(path.read_text() + json.dumps(again) + '\n{"stage": "kd", "st')
+    more = [json.dumps(x) for x in (again, again | {"step": 3, "loss": math.nan})]
+    path.write_text(path.read_text() + "\n".join(more) + '\n{"stage": "kd", "st')
     curve = RunFolder.read(run_dir).curve("loss")
     assert curve.tokens == [100, 200, 300, 400, 500]
     assert curve.values[-1] == 9.0
-    path.write_text("{\n" + path.read_text())
-    with pytest.raises(DistillError, match=r"metrics\.jsonl is damaged in line 1"):
-        write_report(run_dir)
+    whole = path.read_text()
+    for line in ("{", "[]", '{"tokens": "x"}'):
+        path.write_text(f"{line}\n{whole}")
+        with pytest.raises(DistillError, match=r"metrics\.jsonl is damaged in line 1"):
+            write_report(run_dir)
 
 
 def test_scores_are_of_every_model(scores):
