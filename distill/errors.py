@@ -8,6 +8,10 @@ class DistillError(Exception):
     """A reason to stop that is printed to the user as one line, without a traceback."""
 
 
+class NotFinite(DistillError):
+    """A model has come to NaN or infinity."""
+
+
 class Interrupted(Exception):
     """A signal asked for a stop and everything that has to be kept is on disk."""
 

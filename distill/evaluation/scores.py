@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.data.corpus import Document
-from distill.errors import DistillError
+from distill.errors import DistillError, NotFinite
 
 
 @dataclass
@@ -161,7 +161,7 @@ def evaluate(
             given.train(training)
     for path, score in scores.items():
         if not math.isfinite(score.nats):
-            raise DistillError(f"evaluate: the model must give finite logits, got none in {path}")
+            raise NotFinite(f"evaluate: the model must give finite logits, got none in {path}")
     return Scores({path: s for path, s in scores.items() if s.tokens}, time.perf_counter() - began)
 
 

@@ -51,7 +51,8 @@ class TeacherConfig:
 
 @dataclass
 class DataConfig:
-    """The files below `corpus` that match `pattern`, as rows of `length` tokens.
+    """The files below `corpus` that match `pattern`, as rows of `length` tokens. Folders with names
+    such as tests, site-packages and encodings are left out (`distill.data.corpus.SKIPPED_DIRS`).
 
     boundaries: attention, state and positions begin anew with each document (`cu_seqlens`), and no
         word is predicted from the document before it.

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from distill.data.rows import Batch, Rows
-from distill.errors import DistillError, Interrupt
+from distill.errors import DistillError, Interrupt, NotFinite
 from distill.files import write_atomically
 from distill.losses.module import DistillModule
 from distill.progress import Meter
@@ -205,7 +205,7 @@ class Stage:
                 kept = (
                     f"the last good checkpoint is {self.saved}" if self.saved else "no checkpoint"
                 )
-                raise DistillError(
+                raise NotFinite(
                     f"{self.config.name}: {name} is {value} at step {self.step + 1} of"
                     f" {self.steps} (lr {lr_at(self.config, self.step, self.steps):.2g}), on"
                     f" {self.rows.describe(self.step)}; {kept}"

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from distill.errors import DistillError, Interrupt
+from distill.errors import DistillError, Interrupt, NotFinite
 from distill.progress import Reporter
 from distill.training.recipe import Recipe, StageConfig
 from distill.training.runs import run
@@ -154,11 +154,11 @@ def _score(recipe: Recipe, folder: Path, reporter: Reporter, interrupt: Interrup
     if not (folder / "student").exists():
         try:
             run(recipe, folder, reporter, interrupt, resume=True)
-        except DistillError as error:
-            if "is nan" not in str(error) and "is inf" not in str(error):
-                raise
+        except NotFinite as error:
             reporter.say(f"  {error}")
             return math.nan
+    elif Recipe.load(folder / "recipe.yaml") != recipe:
+        raise DistillError(f"tune: {folder} is of another recipe; choose another folder")
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     found = [json.loads(line) for line in lines if '"heldout"' in line]
     return float(found[-1]["heldout"]["bits_per_byte"])

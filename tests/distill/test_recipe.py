@@ -27,7 +27,17 @@ def test_presets_are_whole(name, tmp_path):
 
 
 def test_the_paper_s_numbers():
-    align, distil = Recipe.load("linearize-paper").stages
+    recipe = Recipe.load("linearize-paper")
+    align, distil = recipe.stages
+    assert (recipe.loop.rows, recipe.data.length) == (64, 4096)
+    assert (recipe.student.options["window"], recipe.student.options["sinks"]) == (512, 4)
+    assert (recipe.loop.precision, align.weight_decay, distil.weight_decay) == (
+        "bfloat16",
+        0.1,
+        0.1,
+    )
+    assert (distil.tokens, distil.losses[1].args) == (5_000_000_000, {"k": 256})
+    assert (align.trainable, distil.trainable) == (["*mixer*"], ["*"])
     assert (align.lr, align.final_lr, align.tokens) == (1e-2, 1e-5, 655_000_000)
     assert (distil.lr, distil.schedule, distil.clip) == (1e-5, "constant", 1.0)
     assert {loss.name: loss.weight for loss in distil.losses} == {"ce": 0.9, "topk_kl": 0.1}

@@ -81,6 +81,8 @@ def test_the_better_learning_rate_wins(source, teacher, corpus_dir, tmp_path):
     written = {path: path.stat().st_mtime_ns for path in folder.glob("round-*/*/metrics.jsonl")}
     again = tuned(source, teacher, corpus_dir, folder, over, **options)
     assert [t.scores for t in again][:3] == [t.scores for t in trials][:3]
+    with pytest.raises(DistillError, match="is of another recipe; choose another folder"):
+        tuned(source, teacher, corpus_dir, folder, over, **options | {"tokens": 14_000})
     finite = [path for path in written if (path.parent / "student").exists()]
     assert finite and all(path.stat().st_mtime_ns == written[path] for path in finite)
 
