@@ -54,7 +54,13 @@ def run(args: argparse.Namespace) -> None:
         context=args.context,
         max_parameters=args.max_parameters,
         max_state_bytes=args.max_state_bytes,
+        # Of a list each was asked for; below a folder lies what there is.
+        on_unknown=_say_skipped if args.models.is_dir() else None,
     )
     if not pairs:
         raise DistillError("suggest: no student is smaller than its teacher and within the limits")
     Console(highlight=False).print(table_of(*table(pairs)))
+
+
+def _say_skipped(error: DistillError) -> None:
+    print(f"skipped  {' '.join(str(error).split())}")

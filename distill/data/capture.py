@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -19,6 +20,9 @@ from distill.files import replace_folder
 from distill.losses.module import packed_inputs
 from distill.losses.taps import require_documents
 from distill.progress import Reporter
+
+# What transformers raises for files that are missing, damaged or of something else.
+UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError)
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,8 @@ def load_teacher(path: Path, dtype: Any = "auto") -> tuple[Any, Any]:
 
     model = load_model(path, dtype)
     try:
-        return model, AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+        return model, AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except UNREADABLE as error:
         raise DistillError(f"teacher: no tokenizer in {path}: {error}") from error
 
 
@@ -64,8 +68,9 @@ def load_model(path: Path, dtype: Any = "auto") -> Any:
         if is_student(settings.get("model_type", "")):
             return load_student(path, dtype=dtype).eval()
         options = {"use_safetensors": True, "dtype": dtype, "output_loading_info": True}
+        options["trust_remote_code"] = False  # None would ask on the terminal
         model, found = AutoModelForCausalLM.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except UNREADABLE as error:
         raise DistillError(f"model: cannot load {path}: {error}") from error
     if found["missing_keys"]:  # transformers would draw them at random
         missing = sorted(found["missing_keys"])

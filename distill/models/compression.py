@@ -142,6 +142,7 @@ def _student(teacher: Any, sizes: dict[str, int], kept: list[int]) -> Any:
         raise DistillError(f"compress: sizes must fit one another, got {sizes}: {error}") from error
     config._attn_implementation = teacher.config._attn_implementation
     student = type(teacher)(config).to(device=teacher.device, dtype=teacher.dtype)
+    student.tie_weights()  # on the meta device, a move gives each its own
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.train(teacher.training)
 

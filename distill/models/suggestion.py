@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from distill.data.capture import UNREADABLE
 from distill.errors import DistillError
 from distill.evaluation.assessment import sizes
 from distill.hybrid.convert import FAMILIES as HYBRIDIZED
@@ -67,6 +68,7 @@ def suggest(
     context: int = 4096,
     max_parameters: int | None = None,
     max_state_bytes: int | None = None,
+    on_unknown: Callable[[DistillError], None] | None = None,
 ) -> list[Pair]:
     """All pairs of a teacher and a smaller student, or one it can become, the most fitting first.
 
@@ -78,9 +80,17 @@ def suggest(
         tokens: to train on.
         context: at which states are sized.
         max_parameters, max_state_bytes: of students; those above are left out.
+        on_unknown: told of a folder that cannot be read as a model, which is left out; None raises.
     """
     pairs = []
-    read = [(describe(Path(folder), context), Path(folder)) for folder in folders]
+    read = []
+    for folder in map(Path, folders):
+        try:
+            read.append((describe(folder, context), folder))
+        except DistillError as error:
+            if on_unknown is None:
+                raise
+            on_unknown(error)
     for teacher, folder in read:
         smaller = [other for other, _ in read if other.parameters < teacher.parameters]
         for student in [*smaller, *shapes(folder, teacher, context)]:
@@ -109,8 +119,8 @@ def folders_of(path: Path) -> list[Path]:
 def describe(folder: Path, context: int) -> Candidate:
     """A model on disk, by its configuration and tokenizer."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except UNREADABLE as error:
         raise DistillError(f"suggest: cannot read {folder}: {error}") from error
     words = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
     digest = hashlib.sha256(words).hexdigest()
@@ -147,8 +157,9 @@ def _without_memory(folder: Path) -> Any:
                 f"suggest: {folder} must be a causal language model, got type {model_type!r}"
             )
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    except (OSError, ValueError, KeyError) as error:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except UNREADABLE as error:
         raise DistillError(f"suggest: cannot read {folder}: {error}") from error
 
 

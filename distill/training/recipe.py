@@ -318,4 +318,7 @@ def _override(config: Any, text: str) -> None:
         given = OmegaConf.from_dotlist([f"x={value}"]).x
     except YAMLError:
         given = value  # as data.pattern=*.py
-    OmegaConf.update(config, key, given, force_add=True)
+    there = OmegaConf.select(config, key)
+    # A free dict is replaced: what a preset has in it could not be taken out otherwise.
+    free = isinstance(there, DictConfig) and OmegaConf.get_type(there) is dict
+    OmegaConf.update(config, key, given, merge=not free, force_add=True)

@@ -60,6 +60,13 @@ def test_patterns_and_homes_are_taken_as_a_shell_passes_them(tmp_path, monkeypat
     assert recipe.teacher.path == "/home/someone/models/a"
 
 
+def test_an_override_replaces_options():
+    given = ["student.kind=hybridize", "student.options={window: 8}", "stages.0.losses.1.args={}"]
+    recipe = Recipe.load("compress-kd", [*given, "student.options.sinks=2"])
+    assert recipe.student.options == {"window": 8, "sinks": 2}
+    assert recipe.stages[0].losses[1].args == {}
+
+
 @pytest.mark.parametrize(
     ("override", "parts"),
     [

@@ -1,10 +1,14 @@
 """Pairs and shapes from configurations alone, counted as the models themselves are."""
 
+import json
+
 import pytest
 import torch
 from hybrid_cases import hybrid, make_teacher, save_teacher, transformers
 
+import distill
 from distill.__main__ import main
+from distill.data.capture import load_model
 from distill.errors import DistillError
 from distill.evaluation.bench import held_bytes
 from distill.models.recurrent import SLSTMConfig, SLSTMForCausalLM
@@ -66,6 +70,32 @@ def test_pairs_of_one_tokenizer_come_first(tmp_path, corpus_dir, capsys):
     mamba = transformers.MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1)
     with pytest.raises(DistillError, match="the state of models of type mamba is not known"):
         state_bytes(mamba, CONTEXT)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    assert main(["suggest", str(tmp_path), "--context", "64"]) == 0
+    assert "skipped  suggest: cannot read" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
     assert main(["suggest", str(tmp_path / "empty")]) == 1
     assert "must hold models, got none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_tied_weights_count_once(tmp_path, corpus_dir, family):
+    save_teacher(tmp_path / "tied", corpus_dir)
+    teacher = make_teacher(family, vocab_size=300, tie_word_embeddings=True)
+    teacher.save_pretrained(tmp_path / "tied")
+    whole = distill.compress(teacher, layers="every-2").student.num_parameters()
+    pairs = suggest([tmp_path / "tied"], context=CONTEXT)
+    found = {pair.student.name: pair.student.parameters for pair in pairs}
+    assert found["tied: every second layer"] == whole
+
+
+def test_code_beside_a_model_is_not_asked_about(tmp_path, corpus_dir, monkeypatch):
+    save_teacher(tmp_path, corpus_dir)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings |= {"model_type": "other", "auto_map": {"AutoConfig": "code.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr("builtins.input", None)
+    for read in (load_model, lambda folder: suggest([folder])):
+        with pytest.raises(DistillError, match="cannot load|must be a causal"):
+            read(tmp_path)
