@@ -97,5 +97,5 @@ def test_code_beside_a_model_is_not_asked_about(tmp_path, corpus_dir, monkeypatc
     (tmp_path / "config.json").write_text(json.dumps(settings))
     monkeypatch.setattr("builtins.input", None)
     for read in (load_model, lambda folder: suggest([folder])):
-        with pytest.raises(DistillError, match="cannot load|must be a causal"):
+        with pytest.raises(DistillError, match=r"cannot load|must be a causal"):
             read(tmp_path)
