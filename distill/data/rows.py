@@ -31,7 +31,8 @@ def byte_tokenizer() -> Any:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Documents one after another, each closed by the tokenizer's end of text.
+    """Documents one after another, each closed by the tokenizer's end of text, and begun by its
+    begin of text if that is another word, as `evaluate` and `generate` begin.
 
     ids_N int32; document d fills starts_D1[d] to starts_D1[d + 1].
     """
@@ -46,10 +47,12 @@ class Tokens:
             raise DistillError(
                 "tokenizer: it must have an eos_token, to put between documents, got None"
             )
+        end = tokenizer.eos_token_id
+        begin = [x for x in (tokenizer.bos_token_id,) if x not in (None, end)]
         parts, starts = [], [0]
         for document in documents:
             ids = tokenizer(document.text.decode(), add_special_tokens=False)["input_ids"]
-            parts.append(np.array([*ids, tokenizer.eos_token_id], dtype=np.int32))
+            parts.append(np.array([*begin, *ids, end], dtype=np.int32))
             starts.append(starts[-1] + len(parts[-1]))
         names = tuple(document.path for document in documents)
         return cls(np.concatenate(parts), np.array(starts, dtype=np.int64), names)

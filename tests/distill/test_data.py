@@ -8,6 +8,7 @@ from run_cases import byte_tokenizer, transformers
 from distill.data.corpus import Document
 from distill.data.rows import IGNORED, Rows, Tokens
 from distill.errors import DistillError
+from distill.evaluation.scores import encode
 
 TEXTS = ["größe = 3\n", "x", "\tdef f():\n        return '🙂'\n", "0123456789" * 9]
 
@@ -78,3 +79,12 @@ def test_sizes_of_a_step_are_those_of_its_batches(tokens, boundaries):
 def test_too_little_text(tokens):
     with pytest.raises(DistillError, match="needs 400 tokens, the training files have"):
         Rows(tokens, 50, 8, seed=3)
+
+
+def test_a_document_begins_in_training_as_in_evaluation():
+    tokenizer, document = byte_tokenizer(), Document("a", b"hi")
+    for bos, begin in ((None, []), (tokenizer.eos_token, []), ("<s>", [257])):
+        tokenizer.add_special_tokens({"bos_token": bos} if bos else {})
+        ids = Tokens.of([document], tokenizer).ids_N.tolist()
+        assert ids == [*begin, 104, 105, 256]
+    assert encode(tokenizer, document)[0] == ids[:-1]
