@@ -32,14 +32,14 @@ class Sizes:
 class Budget:
     """Training steps of each part, and the learning rates."""
 
-    teacher: int = 700
+    teacher: int = 650
     align: int = 40
     distill: int = 50
     small: int = 80
     teacher_lr: float = 4e-3
     align_lr: float = 1e-2
     distill_lr: float = 5e-4
-    small_lr: float = 2e-3
+    small_lr: float = 3e-3
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class DemoConfig:
     kl_weight: float = 0.9
     heldout_bytes: int = 50_000
     contexts: tuple[int, ...] = (256, 1024, 4096, 16384)
-    sequences: int = 4
+    sequences: int = 16
     speed_repeats: int = 5
     sample_tokens: int = 120
     backend: str = "cpu"

@@ -68,7 +68,7 @@ def model_names(folders: Mapping[str, Sequence[Path]], seeds: Sequence[int]) -> 
     return {"teacher": teacher} | {
         f"{part} {seed}": path
         for part in PARTS
-        for seed, path in zip(seeds, folders[part], strict=True)
+        for seed, path in zip(seeds, folders[part], strict=False)
     }
 
 
@@ -82,7 +82,8 @@ def parts_of(models: Mapping[str, Any], seeds: Sequence[int]) -> dict[str, list[
     """Of each part the scores, in the order of seeds."""
     kept = ("bits_per_byte", "accuracy", "agreement", "parameters", "bytes")
     named = {"teacher": ["teacher"]}
-    named |= {part: [f"{part} {seed}" for seed in seeds] for part in PARTS}
+    for part in PARTS:
+        named[part] = [name for seed in seeds if (name := f"{part} {seed}") in models]
     return {
         part: [{key: models[name][key] for key in kept} for name in names]
         for part, names in named.items()

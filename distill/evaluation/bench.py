@@ -40,7 +40,7 @@ def bench(
         models: causal language models of transformers by name.
         contexts: lengths of the prompts.
         steps: tokens that are written after each, one at a time; the median counts.
-        rows: sequences at once.
+        rows: sequences that go on at once from one prompt.
 
     Returns:
         For JSON: `models`: by name a list of rows (context, prefill_tokens_per_s, decode_ms,
@@ -54,11 +54,11 @@ def bench(
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
     warmed = min(contexts)
     for model in models.values():
-        _measure(model.eval(), warmed, 2, rows, None)
+        _measure(model.eval(), warmed, 2, rows)
     done, cases = 0, len(contexts) * len(models)
     for context in sorted(contexts):
         for name, model in models.items():
-            found[name].append(_best(model, context, steps, rows))
+            found[name].append(_measure(model, context, steps, rows))
             done += 1
             after_case(done, cases)
     first = next(iter(models.values()))
@@ -84,16 +84,40 @@ def crossover(teacher: list[dict[str, Any]], student: list[dict[str, Any]]) -> i
     return since
 
 
-def _best(model: Any, context: int, steps: int, rows: int) -> dict[str, Any]:
-    measured = [_measure(model, context, steps, rows, None)]
+def _measure(model: Any, context: int, steps: int, rows: int) -> dict[str, Any]:
+    device = model.device
+    generator = torch.Generator().manual_seed(context)
+    prompt = torch.randint(model.config.vocab_size, (1, context), generator=generator).to(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    began = _now(device)
+    output = model(prompt, use_cache=True, logits_to_keep=1)
+    prefill_s = _now(device) - began
+    name = next(name for name in CACHES if getattr(output, name, None) is not None)
+    state, token = getattr(output, name), output.logits[:, -1:].argmax(dim=-1)
+    if rows > 1:
+        if not hasattr(state, "batch_repeat_interleave"):
+            raise DistillError(
+                f"bench: rows must be 1 for a model of type {model.config.model_type}, whose cache"
+                f" cannot be repeated, got {rows}"
+            )
+        state.batch_repeat_interleave(rows)
+        token = token.repeat_interleave(rows, dim=0)
+    size = held_bytes(state)
+    step_s = [_step_s(model, name, state, token, steps)]
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     if _has_keys(model):
         fixed = StaticCache(config=model.config, max_cache_len=context + steps)
-        measured.append(_measure(model, context, steps, rows, fixed))
-    fastest = min(measured, key=lambda row: row["decode_ms"])
-    # What it needs to remember is what the growing cache holds.
-    return fastest | {
-        "prefill_tokens_per_s": max(row["prefill_tokens_per_s"] for row in measured),
-        "cache_bytes": measured[0]["cache_bytes"],
+        for at, layer in enumerate(state.layers):
+            fixed.update(layer.keys[:, :, :context], layer.values[:, :, :context], at)
+        step_s.append(_step_s(model, name, fixed, token, steps))
+    return {
+        "context": context,
+        "prefill_tokens_per_s": context / prefill_s,
+        "decode_ms": 1e3 * min(step_s),
+        # What it needs to remember is what the growing cache holds.
+        "cache_bytes": size,
+        "peak_bytes": peak,
     }
 
 
@@ -102,34 +126,16 @@ def _has_keys(model: Any) -> bool:
     return not model_type.startswith(PREFIX) and model._supports_default_dynamic_cache()
 
 
-def _measure(model: Any, context: int, steps: int, rows: int, cache: Any) -> dict[str, Any]:
-    device = model.device
-    generator = torch.Generator().manual_seed(context)
-    prompt = torch.randint(model.config.vocab_size, (rows, context), generator=generator).to(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    given = {} if cache is None else {"past_key_values": cache}
-    began = _now(device)
-    output = model(prompt, use_cache=True, logits_to_keep=1, **given)
-    prefill_s = _now(device) - began
-    name = next(name for name in CACHES if getattr(output, name, None) is not None)
-    state = getattr(output, name)
-    size = held_bytes(state)
-    token = output.logits[:, -1:].argmax(dim=-1)
-    step_s = []
+def _step_s(model: Any, name: str, state: Any, token: Tensor, steps: int) -> float:
+    """The median time of a token, which goes on from the last one's."""
+    times = []
     for _ in range(steps):
-        began = _now(device)
+        began = _now(model.device)
         output = model(token, use_cache=True, **{name: state})
         state = getattr(output, name)
         token = output.logits[:, -1:].argmax(dim=-1)
-        step_s.append(_now(device) - began)
-    return {
-        "context": context,
-        "prefill_tokens_per_s": rows * context / prefill_s,
-        "decode_ms": 1e3 * statistics.median(step_s),
-        "cache_bytes": size,
-        "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-    }
+        times.append(_now(model.device) - began)
+    return statistics.median(times)
 
 
 def _now(device: torch.device) -> float:

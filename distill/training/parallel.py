@@ -182,3 +182,8 @@ def _shard_layers(
 @contextmanager
 def _nothing() -> Any:
     yield
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

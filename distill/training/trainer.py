@@ -127,6 +127,7 @@ class Stage:
         self.metrics.rewind(self.config.name, self.step)
 
     def save(self) -> None:
+        self._require_finite_weights()
         state = snapshot.training_state(self.module, self.optimizer)
         manifest = snapshot.Manifest(self.settings, self.step, self.train_s, {})
         self.saved = snapshot.save(self.folder, self.accelerator, state, manifest, self.loop.keep)
@@ -202,14 +203,25 @@ class Stage:
     def _require_finite(self, losses: Mapping[str, float], norm: float) -> None:
         for name, value in {**losses, "gradient norm": norm}.items():
             if not math.isfinite(value):
-                kept = (
-                    f"the last good checkpoint is {self.saved}" if self.saved else "no checkpoint"
-                )
                 raise NotFinite(
                     f"{self.config.name}: {name} is {value} at step {self.step + 1} of"
                     f" {self.steps} (lr {lr_at(self.config, self.step, self.steps):.2g}), on"
-                    f" {self.rows.describe(self.step)}; {kept}"
+                    f" {self.rows.describe(self.step)}; {self._kept}"
                 )
+
+    def _require_finite_weights(self) -> None:
+        """A step of finite losses may still have ruined them; that is no checkpoint."""
+        trained = [parallel.local(p) for p in self.module.parameters() if p.requires_grad]
+        bad = torch.stack([(~p.isfinite()).any().float() for p in trained]).sum()
+        if self.accelerator.reduce(bad, "sum").item():
+            raise NotFinite(
+                f"{self.config.name}: a weight is not finite after step {self.step} of {self.steps}"
+                f" (lr {lr_at(self.config, self.step - 1, self.steps):.2g}); {self._kept}"
+            )
+
+    @property
+    def _kept(self) -> str:
+        return f"the last good checkpoint is {self.saved}" if self.saved else "no checkpoint"
 
     def _log(self, losses: dict[str, float], norm: float, took: float) -> None:
         if self.finished or self.step % self.log.every == 0:

@@ -117,7 +117,7 @@ def test_demo_ends_with_a_table_and_a_report(capsys, corpus_dir, tmp_path, tiny_
         capsys, "demo", "--corpus", corpus_dir, "--run-dir", tmp_path, "--quick", "--resume"
     )
     assert again == 0
-    assert out.count("trained before") == 13
+    assert out.count("trained before") == 11
 
 
 def test_help_explains_itself_without_loading_torch():

@@ -104,6 +104,17 @@ def test_a_number_that_is_none_ends_the_stage(tmp_path, teacher, corpus_dir):
     assert all(torch.equal(after[name], x) for name, x in before.items() if "lm_head" not in name)
 
 
+def test_ruined_weights_are_no_checkpoint(tmp_path, teacher, corpus_dir):
+    """The losses of the step that ruins them were finite."""
+    recipe = make_recipe(tmp_path, teacher, corpus_dir, *WHOLE, "stages.0.lr=1e39")
+    stage = first_stage(recipe, tmp_path)
+    stage._train_step()
+    stage.step += 1
+    with pytest.raises(DistillError, match=r"not finite after step 1 of 3 .*; no checkpoint"):
+        stage.save()
+    assert not stage.folder.exists()
+
+
 def test_what_no_name_matches_is_an_error(tmp_path, teacher, corpus_dir):
     recipe = make_recipe(tmp_path, teacher, corpus_dir, "stages.0.trainable=['*mixr*']")
     with pytest.raises(DistillError, match=r"trainable of stage align must match .*'\*mixr\*'"):
