@@ -67,9 +67,11 @@ def load_model(path: Path, dtype: Any = "auto") -> Any:
         settings, _ = PretrainedConfig.get_config_dict(path)
         if is_student(settings.get("model_type", "")):
             return load_student(path, dtype=dtype).eval()
-        options = {"use_safetensors": True, "dtype": dtype, "output_loading_info": True}
-        options["trust_remote_code"] = False  # None would ask on the terminal
-        model, found = AutoModelForCausalLM.from_pretrained(path, **options)
+        options: dict[str, Any] = {"use_safetensors": True, "dtype": dtype}
+        # Of remote code, None would ask on the terminal.
+        options |= {"output_loading_info": True, "trust_remote_code": False}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
+        model, found = loaded
     except UNREADABLE as error:
         raise DistillError(f"model: cannot load {path}: {error}") from error
     if found["missing_keys"]:  # transformers would draw them at random

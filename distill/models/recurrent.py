@@ -51,7 +51,7 @@ class _SLSTMPreTrained(PreTrainedModel):
     config_class = SLSTMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("SLSTMBlock",)
+    _no_split_modules = ["SLSTMBlock"]  # noqa: RUF012, as transformers has it
     # Of generate(): a state does not go back to an earlier token, as drafted ones would need.
     _is_stateful = True
 
@@ -117,7 +117,7 @@ class SLSTMModel(_SLSTMPreTrained):
         x_BTE = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         states = [x_BTE]
         for index, block in enumerate(self.layers):
-            cache = None if past_key_values is None else past_key_values.layers[index]
+            cache: Any = None if past_key_values is None else past_key_values.layers[index]
             before = None if cache is None else cache.state
             if self.gradient_checkpointing and self.training:
                 x_BTE, after = self._gradient_checkpointing_func(

@@ -271,18 +271,19 @@ def _require_known(example: Any, given: Any, at: str) -> None:
     if not isinstance(given, DictConfig):
         return
     names = list(example.__dataclass_fields__)
-    for key, value in given.items():
+    for name, value in given.items():
+        key = str(name)
         if key not in names:
             raise DistillError(
-                f"recipe: there is no {at}{key}{_nearest(str(key), names)};"
+                f"recipe: there is no {at}{key}{_nearest(key, names)};"
                 f" {at.rstrip('.') or 'the top'} has {', '.join(names)}"
             )
-        inner = getattr(example, str(key))
+        inner = getattr(example, key)
         if hasattr(inner, "__dataclass_fields__"):
             _require_known(inner, value, f"{at}{key}.")
         elif isinstance(value, ListConfig) and key in _ITEMS:
             for index, item in enumerate(value):
-                _require_known(_ITEMS[str(key)](), item, f"{at}{key}.{index}.")
+                _require_known(_ITEMS[key](), item, f"{at}{key}.{index}.")
 
 
 _ITEMS: dict[str, Any] = {"stages": StageConfig, "losses": LossConfig}
