@@ -139,9 +139,8 @@ def test_resume_command_repeats_the_flags():
     assert resume_command(["demo", "--resume"]) == "python -m distill demo --resume"
 
 
-@pytest.mark.parametrize(
-    "signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_signal_leaves_a_checkpoint_and_says_how_to_go_on(corpus_dir, tmp_path, signum):
     command = [sys.executable, "-m", "distill", "demo", "--quick", "--corpus", str(corpus_dir)]
     command += ["--run-dir", str(tmp_path), "--steps-scale", "900", "--threads", "1"]

@@ -22,6 +22,9 @@ from distill.errors import DistillError, Interrupted
 from distill.training.trainer import Stage
 
 
+pytestmark = pytest.mark.xdist_group("demo")  # one of them is trained for all
+
+
 @pytest.fixture(scope="module")
 def finished(make_demo, tmp_path_factory):
     """Folder and metrics of a whole demo."""
