@@ -21,11 +21,10 @@ from distill.demo.speed import Parity
 from distill.errors import DistillError, Interrupted
 from distill.training.trainer import Stage
 
-
 pytestmark = pytest.mark.xdist_group("demo")  # one of them is trained for all
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(make_demo, tmp_path_factory):
     """Folder and metrics of a whole demo."""
     folder = tmp_path_factory.mktemp("demo")
