@@ -27,7 +27,7 @@ KERNELS = {"two_writers": "two_writers_kernel", "missing_await": "handed_round_k
 pytestmark = pytest.mark.xdist_group("emulator")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """fixtures.cu as a program, with each sanitizer; the emulator itself is compiled without."""
     folder = tmp_path_factory.mktemp("fixtures")
