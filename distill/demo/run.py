@@ -74,6 +74,7 @@ class Demo:
         self.interrupt.check()
         recipes = Recipes(self.config, self.folder / "teacher" / "student")
         start = self.folder / "start"
+        self._require_own(start)
         write_start(start, self.config.sizes)
         found = {"teacher": [self._train("teacher", recipes.of_teacher(start))]}
         for part in PARTS:
@@ -84,6 +85,16 @@ class Demo:
         self.trained_s = time.perf_counter() - began
         return found
 
+    def _folder(self, name: str) -> Path:
+        return self.folder / name.replace(", ", "-").replace(" ", "-")
+
+    def _require_own(self, start: Path) -> None:
+        """What the demo would start over must be an earlier demo's, which began with `start`."""
+        names = ["teacher", *(f"{part} {seed}" for part in PARTS for seed in self.config.seeds)]
+        others = [path for path in map(self._folder, names) if path.exists()]
+        if others and not start.exists():
+            raise DistillError(f"demo: {others[0]} is no demo's; pass another --run-dir")
+
     def _recipe(self, recipes: Recipes, part: str, seed: int) -> Recipe:
         if part == "hybrid":
             return recipes.hybrid(seed)
@@ -93,7 +104,7 @@ class Demo:
 
     def _train(self, name: str, recipe: Recipe) -> Path:
         """The student of a run folder, which goes on, starts over or is there already."""
-        folder = self.folder / name.replace(", ", "-").replace(" ", "-")
+        folder = self._folder(name)
         if (folder / "recipe.yaml").exists():
             before = Recipe.load(folder / "recipe.yaml")
             difference = settings_difference(before.as_dict(), recipe.as_dict())
@@ -105,8 +116,6 @@ class Demo:
                 return folder / "student"
             if not self.resume:
                 shutil.rmtree(folder)
-        elif folder.exists():
-            shutil.rmtree(folder)  # stopped before it had begun
         within = Within(self.reporter, name)
         return run_recipe(
             recipe, folder, within, self.interrupt, resume=self.resume, tokens=self.tokens

@@ -62,7 +62,7 @@ def harness_tasks(
 def require_harness() -> None:
     """Raises DistillError unless lm_eval is installed, which is better known before hours of it."""
     try:
-        import lm_eval.models.huggingface  # noqa: F401
+        import lm_eval.models.huggingface  # noqa: F401 - only whether it is there
     except ImportError as error:
         raise DistillError(
             f"harness: lm_eval must be installed ({error}); pip install 'lm_eval[hf]'"

@@ -105,6 +105,15 @@ def test_verdict_goes_whichever_way_the_numbers_do(metrics):
     assert "2.0% more bits per byte" in said and "in 1 of 2 seeds" in said
 
 
+def test_a_folder_that_is_no_demos_stays(make_demo, tmp_path):
+    mine = tmp_path / "hybrid-1" / "recipe.yaml"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(DistillError, match=r"hybrid-1 is no demo's; pass another --run-dir"):
+        make_demo(tmp_path).run()
+    assert mine.read_text() == "mine" and [p.name for p in tmp_path.iterdir()] == ["hybrid-1"]
+
+
 @pytest.mark.slow
 def test_a_finished_teacher_is_used_again_and_the_rest_is_not(finished, make_demo, tmp_path):
     folder = tmp_path / "again"
