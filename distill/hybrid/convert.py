@@ -266,13 +266,14 @@ def _install(model: Any) -> None:
     layers_name, attention_name = FAMILIES[config.model_type.removeprefix(PREFIX)]
     layers = getattr(decoder, layers_name)
     heads, width = config.num_attention_heads, config.hidden_size
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or width // heads
     for index in options.replaced(len(layers)):
         attention = getattr(layers[index], attention_name)
         weight = next(attention.parameters())
         base: Any = type(attention)
         attention.__class__ = _attention_class(base)
-        attention.mixer = HybridMixer(width, heads, head_dim, options).to(weight)
+        attention.mixer = HybridMixer(width, heads, kv_heads, head_dim, options).to(weight)
         attention.model_config = config
         # Of this module alone: layers that are not replaced, and masks, stay with the model's.
         attention.config = copy.copy(config)

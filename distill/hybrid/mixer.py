@@ -6,8 +6,9 @@
     o_t = sigmoid(w_o [q_t, k_t, v_t] + b_o), one number a head
 
 Source: Effective Distillation to Hybrid xLSTM Architectures, arXiv 2603.15590, section 3.1. q and k
-come after the position embedding, x is what the attention layer gets, and heads that share keys and
-values (G of them are there) repeat them for the mLSTM alone: the window keeps G.
+come after the position embedding, and x is what the attention layer gets. H query heads share G heads
+of keys and values (grouped-query attention): the window keeps G of them, and the mLSTM has S states,
+H or G (`HybridOptions.grouped_heads`).
 """
 
 import math
@@ -29,7 +30,11 @@ CHOICES = {
     "input_gate": ("exp", "sigmoid"),
     "output_gate": ("qkv", "x", "bias"),
     "normalizer": ("plain", "max", "none"),
+    "grouped_heads": ("repeat", "share"),
 }
+
+
+STEP_TOKENS = 16  # that `xk.mlstm_step` takes at once
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,10 @@ class HybridOptions:
     output_gate: what o is computed from: "qkv", the paper's; "x", the layer's input; "bias":
         nothing, a learned constant a head.
     output_bias: the first o is its sigmoid. The paper does not say; LoLCATs' is log(0.1 / 0.9).
+    grouped_heads: of the mLSTM, where query heads share keys and values. "repeat": each repeats
+        them, and has W of k, gates i and f and a state of its own, as the paper's 32 heads with 8
+        of keys suggest; "share": they share these too and read one state, H / G times less to keep
+        and to update. Training costs the same.
     layers: indices of the layers that are replaced, negative ones from the end; None is all.
     eps: added to the normalizer.
     backend: of the operations.
@@ -66,6 +75,7 @@ class HybridOptions:
     forget_bias: float = 3.0
     output_gate: str = "qkv"
     output_bias: float = math.log(0.1 / 0.9)
+    grouped_heads: str = "repeat"
     layers: tuple[int, ...] | None = None
     eps: float = 1e-6
     backend: str = "auto"
@@ -105,6 +115,10 @@ class HybridOptions:
         """For JSON, which has no tuples."""
         return asdict(self) | {"layers": None if self.layers is None else list(self.layers)}
 
+    def states(self, heads: int, kv_heads: int) -> int:
+        """Of the mLSTM, in a layer with so many heads of queries, and of keys and values."""
+        return kv_heads if self.grouped_heads == "share" else heads
+
     def replaced(self, count: int) -> list[int]:
         """Indices of the replaced layers of a model of `count`, rising."""
         wanted = range(count) if self.layers is None else self.layers
@@ -128,18 +142,21 @@ class HybridState(NamedTuple):
 class HybridMixer(nn.Module):
     """forward(x, q, k, v) -> h: x (B, T, E), q (B, T, H, D), k and v (B, T, G, D), h like q."""
 
-    def __init__(self, width: int, heads: int, head_dim: int, options: HybridOptions):
+    def __init__(
+        self, width: int, heads: int, kv_heads: int, head_dim: int, options: HybridOptions
+    ):
         super().__init__()
         self.options = options
         self.heads, self.head_dim = heads, head_dim
+        self.states = options.states(heads, kv_heads)
         # Called with q, k, scale, and what goes into the mLSTM and its gate o.
         self.observer: Callable[..., None] | None = None
         if options.feature_map == "elu":
             self.feature_q = self.feature_k = None
         else:
             self.feature_q = nn.Parameter(torch.empty(heads, head_dim, head_dim))
-            self.feature_k = nn.Parameter(torch.empty(heads, head_dim, head_dim))
-        self.gates = nn.Linear(width, 2 * heads)  # i, f
+            self.feature_k = nn.Parameter(torch.empty(self.states, head_dim, head_dim))
+        self.gates = nn.Linear(width, 2 * self.states)  # i, f
         inputs = {"qkv": 3 * head_dim, "x": width}.get(options.output_gate)
         self.output_weight = None if inputs is None else nn.Parameter(torch.empty(heads, inputs))
         self.output_bias = nn.Parameter(torch.empty(heads))
@@ -159,9 +176,9 @@ class HybridMixer(nn.Module):
         nn.init.zeros_(self.gates.weight)
         spread = 3.0 if options.gate_init == "spread" else 0.0
         first = options.forget_bias
-        i_H, f_H = self.gates.bias.chunk(2)
-        i_H.zero_()
-        f_H.copy_(torch.linspace(first, first + spread, self.heads))
+        i_S, f_S = self.gates.bias.chunk(2)
+        i_S.zero_()
+        f_S.copy_(torch.linspace(first, first + spread, self.states))
         if self.output_weight is not None:
             nn.init.zeros_(self.output_weight)
         nn.init.constant_(self.output_bias, options.output_bias)
@@ -199,10 +216,15 @@ class HybridMixer(nn.Module):
         window_BTHD = xk.sliding_window_attention(
             q_BTHD, k_BTGD, v_BTGD, scale=scale, **self._window, **where
         )
-        mlstm_inputs, o_BTH1 = self._prepare(x_BTE, q_BTHD, k_BTGD, v_BTGD)
+        (phi_q_BTHK, *tokens), o_BTH1 = self._prepare(x_BTE, q_BTHD, k_BTGD, v_BTGD)
+        shared = self.heads // self.states
+        # Heads that share a state compute the same one here, each with its own queries.
+        mlstm_inputs: Any = (phi_q_BTHK, *(_repeat(x, shared) for x in tokens))
         if self.observer is not None:
             self.observer(q_BTHD, k_BTGD, scale, mlstm_inputs, o_BTH1)
         h_BTHD, state = xk.mlstm(*mlstm_inputs, **(self._mlstm | where))
+        if shared > 1:
+            state = xk.MLSTMState(*(part[:, ::shared].contiguous() for part in state))
         return torch.lerp(window_BTHD, h_BTHD, o_BTH1), state
 
     def step(
@@ -215,31 +237,58 @@ class HybridMixer(nn.Module):
         *,
         scale: float,
     ) -> tuple[Tensor, HybridState]:
-        """`prefill` from a state, token by token; without gradients in the state's storage."""
+        """`prefill` from a state; without gradients in the state's storage."""
         inplace = not torch.is_grad_enabled()
         mlstm_inputs, o_BTH1 = self._prepare(x_BTE, q_BTHD, k_BTGD, v_BTGD)
-        how = self._mlstm | {"inplace": inplace, "backend": self.options.backend}
-        mlstm, cache = state
-        outputs = []
-        for t in range(q_BTHD.shape[1]):
-            window_BHD, cache = xk.sliding_window_attention_step(
-                q_BTHD[:, t], k_BTGD[:, t], v_BTGD[:, t], cache, scale=scale, inplace=inplace
+        h_BTHD, mlstm = self._steps(mlstm_inputs, state.mlstm, inplace)
+        window, outputs = state.window, []
+        for q_BHD, k_BGD, v_BGD in zip(
+            *(x.unbind(1) for x in (q_BTHD, k_BTGD, v_BTGD)), strict=True
+        ):
+            window_BHD, window = xk.sliding_window_attention_step(
+                q_BHD, k_BGD, v_BGD, window, scale=scale, inplace=inplace
             )
-            token: Any = (*(x[:, t] for x in mlstm_inputs), mlstm)
-            h_BHD, mlstm = xk.mlstm_step(*token, **how)
-            outputs.append(torch.lerp(window_BHD, h_BHD, o_BTH1[:, t]))
-        return torch.stack(outputs, dim=1), HybridState(mlstm, cache)
+            outputs.append(window_BHD)
+        window_BTHD = torch.stack(outputs, dim=1)
+        return torch.lerp(window_BTHD, h_BTHD, o_BTH1), HybridState(mlstm, window)
+
+    def _steps(
+        self, mlstm_inputs: Any, state: xk.MLSTMState, inplace: bool
+    ) -> tuple[Tensor, xk.MLSTMState]:
+        """The mLSTM's h (B, T, H, D), and its state after these tokens.
+
+        Queries that share a state are tokens that follow one another, of which the first alone
+        writes, so that the state is read and written once for all of them.
+        """
+        phi_q_BTHK, phi_k_BTSK, v_BTSD, i_BTS, f_BTS = mlstm_inputs
+        T, shared = phi_q_BTHK.shape[1], self.heads // self.states
+        tokens = [
+            phi_q_BTHK.unflatten(2, (self.states, shared)).transpose(2, 3),
+            *(x.unsqueeze(2).expand(-1, -1, shared, -1, -1) for x in (phi_k_BTSK, v_BTSD)),
+            F.pad(i_BTS.unsqueeze(2), (0, 0, 0, shared - 1), value=-math.inf),
+            F.pad(f_BTS.unsqueeze(2), (0, 0, 0, shared - 1), value=math.inf),
+        ]
+        pieces = zip(*(x.flatten(1, 2).split(STEP_TOKENS, dim=1) for x in tokens), strict=True)
+        how = self._mlstm | {"inplace": inplace, "backend": self.options.backend}
+        outputs = []
+        for piece in pieces:
+            h_BNSD, state = xk.mlstm_step(*piece, state, **how)
+            outputs.append(h_BNSD)
+        h_BTRSD = torch.cat(outputs, dim=1).unflatten(1, (T, shared))
+        return h_BTRSD.transpose(2, 3).flatten(2, 3), state
 
     def _prepare(
         self, x_BTE: Tensor, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor
     ) -> tuple[Any, Tensor]:
-        """The mLSTM's q, k, v, i and f, and o."""
+        """phi(q) of H heads, phi(k), v, i and f of S, and o of H."""
         repeats = self.heads // k_BTGD.shape[2]
-        k_BTHD, v_BTHD = (x.repeat_interleave(repeats, dim=2) for x in (k_BTGD, v_BTGD))
-        i_BTH, f_BTH = self.gates(x_BTE).chunk(2, dim=-1)
-        phi_q, phi_k = self._map(q_BTHD, self.feature_q), self._map(k_BTHD, self.feature_k)
+        k_BTHD, v_BTHD = _repeat(k_BTGD, repeats), _repeat(v_BTGD, repeats)
+        share = self.states < self.heads
+        k_BTSD, v_BTSD = (k_BTGD, v_BTGD) if share else (k_BTHD, v_BTHD)
+        i_BTS, f_BTS = self.gates(x_BTE).chunk(2, dim=-1)
+        phi_q, phi_k = self._map(q_BTHD, self.feature_q), self._map(k_BTSD, self.feature_k)
         o_BTH = self._output_gate(x_BTE, q_BTHD, k_BTHD, v_BTHD)
-        return (phi_q, phi_k, v_BTHD, i_BTH, f_BTH), o_BTH.unsqueeze(-1)
+        return (phi_q, phi_k, v_BTSD, i_BTS, f_BTS), o_BTH.unsqueeze(-1)
 
     def _map(self, x_BTHD: Tensor, weight_HDE: Tensor | None) -> Tensor:
         if weight_HDE is None:
@@ -274,3 +323,8 @@ class HybridMixer(nn.Module):
             "normalizer": options.normalizer,
             "eps": options.eps,
         }
+
+
+def _repeat(x_BTG: Tensor, times: int) -> Tensor:
+    """Heads in their order, each so many times."""
+    return x_BTG if times == 1 else x_BTG.repeat_interleave(times, dim=2)

@@ -70,10 +70,10 @@ def align_loss(
 def calibrate_gates(student: Any, input_ids: Tensor) -> None:
     """Set gate biases from the teacher's attention, instead of `HybridOptions.gate_init`.
 
-    A head's forget gate keeps a half over the mean distance to which its teacher looks back, sinks
-    aside. Its output gate opens by the share of the attention that neither window nor sinks see,
-    and by 1 % at least. A window that the teacher has itself is not looked at. The paper has no
-    such step.
+    A forget gate keeps a half over the mean distance to which its teacher looks back, sinks aside,
+    with its head, or all heads that share its state. An output gate opens by the share of the
+    attention that neither window nor sinks see, and by 1 % at least. A window that the teacher has
+    itself is not looked at. The paper has no such step.
 
     Args:
         student: as in `align_loss`.
@@ -98,10 +98,14 @@ def calibrate_gates(student: Any, input_ids: Tensor) -> None:
         unseen = (j <= t - window) & (j >= sinks)
         share_H = (weights_BHTT * unseen)[:, :, window + sinks :].sum(-1).mean((0, 2))
         no_sinks = weights_BHTT * (j >= sinks)
-        distance_H = (no_sinks * (t - j)).sum((0, 2, 3)) / no_sinks.sum((0, 2, 3))
+        far_S, all_S = (
+            x_BHTT.sum((0, 2, 3)).unflatten(0, (mixer.states, -1)).sum(1)
+            for x_BHTT in (no_sinks * (t - j), no_sinks)
+        )
+        distance_S = far_S / all_S
         # f^distance = 1/2, and f = sigmoid(bias).
-        forget_H = -torch.expm1(math.log(2) / distance_H.clamp_min(1)).log()
-        mixer.gates.bias[H:] = forget_H
+        forget_S = -torch.expm1(math.log(2) / distance_S.clamp_min(1)).log()
+        mixer.gates.bias[mixer.states :] = forget_S
         mixer.output_bias.copy_(share_H.clamp(0.01, 0.99).logit())
 
     _observe("calibrate_gates", student, input_ids, measure)

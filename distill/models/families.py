@@ -2,7 +2,8 @@
 
 An axis of a parameter is named for what it runs over: E the hidden width as a layer writes it, e
 the same as a layer reads it behind a norm, H the query heads, G the heads of keys and values, F the
-feed-forward's neurons, "" what stays as it is. A digit before it: so many of them side by side.
+feed-forward's neurons, S the states of a mixer, "" what stays as it is. A digit before it: so many
+of them side by side.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from distill.hybrid.convert import PREFIX, RECURRENT
+from distill.hybrid.mixer import HybridOptions
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,15 @@ class Family:
 
     def axes_of(self, name: str, config: Any) -> tuple[str, ...]:
         """Of a parameter, by its name in the model."""
-        if name.endswith("mixer.output_weight") and config.hybrid["output_gate"] == "x":
-            return ("H", "e")
-        return next(axes for pattern, axes in self.axes.items() if re.search(pattern, name))
+        axes = next(axes for pattern, axes in self.axes.items() if re.search(pattern, name))
+        if "mixer." in name:
+            options = HybridOptions.from_dict(config.hybrid)
+            if name.endswith("output_weight") and options.output_gate == "x":
+                return ("H", "e")
+            # S is H or G, as the mixer's states are.
+            states = "G" if options.grouped_heads == "share" else "H"
+            return tuple(axis.replace("S", states) for axis in axes)
+        return axes
 
     @cached_property
     def in_layer(self) -> re.Pattern[str]:
@@ -61,9 +69,10 @@ class Family:
 
 
 MIXER = {
-    r"mixer\.feature_[qk]$": ("H", "", ""),
-    r"mixer\.gates\.weight": ("2H", "e"),
-    r"mixer\.gates\.bias": ("2H",),
+    r"mixer\.feature_q": ("H", "", ""),
+    r"mixer\.feature_k": ("S", "", ""),
+    r"mixer\.gates\.weight": ("2S", "e"),
+    r"mixer\.gates\.bias": ("2S",),
     r"mixer\.output_weight": ("H", ""),
     r"mixer\.output_bias": ("H",),
 }

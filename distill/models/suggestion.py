@@ -183,13 +183,16 @@ def state_bytes(config: Any, context: int) -> int:
     if not heads:
         raise DistillError(f"suggest: the state of models of type {config.model_type} is not known")
     D = getattr(config, "head_dim", None) or config.hidden_size // heads
-    each = 2 * (getattr(config, "num_key_value_heads", None) or heads) * D * dtype.itemsize
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    each = 2 * kv_heads * D * dtype.itemsize
     if not config.model_type.startswith(PREFIX):
         return layers * each * context
     options = HybridOptions.from_dict(config.hybrid)
     mixers = len(options.replaced(layers))
     K = 2 * D if options.feature_map == "softmax_pair" else D
-    state = heads * (K * D + K + 1) * 4 + each * (options.window + options.sinks)
+    state = options.states(heads, kv_heads) * (K * D + K + 1) * 4 + each * (
+        options.window + options.sinks
+    )
     return mixers * state + (layers - mixers) * each * context
 
 

@@ -127,12 +127,13 @@ def test_the_principal_directions_lose_less_than_channels():
     assert relative_error(channels(ids).logits, want.logits) > 0.1
 
 
-@pytest.mark.parametrize("output_gate", ["qkv", "x"])
+OPTIONS = [{}, {"output_gate": "x"}, {"grouped_heads": "share"}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @torch.no_grad()
-def test_a_hybrid_student_made_smaller(output_gate, tmp_path):
-    teacher = stir(
-        hybrid.hybridize(make_teacher(), window=6, layers=[0, 2], output_gate=output_gate)
-    )
+def test_a_hybrid_student_made_smaller(options, tmp_path):
+    teacher = stir(hybrid.hybridize(make_teacher(), window=6, layers=[0, 2], **options))
     dead(teacher, channels=(5, 6), heads=(2, 3), neurons=(1,))
     for layer in (0, 2):
         mixer = teacher.model.layers[layer].self_attn.mixer

@@ -24,17 +24,17 @@ def mixer_loop(mixer, x, q, k, v, scale):
     """The module's equations, a token and a head at a time."""
     options, (B, T, H, D) = mixer.options, q.shape
     h = torch.zeros_like(q)
-    i, f = mixer.gates(x).split(H, dim=-1)
+    i, f = mixer.gates(x).chunk(2, dim=-1)
     i = i.exp() if options.input_gate == "exp" else i.sigmoid()
     for b in range(B):
         for head in range(H):
-            shared = head // (H // k.shape[2])
+            shared, own = head // (H // k.shape[2]), head // (H // mixer.states)
             S, z = torch.zeros(1, D, dtype=q.dtype), torch.zeros(1, dtype=q.dtype)
             for t in range(T):
                 q_t, k_t, v_t = q[b, t, head], k[b, t, shared], v[b, t, shared]
-                phi_q, phi_k = phi(mixer, "q", q_t, head), phi(mixer, "k", k_t, head)
-                S = f[b, t, head].sigmoid() * S + i[b, t, head] * torch.outer(phi_k, v_t)
-                z = f[b, t, head].sigmoid() * z + i[b, t, head] * phi_k
+                phi_q, phi_k = phi(mixer, "q", q_t, head), phi(mixer, "k", k_t, own)
+                S = f[b, t, own].sigmoid() * S + i[b, t, own] * torch.outer(phi_k, v_t)
+                z = f[b, t, own].sigmoid() * z + i[b, t, own] * phi_k
                 divisor = {"plain": phi_q @ z, "max": max(phi_q @ z, z.new_ones(())), "none": 1}
                 seen = [j for j in range(t + 1) if j > t - options.window or j < options.sinks]
                 weights = (scale * (k[b, seen, shared] @ q_t)).softmax(-1)
@@ -62,6 +62,7 @@ VARIANTS = [
     *({name: value} for name, values in CHOICES.items() for value in values[1:]),
     {"window": 1, "sinks": 0},
     {"window": 100},
+    {"grouped_heads": "share", "feature_map": "softmax_pair", "input_gate": "sigmoid"},
 ]
 
 
@@ -69,12 +70,54 @@ VARIANTS = [
 def test_mixer_computes_its_equations(changes):
     torch.manual_seed(0)
     options = HybridOptions(**{"window": 3, "sinks": 2, "eps": 0.0} | changes)
-    mixer = stir(HybridMixer(8, 4, 6, options).double())
-    x = torch.randn(2, 11, 8).double()
-    q, k, v = (torch.randn(2, 11, heads, 6).double() for heads in (4, 2, 2))
+    mixer = stir(HybridMixer(8, 4, 2, 6, options).double())
+    inputs = [torch.randn(2, 11, 8), *(torch.randn(2, 11, heads, 6) for heads in (4, 2, 2))]
+    inputs = [part.double() for part in inputs]
     with torch.no_grad():
-        want = mixer_loop(mixer, x, q, k, v, scale=0.4)
-        assert relative_error(mixer(x, q, k, v, scale=0.4), want) <= 1e-12
+        want = mixer_loop(mixer, *inputs, scale=0.4)
+        assert relative_error(mixer(*inputs, scale=0.4), want) <= 1e-12
+        prompt, *pieces = zip(*(part.split((1, 9, 1), dim=1) for part in inputs), strict=True)
+        h, state = mixer.prefill(*prompt, scale=0.4)
+        got = [h]
+        for piece in pieces:
+            h, state = mixer.step(*piece, state, scale=0.4)
+            got.append(h)
+    assert relative_error(torch.cat(got, dim=1), want) <= 1e-12
+
+
+def test_gradients_of_decoding_are_those_of_a_sequence():
+    torch.manual_seed(0)
+    options = HybridOptions(window=3, sinks=1, grouped_heads="share")
+    mixer = stir(HybridMixer(8, 4, 2, 6, options).double())
+    inputs = [torch.randn(2, 7, 8), *(torch.randn(2, 7, heads, 6) for heads in (4, 2, 2))]
+    inputs = [part.double().requires_grad_() for part in inputs]
+    whole = mixer(*inputs, scale=0.4)
+    first, *rest = zip(*(part.split((3, 1, 3), dim=1) for part in inputs), strict=True)
+    h, state = mixer.prefill(*first, scale=0.4)
+    decoded = [h]
+    for piece in rest:
+        h, state = mixer.step(*piece, state, scale=0.4)
+        decoded.append(h)
+    weight, wanted = torch.randn_like(whole), [*inputs, *mixer.parameters()]
+    want = torch.autograd.grad(whole, wanted, weight)
+    got = torch.autograd.grad(torch.cat(decoded, dim=1), wanted, weight)
+    assert all(relative_error(a, b) <= 1e-10 for a, b in zip(got, want, strict=True))
+
+
+@torch.no_grad()
+def test_heads_that_share_a_state(tmp_path):
+    teacher, ids = make_teacher(), tokens(24)
+    student = stir(hybrid.hybridize(teacher, window=6, grouped_heads="share")).double()
+    caches = [student(ids[:, :20]).past_key_values]
+    caches.append(hybrid.hybridize(teacher, window=6).double()(ids[:, :20]).past_key_values)
+    states = [cache.layers[0].state.mlstm.c for cache in caches]
+    assert [state.shape[1] for state in states] == [2, 4]
+    assert states[0].untyped_storage().nbytes() == states[0].nbytes, "not a view of all heads'"
+    got = student(ids[:, 20:], past_key_values=caches[0]).logits
+    assert relative_error(got, student(ids, use_cache=False).logits[:, 20:]) <= 1e-11
+    student.float().save_pretrained(tmp_path)
+    loaded = hybrid.load_student(tmp_path).eval()
+    assert torch.equal(loaded(ids).logits, student(ids).logits)
 
 
 @families
@@ -203,9 +246,11 @@ def test_autocast():
 
 
 @pytest.mark.slow
-def test_compiled():
+@pytest.mark.parametrize("grouped_heads", CHOICES["grouped_heads"])
+def test_compiled(grouped_heads):
     """Training is one graph; a decoding step runs."""
-    student, ids = stir(hybrid.hybridize(make_teacher(), window=6)), tokens(20)
+    student = stir(hybrid.hybridize(make_teacher(), window=6, grouped_heads=grouped_heads))
+    ids = tokens(20)
     want = student(ids, labels=ids, use_cache=False)
     compiled = torch.compile(student, backend="aot_eager", fullgraph=True)
     got = compiled(ids, labels=ids, use_cache=False)

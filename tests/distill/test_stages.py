@@ -66,8 +66,9 @@ def test_align_loss_of_packed_documents():
     assert relative_error(packed, sum(apart)) <= 1e-4
 
 
-def test_stage_one_trains_the_mixers_alone():
-    student = hybrid.hybridize(make_teacher(), window=6)
+@pytest.mark.parametrize("grouped_heads", ["repeat", "share"])
+def test_stage_one_trains_the_mixers_alone(grouped_heads):
+    student = hybrid.hybridize(make_teacher(), window=6, grouped_heads=grouped_heads)
     new = hybrid.new_parameters(student)
     optimizer = torch.optim.AdamW(new.values(), lr=1e-2)
     losses = []
@@ -82,13 +83,14 @@ def test_stage_one_trains_the_mixers_alone():
     assert with_grad == new.keys()
 
 
+@pytest.mark.parametrize("grouped_heads", ["repeat", "share"])
 @families
 @torch.no_grad()
-def test_calibrated_gates(family):
+def test_calibrated_gates(family, grouped_heads):
     """Against the attention weights that transformers itself returns."""
     teacher, ids = make_teacher(family), tokens(20)
     teacher.set_attn_implementation("eager")
-    student = hybrid.hybridize(teacher, window=6, sinks=2)
+    student = hybrid.hybridize(teacher, window=6, sinks=2, grouped_heads=grouped_heads)
     stages.calibrate_gates(student, ids)
     mixers = [m for m in student.modules() if isinstance(m, hybrid.HybridMixer)]
     attentions = teacher(ids, output_attentions=True, use_cache=False).attentions
@@ -97,9 +99,10 @@ def test_calibrated_gates(family):
             unseen = [rows[:, t, 2 : t - 5].sum(-1) for t in range(8, 20)]
             share = torch.stack(unseen).mean().clamp_min(0.01)
             assert relative_error(mixer.output_bias[head].sigmoid(), share) <= 1e-4
-            far = [(rows[:, t, 2 : t + 1] * range_down(t - 2)).sum() for t in range(2, 20)]
-            distance = sum(far) / rows[:, :, 2:].sum()
-            forget = mixer.gates.bias[4 + head].double().sigmoid()
+        for state, rows in enumerate(weights.double().transpose(0, 1).chunk(mixer.states)):
+            far = [(rows[..., t, 2 : t + 1] * range_down(t - 2)).sum() for t in range(2, 20)]
+            distance = sum(far) / rows[..., 2:].sum()
+            forget = mixer.gates.bias[mixer.states + state].double().sigmoid()
             assert relative_error(forget**distance, torch.tensor(0.5)) <= 1e-4
 
 

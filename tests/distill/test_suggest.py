@@ -22,11 +22,12 @@ def models():
     yield teacher
     yield hybrid.hybridize(teacher, window=6, sinks=2)
     yield hybrid.hybridize(teacher, window=6, sinks=2, layers=[1], feature_map="softmax_pair")
+    yield hybrid.hybridize(teacher, window=6, sinks=2, grouped_heads="share")
     yield make_teacher("gpt2")
     yield SLSTMForCausalLM(SLSTMConfig(vocab_size=60, hidden_size=32)).eval()
 
 
-@pytest.mark.parametrize("at", range(5))
+@pytest.mark.parametrize("at", range(6))
 @torch.no_grad()
 def test_states_are_as_large_as_what_models_keep(at):
     model = list(models())[at]
