@@ -6,9 +6,9 @@
     o_t = sigmoid(w_o [q_t, k_t, v_t] + b_o), one number a head
 
 Source: Effective Distillation to Hybrid xLSTM Architectures, arXiv 2603.15590, section 3.1. q and k
-come after the position embedding, and x is what the attention layer gets. H query heads share G heads
-of keys and values (grouped-query attention): the window keeps G of them, and the mLSTM has S states,
-H or G (`HybridOptions.grouped_heads`).
+come after the position embedding, and x is what the attention layer gets. H query heads share G
+heads of keys and values (grouped-query attention): the window keeps G of them, and the mLSTM has S
+states, H or G (`HybridOptions.grouped_heads`).
 """
 
 import math
@@ -272,7 +272,7 @@ class HybridMixer(nn.Module):
         how = self._mlstm | {"inplace": inplace, "backend": self.options.backend}
         outputs = []
         for piece in pieces:
-            h_BNSD, state = xk.mlstm_step(*piece, state, **how)
+            h_BNSD, state = xk.mlstm_step(*piece, state=state, **how)
             outputs.append(h_BNSD)
         h_BTRSD = torch.cat(outputs, dim=1).unflatten(1, (T, shared))
         return h_BTRSD.transpose(2, 3).flatten(2, 3), state
