@@ -262,17 +262,18 @@ class HybridMixer(nn.Module):
         """
         phi_q_BTHK, phi_k_BTSK, v_BTSD, i_BTS, f_BTS = mlstm_inputs
         T, shared = phi_q_BTHK.shape[1], self.heads // self.states
-        tokens = [
+        tokens: Any = [
             phi_q_BTHK.unflatten(2, (self.states, shared)).transpose(2, 3),
             *(x.unsqueeze(2).expand(-1, -1, shared, -1, -1) for x in (phi_k_BTSK, v_BTSD)),
             F.pad(i_BTS.unsqueeze(2), (0, 0, 0, shared - 1), value=-math.inf),
             F.pad(f_BTS.unsqueeze(2), (0, 0, 0, shared - 1), value=math.inf),
         ]
-        pieces = zip(*(x.flatten(1, 2).split(STEP_TOKENS, dim=1) for x in tokens), strict=True)
+        tokens = [x.flatten(1, 2).split(STEP_TOKENS, dim=1) for x in tokens]
+        pieces: Any = zip(*tokens, strict=True)
         how = self._mlstm | {"inplace": inplace, "backend": self.options.backend}
         outputs = []
         for piece in pieces:
-            h_BNSD, state = xk.mlstm_step(*piece, state=state, **how)
+            h_BNSD, state = xk.mlstm_step(*piece, state, **how)
             outputs.append(h_BNSD)
         h_BTRSD = torch.cat(outputs, dim=1).unflatten(1, (T, shared))
         return h_BTRSD.transpose(2, 3).flatten(2, 3), state
