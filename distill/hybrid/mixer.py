@@ -273,7 +273,7 @@ class HybridMixer(nn.Module):
         how = self._mlstm | {"inplace": inplace, "backend": self.options.backend}
         outputs = []
         for piece in pieces:
-            h_BNSD, state = xk.mlstm_step(*piece, state, **how)
+            h_BNSD, state = xk.mlstm_step(*(*piece, state), **how)
             outputs.append(h_BNSD)
         h_BTRSD = torch.cat(outputs, dim=1).unflatten(1, (T, shared))
         return h_BTRSD.transpose(2, 3).flatten(2, 3), state
