@@ -40,15 +40,16 @@ install: .venv/bin/python  ## torch and this package, editable, with everything 
 demo:  ## distil a language model on this machine, in a few minutes
 	$(PYTHON) -m distill demo
 
-ci: lint test-isas test-fast  ## what CI runs: everything but the slow tests and the sanitizers
+ci: lint test-isas emulated  ## what CI runs: everything but the slow tests and the sanitizers
+	$(PARALLEL) -m "not slow"
 
 check: lint test test-compat sanitize sanitize-emulated  ## everything that must hold before a change goes in
 
 test: emulated test-isas  ## every test, the operations under each instruction set of this CPU
 	$(PARALLEL)
 
-test-fast: emulated  ## the tests that take no more than seconds each
-	$(PARALLEL) -m "not slow"
+test-fast: emulated  ## the quick tests, on one instruction set, while you work
+	$(PARALLEL) -m "not slow and not medium"
 
 # Triton's kernels know no instruction set, and their interpreter is not what is to be sanitized.
 test-isas:

@@ -340,6 +340,7 @@ class TestScaling:
 
 
 class TestCommandLine:
+    @pytest.mark.medium
     @pytest.mark.parametrize(
         "op", [pytest.param(op, marks=[] if op == "slstm" else pytest.mark.slow) for op in OPS]
     )
@@ -350,6 +351,7 @@ class TestCommandLine:
         assert f"{op}-fwd" in out and "eager" in out and "GFLOP/s" in out
         assert list(tmp_path.iterdir()) == []
 
+    @pytest.mark.medium
     def test_saved_quick_run_is_not_complete(self, tmp_path):
         arguments = ["--op", "slstm", "--case", "T8", "--quick", "--save", "--budget-s", "0.01"]
         assert main(["run", *arguments, "--results", str(tmp_path)]) == 0
@@ -373,6 +375,7 @@ class TestCommandLine:
         # Each peer has its line, or a reason why not.
         assert "transformers, chunks of 64" in out and "mlstm_kernels custbw, chunks of 64" in out
 
+    @pytest.mark.medium
     def test_list(self, capsys):
         assert main(["list", "--op", "lstm"]) == 0
         assert "lstm-fwd+bwd-layer-B8-T512-H1-D256-f32" in capsys.readouterr().out.split()

@@ -191,6 +191,7 @@ def options(function: str, how: tuple[tuple[str, object], ...]) -> tuple[tuple[s
     return tuple((name, value) for name, value in how if name in known)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_two_ranks(backend):
     cases = [Case(f, (33, 20), torch.float32, backend, options(f, WARM)) for f in FUNCTIONS]

@@ -175,6 +175,7 @@ def operator_calls(backend):
         yield *Inputs(*(t.get(name) for name in Inputs._fields)), *options, case.support
 
 
+@pytest.mark.medium
 @EVERY_BACKEND
 @pytest.mark.parametrize(
     "wanted", [[False] * 3, [True, True, False], [False, False, True]], ids=str
@@ -186,6 +187,7 @@ def test_opcheck(backend, wanted):
         torch.library.opcheck(op.forward, (*arguments, 4, want, backend))
 
 
+@pytest.mark.medium
 @EVERY_BACKEND
 @EVERY_FUNCTION
 @REDUCTIONS

@@ -47,12 +47,14 @@ def test_report_says_what_runs_here() -> None:
         assert word in text
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("isa", load_cpu().supported_isas())
 def test_instruction_set_is_the_one_asked_for(isa: str) -> None:
     report = json.loads(python("-m", "xlstm_kernels", "--json", XLSTM_CPU_ISA=isa).stdout)
     assert report["_cpu"]["instruction_set"] == isa
 
 
+@pytest.mark.medium
 def test_unknown_instruction_set_is_named_at_first_use() -> None:
     use = (
         "import torch as t, xlstm_kernels as xk; xk.lstm(t.ones(1, 1, 4, 1, 1), t.ones(4, 1, 1, 1))"

@@ -78,6 +78,7 @@ DOUBLE = MLSTMCase("cpu", dtype=torch.float64)
 SINGLE = MLSTMCase("cpu")
 
 
+@pytest.mark.medium
 def test_two_ranks():
     check_splits(
         Split(DOUBLE, (41, 29), (0.0, 1.0)),

@@ -145,6 +145,7 @@ def test_intervals_side_by_side_give_the_gradients_of_one_walk(flags, lengths, t
         assert relative_error(result, walked[name]) < 1e-12, name
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_intervals_side_by_side_keep_to_the_budget(dtype, threads):
     threads(8)
@@ -205,6 +206,7 @@ def test_long_sequences_of_extreme_gates_stay_finite(backend, gates):
         assert result.isfinite().all(), name
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("case", on_every_backend({"T": 9}, {"lengths": (3, 0, 6)}))
 def test_opcheck(case):
     device = DEVICES.get(case.backend, "cpu")
@@ -220,6 +222,7 @@ def test_opcheck(case):
     torch.library.opcheck(op.backward, arguments)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("backend", EACH_BACKEND)
 def test_compiles_whole_and_once_for_every_length(backend):
     torch.compiler.reset()

@@ -269,6 +269,7 @@ def test_wrong_arguments_are_named(changes, error, message):
 OPTIONS = ("exp", "max", 0.5, 1e-6)
 
 
+@pytest.mark.medium
 @with_dtypes(*BACKENDS)
 def test_opcheck(backend, dtype, shape):
     B, H, K, V = shape
@@ -278,6 +279,7 @@ def test_opcheck(backend, dtype, shape):
     torch.library.opcheck(op.update, (*token, *state, h, None, None, *OPTIONS, backend))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("inplace", [False, True])
 @EVERY_BACKEND
 def test_compiles_without_breaks(backend, inplace):
@@ -292,6 +294,7 @@ def test_compiles_without_breaks(backend, inplace):
     assert all(torch.equal(x, y) == inplace for x, y in zip(last, state, strict=True))
 
 
+@pytest.mark.medium
 @EVERY_BACKEND
 def test_compiles_with_gradients(backend):
     torch.compiler.reset()

@@ -40,6 +40,7 @@ CHIPS = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("chip", "calls"),
     [

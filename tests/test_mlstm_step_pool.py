@@ -269,6 +269,7 @@ def test_no_gradient_through_pools_and_given_storage(backend, name):
         xk.mlstm_step(*tokens, state, backend=backend, **{name: how[name]})
 
 
+@pytest.mark.medium
 @HALF
 @pytest.mark.parametrize("backend", EACH_BACKEND)
 def test_opcheck(backend, half):
@@ -282,6 +283,7 @@ def test_opcheck(backend, half):
         torch.library.opcheck(op.update, (*tokens, *pool, h, index, saved, *options))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("how", [{}, {"inplace": True}, {"inplace": True, "save": True}])
 @EVERY_BACKEND
 def test_compiles_without_breaks(backend, how):

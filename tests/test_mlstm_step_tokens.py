@@ -204,6 +204,7 @@ def test_gradients_reach_a_rounded_state(backend):
     assert c.grad.dtype == torch.bfloat16 and c.grad.abs().sum() > 0
 
 
+@pytest.mark.medium
 @BOTH
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("backend", EACH_BACKEND)
@@ -217,6 +218,7 @@ def test_opcheck(backend, half, all_states):
         torch.library.opcheck(op.update, (*tokens, *state, h, None, None, *options))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("grad", [False, True])
 @BOTH
 @EVERY_BACKEND

@@ -35,9 +35,8 @@ CASES = [
     {**SMALL, "dtype": torch.float16, "T": 20},
     {**SMALL, "gates": 50.0, "T": 40, "state": "zero"},
     {**SMALL, "lengths": (0, 3, 66, 0), "state": "large"},
-    # Two intervals, side by side.
-    {**SMALL, "T": 520},
 ]
+INTERVALS = {**SMALL, "T": 520}  # two, side by side
 
 
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,6 +56,12 @@ def test_small_cases(case):
     check_mlstm(case)
 
 
+@pytest.mark.medium
+def test_intervals():
+    check_mlstm(MLSTMCase("triton", **INTERVALS))
+
+
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "variant", [{}, pytest.param({"lengths": (9, 0, 11)}, marks=pytest.mark.slow)], ids=str
 )
@@ -68,7 +73,7 @@ def test_several_blocks_of_keys_and_values(variant, monkeypatch):
 @pytest.mark.slow
 def test_walks_are_the_intervals_side_by_side(monkeypatch):
     monkeypatch.setattr(triton_launch, "BUSY_PROGRAMS", 0)
-    case = MLSTMCase("triton", **{**SMALL, "T": 520})
+    case = MLSTMCase("triton", **INTERVALS)
     check_mlstm(case)
 
 

@@ -88,5 +88,6 @@ def test_kernels_stay_within_the_chip(chip: str, call: str) -> None:
     check_budgets(chip, CALLS[call], PRODUCTS, SPILLS.get(call, 0))
 
 
+@pytest.mark.medium
 def test_forward_compiles_for_hopper() -> None:
     check_budgets("sm_90", {"backward": False, "K": 64, "V": 64}, {"states_kernel"})

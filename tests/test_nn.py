@@ -226,6 +226,7 @@ def test_without_gradient(name):
         assert torch.equal(h, want) and not h.requires_grad and not state.c.requires_grad
 
 
+@pytest.mark.medium
 @EVERY_LAYER
 def test_compiles_without_a_recompile_per_shape(name):
     torch.compiler.reset()

@@ -124,6 +124,7 @@ def test_cell_hidden_state_feeds_a_layer_of_the_same_dtype():
     nn.Linear(6, 2, dtype=torch.bfloat16)(h)
 
 
+@pytest.mark.medium
 def test_compiled_cell_step():
     torch.compiler.reset()
     cell = seeded(xk.nn.LSTMCell, 5, 6)

@@ -173,6 +173,7 @@ def test_bfloat16_and_autocast():
     assert_near(y, want, 0.05)
 
 
+@pytest.mark.medium
 def test_compiles_without_a_recompile_per_shape():
     torch.compiler.reset()
     layer = make()

@@ -215,6 +215,7 @@ def test_backward_twice(case):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.medium
 @EVERY_CELL
 def test_second_derivative_of_the_reference(cell):
     case = RecurrenceCase(cell, "reference", B=1, T=2, H=1, D=2, dtype=torch.float64)

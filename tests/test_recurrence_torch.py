@@ -37,6 +37,7 @@ OPERATOR_CASES = on_every_backend(
 )
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("case", OPERATOR_CASES)
 @pytest.mark.parametrize("save", [False, True])
 def test_opcheck_forward(case, save):
@@ -45,6 +46,7 @@ def test_opcheck_forward(case, save):
     )
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("case", OPERATOR_CASES)
 @pytest.mark.parametrize("want", [[True, True, True], [False, False, False]])
 def test_opcheck_backward(case, want):
@@ -56,6 +58,7 @@ def test_opcheck_backward(case, want):
     torch.library.opcheck(op.backward, (*call, case.backend))
 
 
+@pytest.mark.medium
 @EVERY_BACKEND
 @EVERY_FUNCTION
 @pytest.mark.parametrize("graph", ["eager", "aot_eager"])

@@ -53,5 +53,6 @@ def test_kernels_stay_within_the_chip(chip: str, call: str) -> None:
     check_budgets(chip, CALLS[call], SPILLS.get(call, 24))
 
 
+@pytest.mark.medium
 def test_forward_compiles_for_hopper() -> None:
     check_budgets("sm_90", {"cell": "lstm", "D": 32, "backward": False}, 0)

@@ -203,6 +203,7 @@ def test_recomputed_activations(model, x):
     assert_same({name.removeprefix("model."): t for name, t in got.items()}, want, bound=0)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("allow_rnn", [True, False])
 def test_torch_compile_of_a_replaced_model(model, x, allow_rnn):
     """torch.compile breaks the graph at every nn.LSTM unless it is told to try."""

@@ -206,6 +206,7 @@ def test_recognising_touches_neither_the_layer_nor_the_generator():
     assert all(p.grad is None for p in layer.parameters())
 
 
+@pytest.mark.medium
 def test_compile_and_functional_call():
     layer = Loop(Cell(6, 8, "ogif"), 8)
     x = torch.randn(2, 9, 6)
@@ -229,6 +230,7 @@ def test_export(make):
     assert relative_error(exported.module()(x)[0], want) <= 1e-5
 
 
+@pytest.mark.medium
 def test_inside_of_a_compiled_model():
     compiled = torch.compile(Loop(Cell(6, 8), 8), backend="eager")
     x = torch.randn(2, 9, 6)

@@ -178,6 +178,7 @@ def test_training_of_a_stack_takes_the_same_course():
     assert relative_error(*curves) <= 1e-4
 
 
+@pytest.mark.medium
 def test_a_compiled_stack_and_recomputed_activations():
     model, x = make_stack(), torch.randn(2, 20, 16, requires_grad=True)
     xk.replace_layers(model)

@@ -231,6 +231,7 @@ def test_every_backward_gives_the_same(backend, reduction, threads):
         grad.sum().backward()
 
 
+@pytest.mark.medium
 @EVERY_BACKEND
 def test_opcheck_and_compile(backend):
     torch.compiler.reset()

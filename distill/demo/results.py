@@ -13,7 +13,7 @@ import torch
 from distill.data.capture import load_model
 from distill.data.rows import byte_tokenizer
 from distill.demo.config import Recipes
-from distill.demo.run import PARTS, Demo
+from distill.demo.run import PARTS, Demo, seeds_of
 from distill.demo.speed import compare_backends
 from distill.evaluation.assessment import Plan, assess
 from distill.machine import describe_machine
@@ -68,7 +68,7 @@ def model_names(folders: Mapping[str, Sequence[Path]], seeds: Sequence[int]) -> 
     return {"teacher": teacher} | {
         f"{part} {seed}": path
         for part in PARTS
-        for seed, path in zip(seeds, folders[part], strict=False)
+        for seed, path in zip(seeds_of(part, seeds), folders[part], strict=True)
     }
 
 
@@ -83,7 +83,7 @@ def parts_of(models: Mapping[str, Any], seeds: Sequence[int]) -> dict[str, list[
     kept = ("bits_per_byte", "accuracy", "agreement", "parameters", "bytes")
     named = {"teacher": ["teacher"]}
     for part in PARTS:
-        named[part] = [name for seed in seeds if (name := f"{part} {seed}") in models]
+        named[part] = [f"{part} {seed}" for seed in seeds_of(part, seeds)]
     return {
         part: [{key: models[name][key] for key in kept} for name in names]
         for part, names in named.items()

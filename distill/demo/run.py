@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,12 @@ from distill.training.recipe import Recipe
 from distill.training.runs import run as run_recipe
 
 PARTS = ("hybrid", "teacher on", "small", "small, labels")
-ONCE = {"teacher on": 1}  # of which the first seed is enough
+ONCE = ("teacher on",)  # of which the first seed is enough
+
+
+def seeds_of(part: str, seeds: Sequence[int]) -> Sequence[int]:
+    """Those of `seeds` that a part is trained with."""
+    return seeds[:1] if part in ONCE else seeds
 
 
 class Within(Reporter):
@@ -80,7 +85,7 @@ class Demo:
         for part in PARTS:
             found[part] = [
                 self._train(f"{part} {seed}", self._recipe(recipes, part, seed))
-                for seed in self.config.seeds[: ONCE.get(part)]
+                for seed in seeds_of(part, self.config.seeds)
             ]
         self.trained_s = time.perf_counter() - began
         return found

@@ -21,7 +21,8 @@ from distill.demo.speed import Parity
 from distill.errors import DistillError, Interrupted
 from distill.training.trainer import Stage
 
-pytestmark = pytest.mark.xdist_group("demo")  # one of them is trained for all
+# One of them is trained for all.
+pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.medium]
 
 
 @pytest.fixture(scope="session")

@@ -94,6 +94,7 @@ class StopAt(Interrupt):
         self.got = value
 
 
+@pytest.mark.medium
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, teacher, corpus_dir):
     steps = ("stages.0.steps=2", "stages.1.steps=3", "loop.heldout_every=2")
     recipe = make_recipe(tmp_path, teacher, corpus_dir, *steps)
@@ -123,12 +124,14 @@ def test_a_run_is_not_written_over(capsys, tmp_path, teacher, corpus_dir):
     assert status == 1 and "holds a run; pass --resume" in err
 
 
+@pytest.mark.medium
 def test_a_finished_stage_of_other_settings_is_refused(capsys, tmp_path, teacher, corpus_dir):
     assert command(capsys, tmp_path, teacher, corpus_dir, "--resume")[0] == 0
     status, _, err = command(capsys, tmp_path, teacher, corpus_dir, "--resume", "stages.0.lr=0.5")
     assert status == 1 and "is of other settings (stages.align.lr 0.01 there, 0.5 here)" in err
 
 
+@pytest.mark.medium
 def test_a_teacher_of_other_weights_is_refused(tmp_path, corpus_dir):
     teacher = write_teacher(tmp_path / "teacher")
     recipe = make_recipe(tmp_path, teacher, corpus_dir, "stages.0.steps=1", "stages.1.steps=1")

@@ -24,7 +24,7 @@ PLANTED = [
 ]
 KERNELS = {"two_writers": "two_writers_kernel", "missing_await": "handed_round_kernel"}
 # One worker compiles each program, once.
-pytestmark = pytest.mark.xdist_group("emulator")
+pytestmark = [pytest.mark.xdist_group("emulator"), pytest.mark.medium]
 
 
 @pytest.fixture(scope="session")
