@@ -25,7 +25,7 @@ HELPERS = r"{op}\.(?!(api|op|reference|cpu|cuda|triton)$)\w+"
 # {op} is the operation's own folder. The first match counts.
 MAY_IMPORT = {
     r"__init__": r"backends|cells|nn|compat|replace|ops\.\w+",
-    r"__main__": r"|backends|ops\.recurrence\.launch",
+    r"__main__": r"|backends|ops\.recurrence\.(launch|launch_table)",
     r"backends": r"_cpu|_cuda",
     r"library|memory|gemm": r"backends",
     r"arguments": r"(?!)",
@@ -103,6 +103,7 @@ LONG_FUNCTIONS = {
         )
     },
     "xlstm_kernels/ops/recurrence/triton_backward.py:backward_kernel": "parameters one on a line",
+    "xlstm_kernels/ops/recurrence/triton_step.py:step_kernel": "parameters one on a line",
     **{
         f"xlstm_kernels/ops/{kernel}": "a kernel's parameters stand one on a line"
         for kernel in (

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import xlstm_kernels as xk
+from xlstm_kernels.__main__ import main
 from xlstm_kernels.backends import OPS, Backend, load_cpu
 
 
@@ -45,6 +46,18 @@ def test_report_says_what_runs_here() -> None:
     text = python("-m", "xlstm_kernels").stdout
     for word in ("_cpu", "_cuda", "instruction_set", "slstm", "reference", torch.__version__):
         assert word in text
+
+
+def test_launch_table_has_every_launch(capsys, monkeypatch) -> None:
+    given = ["--launch-table", "--json", "--batch", "9", "--heads", "3"]
+    monkeypatch.setattr(sys, "argv", ["xlstm_kernels", *given])
+    assert main() == 0
+    rows = json.loads(capsys.readouterr().out)
+    ways = {(row["backend"], row[""]) for row in rows}
+    assert ways == {(b, w) for b in ("cuda", "triton") for w in ("forward", "backward", "step")}
+    steps = [row for row in rows if row[""] == "step" and row["D"] == "512"]
+    # Two tiles of sequences, three heads, four units a block.
+    assert {row["blocks"] for row in steps} == {"768 of 128"}
 
 
 @pytest.mark.medium

@@ -41,6 +41,37 @@ CASES = [
         )
     ),
     RecurrenceCase("lstm", "triton", **SMALL | {"T": 3, "dtype": torch.float16}),
+    RecurrenceCase("slstm", "triton", **SMALL | {"lengths": (0, 1, 0), "n_floor": 1.0}),
+]
+# A step's programs have four units each: some to spare, several heads, more than a tile of
+# sequences, and a sum of more than one part.
+STEPS = [
+    *(RecurrenceCase(cell, "triton", **SMALL | {"T": 1}) for cell in CELLS),
+    *(
+        RecurrenceCase("slstm", "triton", **SMALL | {"T": 1} | variant)
+        for variant in (
+            {"lengths": (0, 1, 0)},
+            {"B": 9, "H": 2, "dtype": torch.bfloat16, "layout": "head_first"},
+            {"state": "zero", "bias": False, "layout": "strided"},
+            {"weight_dtype": torch.bfloat16, "n_floor": 1.0},
+        )
+    ),
+]
+MORE_STEPS = [
+    RecurrenceCase(cell, "triton", T=1, **variant)
+    for cell in CELLS
+    for variant in (
+        *({"B": 17, "D": 27, "H": 1, "dtype": dtype} for dtype in backend.DTYPES),
+        *({"D": 7, "layout": layout} for layout in ("head_first", "expanded", "strided")),
+        *({"D": 7, "state": state} for state in ("zero", "large", "empty")),
+        *({"D": 7, "gates": gates} for gates in (50.0, 100.0)),
+        *({"D": 7, "lengths": lengths} for lengths in ((1,), (0, 0, 1), (1, 0))),
+        {"D": 7, "bias": False, "n_floor": 1.0},
+    )
+]
+MORE_STEPS += [
+    RecurrenceCase("lstm", "triton", T=1, B=1, H=1, D=136, weight_dtype=weight)
+    for weight in backend.DTYPES
 ]
 
 
@@ -66,6 +97,44 @@ def test_other_launches(launch, monkeypatch):
     choose = backend.choose
     monkeypatch.setattr(backend, "choose", lambda *args: choose(*args)._replace(**launch))
     check_recurrence(RecurrenceCase("lstm", "triton", **SMALL | {"T": 3, "D": 20}))
+
+
+@ON_CPU
+@pytest.mark.parametrize("case", STEPS, ids=str)
+def test_one_step(case, monkeypatch):
+    check_step(case, monkeypatch)
+
+
+@ON_CPU
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MORE_STEPS, ids=str)
+def test_more_steps(case, monkeypatch):
+    check_step(case, monkeypatch)
+
+
+def check_step(case, monkeypatch):
+    """Of a step without a gradient, in which no loop is launched."""
+    monkeypatch.setattr(backend, "choose", None)  # the kernels that loop ask it
+    inputs = recurrence_inputs(case)
+    exact = {name: t.double() for name, t in inputs.items()}
+    check_results(
+        run_recurrence(case, inputs, "triton", wanted=()),
+        run_recurrence(replace(case, dtype=torch.float64), exact, "reference", wanted=()),
+        iter([run_recurrence(case, inputs, "reference", wanted=())]),
+    )
+
+
+@ON_CPU
+def test_sequences_of_one_token_give_what_steps_do():
+    """Lengths on a device are not known here, so the loop runs those."""
+    case = RecurrenceCase("slstm", "triton", **SMALL | {"lengths": (1, 1, 1)})
+    inputs = recurrence_inputs(case)
+    packed = run_recurrence(case, inputs, "triton", wanted=())
+    each = inputs | {"x": inputs["x"].transpose(0, 1)}
+    apart = run_recurrence(replace(case, lengths=None, B=3, T=1), each, "triton", wanted=())
+    assert relative_error(apart["h"].transpose(0, 1), packed["h"]) < 1e-6
+    for name in ("last_c", "last_n", "last_m"):
+        assert relative_error(apart[name], packed[name]) < 1e-6
 
 
 def test_every_cell_has_a_step():
@@ -110,17 +179,22 @@ def test_backward_of_another_backends_forward(cell, forward):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("D", [20, 64, 100])
+@pytest.mark.parametrize(
+    ("T", "D"), [(65, 20), (65, 64), (65, 100), (1, 20), (1, 100), (1, 768), (1, 1000)]
+)
 @pytest.mark.parametrize("cell", CELLS)
-def test_on_a_device(cell, D, dtype):
-    case = RecurrenceCase(cell, "triton", B=9, T=65, H=2, D=D, dtype=dtype)
+def test_on_a_device(cell, T, D, dtype):
+    case = RecurrenceCase(cell, "triton", B=9, T=T, H=2, D=D, dtype=dtype)
     inputs = recurrence_inputs(case)
-    got = run_recurrence(case, {name: t.cuda() for name, t in inputs.items()}, "triton")
+    wanted = None if T > 1 else ()
+    got = run_recurrence(
+        case, {name: t.cuda() for name, t in inputs.items()}, "triton", wanted=wanted
+    )
     exact = {name: t.double() for name, t in inputs.items()}
     check_results(
         {name: t.cpu() for name, t in got.items()},
-        run_recurrence(replace(case, dtype=torch.float64), exact, "reference"),
-        iter([run_recurrence(case, inputs, "reference")]),
+        run_recurrence(replace(case, dtype=torch.float64), exact, "reference", wanted=wanted),
+        iter([run_recurrence(case, inputs, "reference", wanted=wanted)]),
         WIDENED["cuda"],
         None if dtype is torch.float32 else torch.float16,
     )
@@ -130,12 +204,13 @@ def test_on_a_device(cell, D, dtype):
 @pytest.mark.parametrize(
     ("D", "dtype", "text"),
     [
-        (129, torch.float32, "a program runs a whole head: D at most 128"),
+        (129, torch.float32, "a program runs a whole head: D at most 128 but for a step without a"),
         (2, torch.float64, "x must be float32, bfloat16 or float16, got torch.float64"),
     ],
 )
 def test_what_is_refused_has_a_reason(D, dtype, text):
-    x, r = torch.zeros(1, 3, 4, 1, D, dtype=dtype), torch.zeros(4, 1, D, D, dtype=dtype)
-    why = f"^lstm: backend 'triton' cannot run this call: {text}$"
-    with pytest.raises(NotImplementedError, match=why):
-        xk.lstm(x, r, backend="triton")
+    why = f"^lstm: backend 'triton' cannot run this call: {text}"
+    for T, wanted in ((3, False), (1, True)):
+        x = torch.zeros(1, T, 4, 1, D, dtype=dtype, requires_grad=wanted)
+        with pytest.raises(NotImplementedError, match=why):
+            xk.lstm(x, torch.zeros(4, 1, D, D, dtype=dtype), backend="triton")

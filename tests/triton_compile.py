@@ -139,10 +139,11 @@ def recurrence(
     H: int = 2,
     packed: bool = False,
     some: bool = False,
+    save: bool = True,
     backward: bool = True,
 ) -> None:
     """Forward and, where asked, backward passes of `xk.slstm` or `xk.lstm`; `some`: without bias,
-    states and the gradients of r and b."""
+    states and the gradients of r and b. Not `save`: one that saves nothing for a backward."""
     from xlstm_kernels.cells import CELLS
     from xlstm_kernels.ops.recurrence import triton as backend
 
@@ -152,8 +153,8 @@ def recurrence(
     b, state = torch.zeros(4, H, D, dtype=kind), torch.zeros(S, B, H, D)
     starts = torch.tensor([0, T], dtype=torch.int32) if packed else None
     given = (x, r, None, None) if some else (x, r, b, state)
-    h, last, *saved = backend.forward(*given, starts, cell, 0.0, True)
-    if not backward:
+    h, last, *saved = backend.forward(*given, starts, cell, 0.0, save)
+    if not (save and backward):
         return
     backend.forward(*given, starts, cell, 0.0, False)
     want = [not some] * 3

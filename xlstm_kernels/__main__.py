@@ -1,7 +1,7 @@
 """Says what is installed and what runs here: `python -m xlstm_kernels [--json]`.
 
-Exits with 1 when the CPU kernels do not load. `--launch-table` says instead how the CUDA recurrence
-is launched on a chip, which need not be here.
+Exits with 1 when the CPU kernels do not load. `--launch-table` says instead how the recurrence is
+launched on an NVIDIA chip, which need not be here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 
 from . import __version__, available_backends
 from .backends import UNAVAILABLE, Backend, load_cpu, load_cuda
-from .ops.recurrence.launch import CHIPS, launch_table
+from .ops.recurrence.launch import CHIPS
+from .ops.recurrence.launch_table import launch_table
 
 
 def cpu_report() -> dict[str, Any]:

@@ -144,16 +144,14 @@ def _recurrence(
         dtype = compute_dtype(x_BTGHD.dtype)
         if state_SBHD.dtype is not dtype:
             state_SBHD = state_SBHD.to(dtype)
-    chosen = op.RECURRENCE.resolve(backend, x_BTGHD, r_GHDE, cell, function=name)
+    save = torch.is_grad_enabled() and any(
+        [t is not None and t.requires_grad for t in (x_BTGHD, r_GHDE, b_GHD, state_SBHD)]
+    )
+    chosen = op.RECURRENCE.resolve(backend, x_BTGHD, r_GHDE, cell, save, function=name)
     call = (x_BTGHD, r_GHDE, b_GHD, state_SBHD, cu_seqlens, cell, n_floor)
     if chosen is Backend.REFERENCE:
         h_BTHD, last_SBHD = reference.forward(*call, clip_grad)
-    elif torch.is_grad_enabled() and (
-        x_BTGHD.requires_grad
-        or r_GHDE.requires_grad
-        or (b_GHD is not None and b_GHD.requires_grad)
-        or (state_SBHD is not None and state_SBHD.requires_grad)
-    ):
+    elif save:
         h_BTHD, last_SBHD = Recurrence.apply(name, clip_grad, chosen.value, *call)
     else:
         h_BTHD, last_SBHD = op.forward(*call, False, chosen.value)

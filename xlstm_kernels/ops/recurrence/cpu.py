@@ -12,7 +12,7 @@ from .results import forward_results
 from .shapes import last_shape
 
 
-def supports(x_BTGHD: Tensor, r_GHDE: Tensor, cell: str) -> str | None:
+def supports(x_BTGHD: Tensor, r_GHDE: Tensor, cell: str, save: bool = True) -> str | None:
     return refused_by_cpu(x=x_BTGHD)
 
 

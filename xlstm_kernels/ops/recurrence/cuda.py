@@ -30,7 +30,7 @@ from .results import empty_like, forward_results
 from .shapes import CHECKPOINT_INTERVAL, last_shape
 
 
-def supports(x_BTGHD: Tensor, r_GHDE: Tensor, cell: str) -> str | None:
+def supports(x_BTGHD: Tensor, r_GHDE: Tensor, cell: str, save: bool = True) -> str | None:
     if why := cuda_refuses("x", x_BTGHD.device):
         return why
     if x_BTGHD.dtype not in (torch.float32, torch.bfloat16, torch.float16):

@@ -127,31 +127,6 @@ def launch_shape(
     return min(deals, key=lambda deal: (deal.rounds, deal.units))
 
 
-def launch_table(chip: Chip, B: int, H: int | None) -> list[dict[str, str]]:
-    """The launches on `chip` for B sequences of H heads, or of as many as have 768 units: cells of
-    text by column."""
-    rows = []
-    for operand, dtypes in ((torch.bfloat16, "bfloat16"), (torch.float32, "float32, float16")):
-        for D in (32, 64, 128, 192, 256, 512, 768, 1024, 2048):
-            for name, way in (("forward", FORWARD), ("backward", BACKWARD)):
-                row = {"r": dtypes, "D": str(D), "": name, "H": str(H or max(1, 768 // D))}
-                rows.append(row)
-                if widest(chip) < D:
-                    row["a head in"] = f"D at most {widest(chip)}"
-                    continue
-                launch = launch_shape(way, D, operand, B, int(row["H"]), chip)
-                kind = "a cluster" if launch.is_cluster else "a team"
-                row["a head in"] = f"{kind} of {launch.parts}" if launch.is_team else "one block"
-                row["units a block"] = str(launch.units)
-                row["blocks"] = f"{launch.blocks} of {launch.threads}"
-                row["rounds"] = str(launch.rounds)
-                row["shared KiB"] = f"{launch.shared_bytes / 1024:.4g}"
-                row["R in L2, KiB a block"] = str(
-                    launch.far * launch.threads * FRAGMENT_BYTES // 1024
-                )
-    return rows
-
-
 def _teams(
     way: Direction, D: int, operand: torch.dtype, items: int, chip: Chip
 ) -> Iterator[Launch]:

@@ -2,12 +2,13 @@
 
 A program runs one head, and none waits for another. Gates, sums and states are float32, and so is
 the accuracy of R h, but for bfloat16 r: there h and the gates' gradients keep 16 bits as operands.
-dR is a product of what x's dtype leaves of them.
+dR is a product of what x's dtype leaves of them. One step, as a decoder's, has a kernel of its own,
+whose programs have some units each of a head of any width, and float32's accuracy with any r.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,61 +20,22 @@ from .arguments import starts_of
 from .products import multiply_outer
 from .results import empty_like, forward_results
 from .shapes import CHECKPOINT_INTERVAL, last_shape
+from .triton_launch import WIDEST, Launch, choose, choose_step
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WIDEST = 128
-# Shared memory that a program may have, KiB; 99 on other NVIDIA chips.
-SHARED_KIB = {"sm_80": 163, "sm_87": 163, "sm_90": 227, "sm_100": 227, "sm_103": 227, "hip": 64}
 
 
-class Launch(NamedTuple):
-    """How a program multiplies (triton_tiles.py), its sequences, its width, its warps, and whether
-    it holds R, in shared memory or registers: else it reads `depth` rows of it at a time in every
-    step. `ahead`: steps whose x is loaded before it is needed."""
-
-    dot: str
-    rows: int
-    width: int
-    warps: int
-    held: bool
-    ahead: int
-    depth: int = 16
-
-
-def supports(x_BTGHD: Tensor, r_GHDE: Tensor, cell: str) -> str | None:
+def supports(x_BTGHD: Tensor, r_GHDE: Tensor, cell: str, save: bool = True) -> str | None:
     if x_BTGHD.dtype not in DTYPES:
         return f"x must be float32, bfloat16 or float16, got {x_BTGHD.dtype}"
-    if x_BTGHD.shape[-1] > WIDEST:
-        return f"a program runs a whole head: D at most {WIDEST}"
+    if x_BTGHD.shape[-1] > WIDEST and (save or x_BTGHD.shape[1] != 1):
+        but = "but for a step without a gradient"
+        return f"a program runs a whole head: D at most {WIDEST} {but}"
     return triton_refuses("x", x_BTGHD.device)
 
 
-def choose(D: int, r_dtype: torch.dtype, chip: str, backward: bool) -> Launch:
-    """chip: as current_chip() says."""
-    if r_dtype == torch.bfloat16:
-        dot = "bf16_emulated" if chip == "interpreter" else "bf16"
-    elif chip == "hip":
-        dot = "ieee"
-    elif r_dtype == torch.float16 or torch.backends.cuda.matmul.fp32_precision == "tf32":
-        dot = "tf32"
-    else:
-        dot = "tf32x2"
-    width = max(16, 1 << (D - 1).bit_length())
-    r_bytes = 4 * width * width * {"bf16": 2, "tf32x2": 8}.get(dot, 4)
-    room = SHARED_KIB.get(chip, 99) * 1024 - r_bytes
-    # A warp of 32 has 8 units with all their gates.
-    rows, warps, held, ahead = 8, width // 8, room >= 256 * width, min(3, room // (256 * width))
-    if chip == "hip":
-        rows, warps, held, ahead = 16 if dot == "ieee" else 8, width // 16, room >= 0, 3
-    elif chip == "interpreter":
-        held, ahead = True, 1
-    elif width == WIDEST:  # registers would spill
-        warps, ahead = warps if held else warps // 2, 1 if backward else ahead
-    return Launch(dot, rows, width, warps, held, ahead if held else 1)
-
-
 def current_chip() -> str:
-    """A key of SHARED_KIB, another NVIDIA chip's name, or "interpreter"."""
+    """As `choose` takes it."""
     if TRITON_INTERPRETED:
         return "interpreter"
     from triton.runtime import driver
@@ -93,16 +55,24 @@ def forward(
     save: bool,
 ) -> list[Tensor]:
     from .triton_forward import forward_kernel
+    from .triton_step import step_kernel
 
-    _, T, _, H, _ = x_BTGHD.shape
+    _, T, _, H, D = x_BTGHD.shape
     empty = empty_like(x_BTGHD)
     h_BTHD, last_SBHD, saved = forward_results(x_BTGHD, cu_seqlens, cell, save, empty)
-    call = _Call(x_BTGHD, r_GHDE, last_SBHD.shape[1], T, H, cu_seqlens, cell, False)
+    kernel: Any = step_kernel
+    flags: dict[str, Any] = {}
+    if T == 1:
+        chosen = choose_step(D, r_GHDE.dtype, current_chip())
+    else:
+        chosen = choose(D, r_GHDE.dtype, current_chip(), False)
+        kernel, flags = forward_kernel, {"HELD": chosen.held}
+    call = _Call(x_BTGHD, r_GHDE, last_SBHD.shape[1], T, H, cu_seqlens, cell, chosen)
     x_BTGHD = dense_rows(x_BTGHD)
     raw, checkpoints = saved or (x_BTGHD, last_SBHD)
     initial = _or(plain(state_SBHD, torch.float32), last_SBHD)
     call.launch(
-        forward_kernel,
+        kernel,
         _rows(x_BTGHD),
         call.r,
         _or(plain(b_GHD, torch.float32), last_SBHD),
@@ -118,6 +88,7 @@ def forward(
         HAS_BIAS=b_GHD is not None,
         HAS_INITIAL=state_SBHD is not None,
         SAVE=save,
+        **flags,
     )
     return [h_BTHD, last_SBHD, *saved]
 
@@ -140,13 +111,14 @@ def backward(
     B, T, G, H, D = raw_BTGHD.shape
     last = last_shape(raw_BTGHD.shape, cu_seqlens, cell)
     want_r, want_b, want_state = want
-    call = _Call(raw_BTGHD, r_GHDE, last[1], T, H, cu_seqlens, cell, True)
+    launch = choose(D, r_GHDE.dtype, current_chip(), True)
+    call = _Call(raw_BTGHD, r_GHDE, last[1], T, H, cu_seqlens, cell, launch)
     dx_BTGHD = like_x.new_empty(raw_BTGHD.shape)
     dr_GHDE = raw_BTGHD.new_empty(r_GHDE.shape if want_r else (0,))
     dstate_SBHD = raw_BTGHD.new_empty(last if want_state else (0,))
     h_prev_BTHD = like_x.new_empty((B, T, H, D) if want_r else (0,) * 4)
     db_parts = raw_BTGHD.new_empty((call.tiles, G, H, D) if want_b else (0,))
-    programs, launch = call.tiles * H, call.chosen
+    programs = call.tiles * H
     scratch = raw_BTGHD.new_empty(
         (programs, CHECKPOINT_INTERVAL, last[0] - 1, launch.rows, launch.width)
     )
@@ -171,6 +143,7 @@ def backward(
         float("inf") if clip_grad is None else clip_grad,
         STEP=call.step,
         STEP_GRAD=call.step_grad,
+        HELD=launch.held,
         HAS_DH=dh_BTHD is not None,
         HAS_DLAST=dlast_SBHD is not None,
         WANT_R=want_r,
@@ -194,34 +167,33 @@ class _Call:
         H: int,
         cu_seqlens: Tensor | None,
         cell: str,
-        backward: bool,
+        chosen: Launch,
     ):
         from ...cells.triton_cells import STEPS
         from .triton_tiles import Sizes
 
-        D = r_GHDE.shape[-1]
         self.like, self.sizes = like_x, Sizes(B, T, H)
         self.r = r_GHDE if r_GHDE.dtype in DTYPES else r_GHDE.float()
         self.r = self.r.contiguous()
-        self.chosen = choose(D, self.r.dtype, current_chip(), backward)
-        self.tiles = -(-B // self.chosen.rows)
+        self.chosen, self.tiles = chosen, -(-B // chosen.rows)
         self.starts = _or(starts_of(cu_seqlens, T, cell), like_x)
         self.step, self.step_grad = STEPS[cell]
-        self.flags = {"STATES": CELLS[cell].states, "D": D, "PACKED": cu_seqlens is not None}
+        self.D = r_GHDE.shape[-1]
+        self.flags = {"STATES": CELLS[cell].states, "PACKED": cu_seqlens is not None}
 
     def launch(self, kernel: Any, *args: Any, **flags: Any) -> None:
-        """A program for each head and tile of sequences."""
+        """A program for each head and tile of sequences, and in a step for each tile of units."""
         programs, chosen = self.tiles * self.sizes.H, self.chosen
         if programs == 0:
             return
         with on_device(self.like):
-            kernel[(programs,)](
+            kernel[(programs, -(-self.D // chosen.width))](
                 *args,
+                D=self.D,
                 BLOCK_D=chosen.width,
                 ROWS=chosen.rows,
                 INTERVAL=CHECKPOINT_INTERVAL,
                 DOT=chosen.dot,
-                HELD=chosen.held,
                 DEPTH=chosen.depth,
                 AHEAD=chosen.ahead,
                 EMULATED=TRITON_INTERPRETED,

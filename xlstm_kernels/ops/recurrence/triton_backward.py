@@ -80,7 +80,7 @@ def recompute(
 ):
     """The states before each step from `begin` to `stop`, from the checkpoint before `begin`: h to
     h_prev, the others to scratch."""
-    _, g, unit = gate_columns(BLOCK_D)
+    g, unit = gate_columns(BLOCK_D)
     d = tl.arange(0, BLOCK_D)
     inside = (d < D)[None, :]
     row = at.checkpoint + begin // INTERVAL
@@ -130,12 +130,12 @@ def backward_kernel(
     WANT_STATE: tl.constexpr,
 ):
     at = place(starts, sizes, ROWS, INTERVAL, PACKED)
-    k, g, unit = gate_columns(BLOCK_D)
+    g, unit = gate_columns(BLOCK_D)
     d = tl.arange(0, BLOCK_D)
     inside, gates_inside = (d < D)[None, :], (unit < D)[None, :]
     here = (at.sequence < sizes.B)[:, None] & inside
     if HELD:
-        matrix = r_parts(load_r(r, at, sizes, k[:, None], d[None, :], D, BLOCK_D), DOT)
+        matrix = r_parts(load_r(r, at, sizes, g[:, None], unit[:, None], d[None, :], D), DOT)
     d_state = no_states(ROWS, BLOCK_D, STATES)
     if HAS_DLAST:
         d_state = load_states(dlast, at.sequence, at, d, here, STATES, D)

@@ -59,11 +59,11 @@ def forward_kernel(
     SAVE: tl.constexpr,
 ):
     at = place(starts, sizes, ROWS, INTERVAL, PACKED)
-    k, g, unit = gate_columns(BLOCK_D)
+    g, unit = gate_columns(BLOCK_D)
     d = tl.arange(0, BLOCK_D)
     here = (at.sequence < sizes.B)[:, None] & (d < D)[None, :]
     if HELD:
-        matrix = r_parts(load_r(r, at, sizes, k[None, :], d[:, None], D, BLOCK_D), DOT)
+        matrix = r_parts(load_r(r, at, sizes, g[None, :], unit[None, :], d[:, None], D), DOT)
     bias = tl.zeros((4 * BLOCK_D,), tl.float32)
     if HAS_BIAS:
         bias = tl.load(b + (g * sizes.H + at.head) * D + unit, unit < D, other=0.0)

@@ -89,9 +89,9 @@ def place(starts, sizes, ROWS: tl.constexpr, INTERVAL: tl.constexpr, PACKED: tl.
 
 @triton.jit
 def gate_columns(BLOCK_D: tl.constexpr):
-    """The columns of a tile of gates, and the gate and the unit of each."""
+    """The gate and the unit of each column of a tile of gates."""
     k = tl.arange(0, 4 * BLOCK_D)
-    return k, k // BLOCK_D, k % BLOCK_D
+    return k // BLOCK_D, k % BLOCK_D
 
 
 @triton.jit
@@ -174,9 +174,8 @@ def where_runs(runs, after, before, STATES: tl.constexpr):
 
 
 @triton.jit
-def load_r(r, at, sizes, gate, e, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """R from units `e` to the gates' columns `gate`, zero beyond them; the two broadcast."""
-    g, d = gate // BLOCK_D, gate % BLOCK_D
+def load_r(r, at, sizes, g, d, e, D: tl.constexpr):
+    """R from units `e` to gates `g` of units `d`, zero beyond them; `e` broadcasts with the two."""
     return tl.load(r + ((g * sizes.H + at.head) * D + d) * D + e, (d < D) & (e < D), other=0.0)
 
 
@@ -266,9 +265,10 @@ def streamed(
     for first in tl.range(0, x.shape[1], DEPTH, num_stages=2):
         k = first + tl.arange(0, DEPTH)
         if BACKWARD:
-            part = load_r(r, at, sizes, k[:, None], column[None, :], D, BLOCK_D)
+            g, d, e = (k // BLOCK_D)[:, None], (k % BLOCK_D)[:, None], column[None, :]
         else:
-            part = load_r(r, at, sizes, column[None, :], k[:, None], D, BLOCK_D)
+            g, d, e = (column // BLOCK_D)[None, :], (column % BLOCK_D)[None, :], k[:, None]
+        part = load_r(r, at, sizes, g, d, e, D)
         x_part = tl.gather(x, tl.broadcast_to(k[None, :], (ROWS, DEPTH)), 1)
         sums += product(x_part, r_parts(part, DOT), ROWS, DOT)
     return sums
