@@ -1,4 +1,4 @@
-"""The `cache` command: a teacher's likeliest next words on disk."""
+"""The `cache` command: a teacher's next words on disk."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ if TYPE_CHECKING:
 def add(commands: Commands) -> None:
     cache = commands.add_parser(
         "cache",
-        help="keep a teacher's likeliest next words on disk, to distil without the teacher",
+        help="keep a teacher's next words on disk, to distil without the teacher",
         description=(
             "Reads the training files of a corpus once with a causal language model of "
             "transformers and writes, for every token, the K likeliest next words, their "
             "log-probabilities and what is left for all others to OUT, as teacher.cache of a "
-            "recipe takes it. Ctrl-C keeps what is done; the same command goes on. "
-            "A cache of another teacher, corpus, length or K is refused."
+            "recipe takes it. With --samples it writes words drawn from the teacher's "
+            "distribution instead: a few bytes, and a gradient that is the whole distribution's "
+            "in the mean. Ctrl-C keeps what is done; the same command goes on. "
+            "A cache of another teacher, corpus, length or kind of words is refused."
         ),
         allow_abbrev=False,
     )
@@ -32,14 +34,21 @@ def add(commands: Commands) -> None:
         out="where the cache goes",
     )
     add_pattern(cache)
+    cache.add_argument(
+        "--samples",
+        type=whole_number(1, (1 << 16) - 1),
+        metavar="N",
+        help="instead of the K likeliest words, N drawn for each token, as --seed has it",
+    )
     for flag, most, default, what in (
         ("-k", 1 << 20, 256, "words of each token"),
+        ("--seed", 1 << 32, 0, "of --samples"),
         ("--length", 1 << 24, 512, "tokens that the teacher reads at once"),
         ("--rows", 1 << 16, 4, "how often at once"),
     ):
         cache.add_argument(
             flag,
-            type=whole_number(1, most),
+            type=whole_number(0 if flag == "--seed" else 1, most),
             default=default,
             metavar="N",
             help=f"{what} (default: %(default)s)",
@@ -69,9 +78,11 @@ def run(args: argparse.Namespace) -> None:
     from distill.data.capture import CaptureConfig, capture, load_teacher
     from distill.data.corpus import load_corpus
     from distill.data.rows import Tokens
+    from distill.data.words import Drawn, Likeliest
     from distill.progress import Reporter
 
-    config = CaptureConfig(args.k, args.length, args.rows, args.max_tokens, args.boundaries)
+    kind = Likeliest(args.k) if args.samples is None else Drawn(args.samples, args.seed)
+    config = CaptureConfig(kind, args.length, args.rows, args.max_tokens, args.boundaries)
     reporter = Reporter(Console(highlight=False))
     with Interrupt() as interrupt:
         model, tokenizer = load_teacher(args.teacher)

@@ -1,4 +1,4 @@
-"""`distill cache`: a teacher of transformers reads a corpus, and its likeliest next words stay."""
+"""`distill cache`: a teacher of transformers reads a corpus, and words that it expects stay."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from torch import Tensor
 
 from distill.data.corpus import load_corpus
 from distill.data.rows import Rows, Tokens
-from distill.data.teacher import CacheWriter, id_bits, model_digest, topk_words
+from distill.data.teacher import CacheWriter, TeacherCache, model_digest
+from distill.data.words import Drawn, Kind
 from distill.errors import DistillError, Interrupt
 from distill.evaluation.scores import require_positions
 from distill.files import replace_folder
 from distill.losses.module import packed_inputs
-from distill.losses.taps import require_documents
+from distill.losses.taps import Run, require_documents
 from distill.progress import Reporter
 
 # What transformers raises for files that are missing, damaged or of something else.
@@ -32,7 +33,7 @@ class CaptureConfig:
     boundaries: a document's words come from that document alone, as `DataConfig` has it.
     """
 
-    k: int
+    kind: Kind
     length: int
     rows: int
     max_tokens: int | None
@@ -128,7 +129,7 @@ def capture(
         return
     fingerprint = tokens.fingerprint(config.length, config.boundaries)
     fingerprint["model"] = model_digest(model)
-    with CacheWriter(out, fingerprint, config.k, vocabulary) as writer:
+    with CacheWriter(out, fingerprint, config.kind, vocabulary) as writer:
         start = len(writer) // config.length
         if start == rows.windows:
             reporter.say(f"cache    {out} is complete")
@@ -139,19 +140,25 @@ def capture(
                 batch = rows.batch(torch.arange(begin, end)).to(model.device)
                 packed = batch.cu_seqlens
                 inputs = {} if packed is None else packed_inputs(packed, batch.input_ids)
-                logits = model(batch.input_ids, use_cache=False, **inputs).logits
-                writer.append(topk_words(logits.flatten(0, 1), config.k))
+                run = Run(model, batch.input_ids, inputs)
+                writer.append(run.words(config.kind, batch.positions))
                 meter.update(end, tokens=batch.input_ids.numel())
                 if interrupt.requested is not None:
                     writer.flush()
                 interrupt.check()
+    written = TeacherCache(out)
+    each = written.size_bytes / len(written)
+    reporter.say(
+        f"cache    {out}: {each:.1f} bytes a token, 1/{2 * vocabulary / each:.0f} of all logits in"
+        " two bytes"
+    )
 
 
 def _say_sizes(reporter: Reporter, windows: int, config: CaptureConfig, vocabulary: int) -> None:
-    each = -(-config.k * id_bits(vocabulary) // 8) + 2 * config.k + 4
-    tokens = windows * config.length
+    each, tokens = config.kind.most_bytes(vocabulary), windows * config.length
+    most = "at most " if isinstance(config.kind, Drawn) else ""
     reporter.say(
-        f"cache    {tokens} tokens, {windows} windows of {config.length}: {each} bytes a"
+        f"cache    {tokens} tokens, {windows} windows of {config.length}: {most}{each} bytes a"
         f" token, {each * tokens / 1e6:.1f} MB; all logits in two bytes would be"
         f" {2 * vocabulary} bytes a token"
     )

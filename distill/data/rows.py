@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from distill.data.corpus import Document, epoch_order
-from distill.data.teacher import TeacherCache, TopK, digest
+from distill.data.teacher import TeacherCache, digest
+from distill.data.words import Words, each, join
 from distill.errors import DistillError
 
 IGNORED = -100  # a label that does not count, as in transformers
@@ -95,12 +96,14 @@ class Batch:
 
     input_ids and labels: (rows, length), or (1, rows * length) with `cu_seqlens`. A label is
     `IGNORED` where no token of the same document and row comes before it.
+    positions: of each token in the text, (rows, length).
     """
 
     input_ids: Tensor
     labels: Tensor
+    positions: Tensor
     cu_seqlens: Tensor | None = None
-    words: TopK | None = None
+    words: Words | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -110,8 +113,11 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
-        words = None if self.words is None else TopK(*(part.to(device) for part in self.words))
-        return Batch(self.input_ids.to(device), self.labels.to(device), cu_seqlens, words)
+        words = None if self.words is None else each(self.words, lambda part: part.to(device))
+        ids, labels, positions = (
+            part.to(device) for part in (self.input_ids, self.labels, self.positions)
+        )
+        return Batch(ids, labels, positions, cu_seqlens, words)
 
 
 class Rows:
@@ -172,16 +178,17 @@ class Rows:
     def batch(self, windows_W: Tensor) -> Batch:
         begins = [int(window) * self.length for window in windows_W]
         input_ids = self.plain(windows_W)
+        positions = torch.tensor(begins)[:, None] + torch.arange(self.length)
         words = self._words(begins)
         if not self.boundaries:
-            return Batch(input_ids, input_ids.clone(), None, words)
+            return Batch(input_ids, input_ids.clone(), positions, None, words)
         firsts = [at for row, begin in enumerate(begins) for at in self._firsts(row, begin)]
         labels = input_ids.flatten().clone()
         labels[firsts] = IGNORED
         cu_seqlens = torch.tensor([*firsts, labels.numel()], dtype=torch.int32)
         if words is not None:
-            words = TopK(*(part.flatten(0, 1)[None] for part in words))
-        return Batch(input_ids.view(1, -1), labels[None], cu_seqlens, words)
+            words = each(words, lambda part: part.flatten(0, 1)[None])
+        return Batch(input_ids.view(1, -1), labels[None], positions, cu_seqlens, words)
 
     def describe(self, step: int) -> str:
         """Where the words of a step are from."""
@@ -201,8 +208,8 @@ class Rows:
         low, high = np.searchsorted(starts, [begin + 1, begin + self.length])
         return [row * self.length + int(at) - begin for at in (begin, *starts[low:high])]
 
-    def _words(self, begins: list[int]) -> TopK | None:
+    def _words(self, begins: list[int]) -> Words | None:
         if self.cache is None or not self.with_words:
             return None
         parts = [self.cache.rows(begin, begin + self.length) for begin in begins]
-        return TopK(*(torch.stack(part) for part in zip(*parts, strict=True)))
+        return join(parts, torch.stack)

@@ -1,9 +1,8 @@
-"""A teacher's likeliest next words on disk, so that no teacher is needed while a student learns.
+"""A teacher's next words on disk, so that no teacher is needed while a student learns.
 
 A folder of shards and `cache.json`, which lists them. Every file is replaced in one move, a shard
 listed after it is whole: what a killed run leaves is a shorter cache, which the next run of the
-same settings continues. Ids take as many bits as the vocabulary needs, log-probabilities 16 bits
-each (steps of 2^-11 nats down to -32), what is left for all other words 32.
+same settings continues. Which words, and in how many bits: `distill.data.words`.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,23 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor, nn
 
+from distill.data.words import KINDS, Kind, Likeliest, Slice, Words, each, join, settings
 from distill.errors import DistillError
 from distill.files import file_digest, write_atomically
 
-FORMAT = "xlstm_kernels.teacher/1"
 INDEX = "cache.json"
 SHARD_ROWS = 1 << 16
-STEPS_PER_NAT = 2048
-PARTS = ("ids", "steps", "tail_logmass")  # of a shard
-LEAST = -32.0  # log-probabilities below count as this
-
-
-class TopK(NamedTuple):
-    """Of N tokens: the k likeliest next words, likeliest first, and all other words' share."""
-
-    logprobs: Tensor  # (N, k) float32
-    ids: Tensor  # (N, k) int64
-    tail_logmass: Tensor  # (N,) float32, -inf where k is the whole vocabulary
 
 
 class Shard(NamedTuple):
@@ -51,7 +39,7 @@ class Index:
     """`fingerprint`: what decides the teacher's words, by name; another one is another cache."""
 
     fingerprint: dict[str, str]
-    k: int
+    kind: Kind
     vocabulary: int
     shards: list[Shard] = field(default_factory=list)
 
@@ -59,32 +47,43 @@ class Index:
     def rows(self) -> int:
         return sum(shard.rows for shard in self.shards)
 
+    @property
+    def settings(self) -> dict[str, str]:
+        """All that decides what is in it."""
+        return self.fingerprint | settings(self.kind) | {"vocabulary": str(self.vocabulary)}
+
     @classmethod
     def read(cls, folder: Path) -> Index:
         path = folder / INDEX
         try:
             found = json.loads(path.read_text())
-            if found.pop("format") != FORMAT:
-                raise DistillError(f"teacher cache: {path} must have format {FORMAT!r}")
-            return cls(**found | {"shards": [Shard(*shard) for shard in found["shards"]]})
+            kind = KINDS.get(found.pop("format"))
+            if kind is None:
+                known = " or ".join(map(repr, KINDS))
+                raise DistillError(f"teacher cache: {path} must have format {known}")
+            of = kind(**{field.name: found.pop(field.name) for field in fields(kind)})
+            shards = [Shard(*shard) for shard in found.pop("shards")]
+            return cls(kind=of, shards=shards, **found)
         except OSError as error:
             raise DistillError(f"teacher cache: cannot read {path}: {error.strerror}") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DistillError(f"teacher cache: {path} is damaged ({error}); delete it") from error
 
     def write(self, folder: Path) -> None:
-        write_atomically(folder / INDEX, json.dumps({"format": FORMAT, **asdict(self)}, indent=1))
+        found = {"format": self.kind.format, "fingerprint": self.fingerprint, **asdict(self.kind)}
+        found |= {"vocabulary": self.vocabulary, "shards": self.shards}
+        write_atomically(folder / INDEX, json.dumps(found, indent=1))
 
-    def require(self, folder: Path, fingerprint: Mapping[str, str]) -> None:
-        """Raises DistillError, naming what differs, unless the cache is of `fingerprint`."""
-        names = dict.fromkeys([*self.fingerprint, *fingerprint])
-        changed = [
-            f"{name} is {self.fingerprint.get(name)} there and {fingerprint.get(name)} here"
-            for name in names
-            if self.fingerprint.get(name) != fingerprint.get(name)
-        ]
-        if changed:
-            raise DistillError(f"teacher cache: {folder} is another one: {'; '.join(changed[:3])}")
+
+def require_same(folder: Path, there: Mapping[str, str], here: Mapping[str, str]) -> None:
+    """Raises DistillError, naming what differs, unless the cache in `folder` is what is wanted."""
+    changed = [
+        f"{name} is {there.get(name)} there and {here.get(name)} here"
+        for name in dict.fromkeys([*there, *here])
+        if there.get(name) != here.get(name)
+    ]
+    if changed:
+        raise DistillError(f"teacher cache: {folder} is another one: {'; '.join(changed[:3])}")
 
 
 class TeacherCache:
@@ -103,7 +102,7 @@ class TeacherCache:
         self.folder = Path(folder)
         self.index = Index.read(self.folder)
         if fingerprint is not None:
-            self.index.require(self.folder, fingerprint)
+            require_same(self.folder, self.index.fingerprint, fingerprint)
         self._open: dict[int, Any] = {}
 
     def __len__(self) -> int:
@@ -113,20 +112,27 @@ class TeacherCache:
     def size_bytes(self) -> int:
         return sum((self.folder / shard.name).stat().st_size for shard in self.index.shards)
 
-    def rows(self, begin: int, end: int) -> TopK:
+    @property
+    def kind(self) -> Kind:
+        return self.index.kind
+
+    def rows(self, begin: int, end: int) -> Words:
         """Those of tokens [begin, end), in the order they were appended in."""
         if not 0 <= begin <= end <= len(self):
             raise DistillError(
                 f"teacher cache: rows must lie within 0 and {len(self)}, got {begin} to {end}"
             )
-        parts, first = [], 0
+        parts, first, vocabulary = [], 0, self.index.vocabulary
         for at, shard in enumerate(self.index.shards):
             inside = slice(max(begin - first, 0), max(min(end - first, shard.rows), 0))
             if inside.start < inside.stop:
-                found = self._shard(at)
-                parts.append({name: found.get_slice(name)[inside] for name in PARTS})
+                parts.append(self.kind.unpack(self._part(at), inside, vocabulary))
             first += shard.rows
-        return self._unpack(parts)
+        return join(parts or [self.kind.words(torch.empty(0, vocabulary), torch.empty(0))])
+
+    def _part(self, at: int) -> Slice:
+        shard = self._shard(at)
+        return lambda name, rows: shard.get_slice(name)[rows]
 
     def verify(self) -> None:
         """Reads and checks every shard."""
@@ -148,20 +154,9 @@ class TeacherCache:
             raise DistillError(f"teacher cache: {path} is damaged ({error})") from error
         return self._open[at]
 
-    def _unpack(self, parts: list[dict[str, np.ndarray]]) -> TopK:
-        k, bits = self.index.k, id_bits(self.index.vocabulary)
-        if not parts:
-            return TopK(torch.empty(0, k), torch.empty(0, k, dtype=torch.int64), torch.empty(0))
-        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        return TopK(
-            torch.from_numpy(joined["steps"].astype(np.float32) / -STEPS_PER_NAT),
-            torch.from_numpy(unpack_ids(joined["ids"], k, bits)),
-            torch.from_numpy(joined["tail_logmass"]),
-        )
-
 
 class CacheWriter:
-    """Appends to a cache of `fingerprint`, `k` and `vocabulary`, from where it ends.
+    """Appends to a cache of `fingerprint`, `kind` and `vocabulary`, from where it ends.
 
     Use as a context manager: what is appended is on disk at the end, or after `shard_rows` tokens.
     """
@@ -170,22 +165,19 @@ class CacheWriter:
         self,
         folder: Path,
         fingerprint: Mapping[str, str],
-        k: int,
+        kind: Kind,
         vocabulary: int,
         shard_rows: int = SHARD_ROWS,
     ):
-        if not 1 <= k <= vocabulary:
-            raise DistillError(f"teacher cache: k must be from 1 to {vocabulary}, got {k}")
+        if isinstance(kind, Likeliest) and not 1 <= kind.k <= vocabulary:
+            raise DistillError(f"teacher cache: k must be from 1 to {vocabulary}, got {kind.k}")
         self.folder, self.shard_rows = Path(folder), shard_rows
-        self.index = Index(dict(fingerprint), k, vocabulary)
+        self.index = Index(dict(fingerprint), kind, vocabulary)
         if (self.folder / INDEX).exists():
-            sizes = {"k": str(k), "vocabulary": str(vocabulary)}
-            self.index = Index.read(self.folder)
-            there = {"k": str(self.index.k), "vocabulary": str(self.index.vocabulary)}
-            Index(self.index.fingerprint | there, k, vocabulary).require(
-                self.folder, {**fingerprint, **sizes}
-            )
-        self._waiting: list[TopK] = []
+            there = Index.read(self.folder)
+            require_same(self.folder, there.settings, self.index.settings)
+            self.index = there
+        self._waiting: list[Words] = []
 
     def __enter__(self) -> CacheWriter:
         return self
@@ -202,17 +194,18 @@ class CacheWriter:
     def _rows_waiting(self) -> int:
         return sum(len(part.ids) for part in self._waiting)
 
-    def append(self, words: TopK) -> None:
+    def append(self, words: Words) -> None:
         """Rows of the next tokens; float32 log-probabilities on any device."""
-        shape = (len(words.ids), self.index.k)
+        shape = (len(words.ids), self.index.kind.width)
         if words.logprobs.shape != shape or words.ids.shape != shape:
             raise DistillError(
-                f"teacher cache: logprobs and ids must be (N, {self.index.k}), got"
+                f"teacher cache: logprobs and ids must be (N, {shape[1]}), got"
                 f" {tuple(words.logprobs.shape)} and {tuple(words.ids.shape)}"
             )
-        if not torch.isfinite(words.logprobs).all():
+        none = (words.ids < 0) & (words.logprobs == float("-inf"))
+        if not (words.logprobs.isfinite() | none).all():
             raise DistillError("teacher cache: logprobs must be finite, got inf or nan")
-        self._waiting.append(TopK(*(part.cpu() for part in words)))
+        self._waiting.append(each(words, Tensor.cpu))
         if self._rows_waiting >= self.shard_rows:
             self.flush()
 
@@ -220,48 +213,14 @@ class CacheWriter:
         """What was appended becomes a shard, and is listed."""
         if not self._rows_waiting:
             return
-        words = TopK(*(torch.cat(part) for part in zip(*self._waiting, strict=True)))
-        steps = (words.logprobs.float().clamp(LEAST, 0) * -STEPS_PER_NAT).round()
-        data = save(
-            {
-                "ids": pack_ids(words.ids.numpy(), id_bits(self.index.vocabulary)),
-                "steps": steps.clamp_(max=2**16 - 1).numpy().astype(np.uint16),
-                "tail_logmass": words.tail_logmass.float().numpy(),
-            }
-        )
+        words = join(self._waiting)
+        data = save(self.index.kind.pack(words, self.index.vocabulary))
         name = f"shard-{len(self.index.shards):05}.safetensors"
         write_atomically(self.folder / name, data)
         shard = Shard(name, len(words.ids), hashlib.sha256(data).hexdigest())
         self.index.shards.append(shard)
         self.index.write(self.folder)
         self._waiting.clear()
-
-
-def topk_words(logits_NV: Tensor, k: int) -> TopK:
-    """Of a teacher's logits, any float dtype."""
-    log_p = logits_NV.float().log_softmax(dim=-1)
-    logprobs, ids = log_p.topk(k, dim=-1)
-    # Of the others themselves: 1 less the sum would have no digits where the teacher is sure.
-    tail = log_p.scatter(-1, ids, float("-inf")).logsumexp(dim=-1)
-    return TopK(logprobs, ids, tail)
-
-
-def id_bits(vocabulary: int) -> int:
-    return max(1, (vocabulary - 1).bit_length())
-
-
-def pack_ids(ids: np.ndarray, bits: int) -> np.ndarray:
-    """(N, k) integers below 2^bits as (N, ceil(k bits / 8)) bytes."""
-    if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < 1 << bits:
-        raise DistillError(f"teacher cache: ids must be below {1 << bits}, got {int(ids.max())}")
-    each = (ids[..., None] >> np.arange(bits)) & 1
-    flat = each.astype(np.uint8).reshape(len(ids), ids.shape[1] * bits)
-    return np.packbits(flat, axis=1, bitorder="little")
-
-
-def unpack_ids(packed: np.ndarray, k: int, bits: int) -> np.ndarray:
-    each = np.unpackbits(packed, axis=1, count=k * bits, bitorder="little")
-    return each.reshape(len(packed), k, bits).astype(np.int64) @ (1 << np.arange(bits))
 
 
 def model_digest(model: nn.Module, stride: int = 1) -> str:

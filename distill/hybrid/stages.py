@@ -9,14 +9,14 @@ Source: arXiv 2603.15590, sections 3.2 and 3.3, equations 12 and 13.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import xlstm_kernels as xk
-from distill.data.teacher import TopK
+from distill.data.words import Likeliest, Samples, TopK, Words
 from distill.errors import DistillError
 from distill.hybrid.mixer import HybridMixer
 from distill.losses.taps import IGNORED, Run, by_token, next_words
@@ -134,19 +134,19 @@ def _observe(
 
 def topk_targets(teacher: Any, input_ids: Tensor, k: int = 256, **inputs: Any) -> TopK:
     """The teacher's likeliest words after each token of input_ids (B, T); all parts (B, T, ...)."""
-    words = Run(teacher, input_ids, inputs).words(k)
+    words = Run(teacher, input_ids, inputs).words(Likeliest(k))
     return TopK(*(x.unflatten(0, input_ids.shape) for x in words))
 
 
 def sparse_loss(
     student: Any,
     input_ids: Tensor,
-    words: TopK,
+    words: Words,
     labels: Tensor | None = None,
     *,
     ce_weight: float = 0.9,
     kl_weight: float = 0.1,
-    support: str = "tail",
+    support: str | None = None,
     temperature: float = 1.0,
     backend: str = "auto",
     **inputs: Any,
@@ -161,7 +161,8 @@ def sparse_loss(
             Those at t are of the word at t + 1.
         labels: (B, T), -100 where a word does not count; None is `input_ids`. Not shifted.
         ce_weight, kl_weight: the paper's gamma and beta.
-        support, temperature, backend: as in `xk.topk_kl_div`. The paper leaves the support open.
+        support, temperature, backend: as in `xk.topk_kl_div`. The paper leaves the support open;
+            None is "tail", and "sampled" of words that are drawn.
 
     Returns:
         The sum, and the number of words that count.
@@ -181,13 +182,37 @@ def sparse_loss(
     return loss, (targets_N != IGNORED).sum()
 
 
-def topk_loss(student: Run, words: TopK, targets_N: Tensor, **options: Any) -> Tensor:
+def topk_loss(student: Run, words: Words, targets_N: Tensor, **options: Any) -> Tensor:
     """The sum over rows of `xk.topk_kl_div` with its options; from hidden states where it can."""
     options["reduction"] = "sum"
-    if options["support"] in ("tail", "truncated"):
+    options["support"] = _support(words, options)
+    if isinstance(words, TopK) and options["support"] in ("tail", "truncated"):
         options["tail_logmass"] = words.tail_logmass
     targets = words.logprobs, words.ids, targets_N
     if student.is_linear:
         weight_VE, options["student_bias"] = student.head
         return xk.linear_topk_kl_div(student.hidden_NE, weight_VE, *targets, **options)
     return xk.topk_kl_div(student.logits_NV, *targets, **options)
+
+
+def _support(words: Words, options: Mapping[str, Any]) -> str:
+    """What the words call for where nothing is asked for; raises for what they cannot be."""
+    asked = options["support"]
+    if not isinstance(words, Samples):
+        if asked == "sampled":
+            raise DistillError(
+                "topk_kl: support must be None, or one of the likeliest words, which these are, got"
+                " 'sampled'; `samples` of the loss, or of `distill cache`, draws them"
+            )
+        return asked or "tail"
+    for name, value, plain in (
+        ("support", asked or "sampled", "sampled"),
+        ("temperature", options.get("temperature", 1.0), 1.0),
+        ("divergence", options.get("divergence", "forward"), "forward"),
+    ):
+        if value != plain:
+            raise DistillError(
+                f"topk_kl: {name} must be {plain!r} of words that are drawn, whose loss would be"
+                f" biased otherwise, got {value!r}"
+            )
+    return "sampled"

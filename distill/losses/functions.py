@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import xlstm_kernels as xk
-from distill.data.teacher import TopK
+from distill.data.words import Drawn, Likeliest, Samples, TopK, Words
 from distill.errors import DistillError
 from distill.hybrid.attention import Rows, log_weights, wide
 from distill.hybrid.stages import align_loss, topk_loss
@@ -41,10 +41,11 @@ class LossContext:
 
     student: Run
     teacher: Run  # there where a loss needs it
-    words: TopK | None  # (N, k), of a cache
+    words: Words | None  # (N, k), of a cache
     targets_BT: Tensor  # the word after each token, -100 where it does not count
     pairs: tuple[tuple[int, int], ...] = ()
     projections: nn.ModuleList | None = None  # of each pair
+    positions: Tensor | None = None  # of the tokens in the text
     # Options of `xk.kl_div` that add the weighted cross-entropy to the weighted divergence.
     hard: Mapping[str, float] = field(default_factory=dict)
 
@@ -178,19 +179,23 @@ def topk_kl(
     ctx: LossContext,
     *,
     k: int = 256,
-    support: str = "tail",
+    samples: int | None = None,
+    seed: int = 0,
+    support: str | None = None,
     temperature: float = 1.0,
     divergence: str = "forward",
     beta: float = 0.5,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Divergence from the teacher's `k` likeliest words, or from those of a cache, of any number.
+    """Divergence from the teacher's `k` likeliest words, from so many `samples` of them drawn by
+    `seed` and position (unbiased), or from what a cache has.
 
-    Support and the others are those of `xk.topk_kl_div`.
+    Support and the others are those of `xk.topk_kl_div`; None is "tail", "sampled" of drawn words.
     """
     words = ctx.words
     if words is None:
-        words = ctx.teacher.words(k, ctx.student.vocabulary)
+        kind = Likeliest(k) if samples is None else Drawn(samples, seed)
+        words = ctx.teacher.words(kind, ctx.positions, ctx.student.vocabulary)
     else:
         words = _within(words, ctx.student.vocabulary)
     options: dict[str, Any] = {"temperature": temperature, "divergence": divergence, "beta": beta}
@@ -198,9 +203,11 @@ def topk_kl(
     return topk_loss(ctx.student, words, ctx.targets_N, **options), ctx.count
 
 
-def _within(words: TopK, vocabulary: int) -> TopK:
+def _within(words: Words, vocabulary: int) -> Words:
     """Words that the student lacks, a teacher's padding, count as -inf: the others share theirs."""
     lacking_NK = words.ids >= vocabulary
+    if isinstance(words, Samples):  # their shares are scaled to 1 anyway
+        return words._replace(ids=words.ids.masked_fill(lacking_NK, -1))
     lost_N = words.logprobs.masked_fill(~lacking_NK, float("-inf")).exp().sum(-1)
     scale_N = lost_N.clamp_max(1 - 1e-6).neg().log1p()
     return TopK(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import xlstm_kernels as xk
-from distill.data.teacher import TopK
+from distill.data.words import Words, each
 from distill.errors import DistillError
 from distill.hybrid.convert import new_parameters, packed_positions
 from distill.losses.functions import (
@@ -200,7 +200,8 @@ class DistillModule(nn.Module):
         labels: Tensor,
         *,
         cu_seqlens: Tensor | None = None,
-        words: TopK | None = None,
+        words: Words | None = None,
+        positions: Tensor | None = None,
         weights: Mapping[str, float] | None = None,
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """The sum and the count of each loss, both on the device, before any weight.
@@ -211,6 +212,7 @@ class DistillModule(nn.Module):
             cu_seqlens: (S + 1,) int32, where documents begin in the one row of packed ones. The
                 first word of a document counts for none before it.
             words: of a teacher cache, of all tokens in order, (N, k) or (B, T, k).
+            positions: of all tokens in the text, by which words of a teacher that runs are drawn.
             weights: of the losses, by name. Where they are given, cross-entropy and a divergence
                 take one pass: the values are those of each loss, and so is the gradient of the sum
                 of losses times these weights, divided by one count for both; but no gradient
@@ -230,7 +232,8 @@ class DistillModule(nn.Module):
         teacher: Any = None
         if asks_for_words or any(spec.needs_teacher for spec in self.specs):
             teacher = self._teacher_run(input_ids, inputs)
-        context = LossContext(student, teacher, words, next_words(labels, cu_seqlens))
+        targets_BT = next_words(labels, cu_seqlens)
+        context = LossContext(student, teacher, words, targets_BT, positions=positions)
         with nullcontext() if teacher is None else gathered(self.teacher):
             found = self._in_one_pass(context, weights or {})
             for spec in self.specs:
@@ -328,9 +331,9 @@ def packed_inputs(cu_seqlens: Tensor, input_ids: Tensor) -> dict[str, Any]:
     }
 
 
-def _of_tokens(words: TopK, input_ids: Tensor) -> TopK:
+def _of_tokens(words: Words, input_ids: Tensor) -> Words:
     """(N, k) of a cache's, on the device."""
-    found = TopK(*(x.to(input_ids.device, non_blocking=True) for x in by_token(words)))
+    found = each(by_token(words), lambda x: x.to(input_ids.device, non_blocking=True))
     if len(found.ids) != input_ids.numel():
         raise DistillError(
             f"losses: words must be of {input_ids.numel()} tokens, got {len(found.ids)}"

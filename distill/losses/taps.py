@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import AttentionInterface
 
-from distill.data.teacher import TopK, topk_words
+from distill.data.words import Kind, Words, each, join
 from distill.errors import DistillError
 from distill.hybrid.attention import MixerAttention, SoftmaxAttention
 from distill.hybrid.convert import FAMILIES, PREFIX, RECURRENT, attention_function
@@ -115,20 +115,27 @@ class Run:
             return self.model.get_input_embeddings()(self.input_ids)
 
     @torch.no_grad()
-    def words(self, k: int, vocabulary: int | None = None) -> TopK:
-        """The likeliest of the first `vocabulary` words after each token; (N, k), fewer if V is."""
+    def words(
+        self, kind: Kind, positions: Tensor | None = None, vocabulary: int | None = None
+    ) -> Any:
+        """Those of the first `vocabulary` words after each token that `kind` keeps.
+
+        positions: of the tokens in the text, for words that are drawn.
+        """
         V = min(self.vocabulary, vocabulary or self.vocabulary)
         if self.is_linear:
             head = self.head.narrowed(V)
-            kind = self.input_ids.device.type
-            if torch.is_autocast_enabled(kind):  # once, not for each chunk
-                weight_VE = head.weight_VE.to(torch.get_autocast_dtype(kind))
+            device = self.input_ids.device.type
+            if torch.is_autocast_enabled(device):  # once, not for each chunk
+                weight_VE = head.weight_VE.to(torch.get_autocast_dtype(device))
                 head = head._replace(weight_VE=weight_VE)
             chunks = (F.linear(x_NE, *head) for x_NE in self.hidden_NE.split(HEAD_ROWS))
         else:
             chunks = iter(self.logits_NV[:, :V].split(HEAD_ROWS))
-        parts = [topk_words(logits_NV, min(k, V)) for logits_NV in chunks]
-        return TopK(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        if positions is None:
+            return join([kind.words(logits_NV) for logits_NV in chunks])
+        at = positions.flatten().split(HEAD_ROWS)
+        return join([kind.words(*part) for part in zip(chunks, at, strict=True)])
 
     @cached_property
     def _results(self) -> dict[str, Any]:
@@ -149,9 +156,9 @@ def next_words(labels_BT: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     return targets_BT
 
 
-def by_token(words: TopK) -> TopK:
+def by_token(words: Words) -> Words:
     """Of all tokens in order: (N, ...), from that or from (B, T, ...)."""
-    return words if words.ids.dim() == 2 else TopK(*(x.flatten(0, 1) for x in words))
+    return words if words.ids.dim() == 2 else each(words, lambda x: x.flatten(0, 1))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from rich.console import Console
 from distill.data.capture import load_model, load_teacher, save_model
 from distill.data.corpus import Corpus, load_corpus
 from distill.data.rows import Rows, Tokens
-from distill.data.teacher import TeacherCache, model_digest
+from distill.data.teacher import TeacherCache, model_digest, require_same
+from distill.data.words import Drawn, settings
 from distill.errors import DistillError, Interrupt
 from distill.evaluation.scores import evaluate, require_positions
 from distill.files import replace_folder, write_atomically
@@ -97,7 +99,11 @@ class Run:
             if expected["model"] != cache.index.fingerprint.get("model"):
                 # `distill cache` reads a teacher in the dtype that it has on disk.
                 expected["model"] = model_digest(load_model(Path(self.recipe.teacher.path or "")))
-        cache.index.require(cache.folder, expected)
+        require_same(cache.folder, cache.index.fingerprint, expected)
+        for spec in chain(*self.specs.values()):
+            if spec.options.get("samples") is not None:
+                drawn = Drawn(spec.options["samples"], spec.options["seed"])
+                require_same(cache.folder, settings(cache.kind), settings(drawn))
         return cache
 
     def first_student(self) -> Any:

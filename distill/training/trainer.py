@@ -186,6 +186,7 @@ class Stage:
             batch.labels,
             cu_seqlens=batch.cu_seqlens,
             words=batch.words,
+            positions=batch.positions,
             weights=weights,
         )
         parts = []

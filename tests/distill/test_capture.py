@@ -12,13 +12,18 @@ from distill.data.capture import CaptureConfig, capture, corpus_tokens, load_tea
 from distill.data.corpus import load_corpus
 from distill.data.rows import Tokens
 from distill.data.teacher import TeacherCache
+from distill.data.words import Drawn, Likeliest
 from distill.errors import DistillError, Interrupt, Interrupted
 from distill.hybrid.stages import sparse_loss, topk_targets
+from distill.losses.module import DistillModule, LossSpec
+from distill.losses.taps import Run
 from distill.progress import Reporter
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from hybrid_cases import save_teacher  # noqa: E402 - it imports it
+
+KIND = Likeliest(8)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +41,7 @@ def test_the_cache_is_what_the_teacher_says(teacher_dir, corpus_dir, tmp_path, c
     assert main(arguments(teacher_dir, corpus_dir, tmp_path)) == 0
     assert "12 windows of 16" in capsys.readouterr().out
     cache = TeacherCache(tmp_path)
-    assert len(cache) == 192 and cache.index.k == 8
+    assert len(cache) == 192 and cache.kind == KIND
     model, _ = load_teacher(teacher_dir)
     ids = torch.randint(0, model.config.vocab_size, (2, 16))
     capture_of(model, ids.flatten(), tmp_path / "two")
@@ -48,11 +53,39 @@ def test_the_cache_is_what_the_teacher_says(teacher_dir, corpus_dir, tmp_path, c
     torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-3)
 
 
-def capture_of(model, tokens_N, out, interrupt=None, length=16):
+def test_draws_of_a_cache_are_those_of_its_teacher(teacher_dir, tmp_path):
+    """Also where the teacher reads other rows at once; and what a loss is told of them fits."""
+    model, _ = load_teacher(teacher_dir)
+    tokens_N, kind = torch.randint(0, model.config.vocab_size, (64,)), Drawn(12, seed=3)
+    capture_of(model, tokens_N, tmp_path, kind=kind)
+    got = TeacherCache(tmp_path).rows(16, 48)
+    rows = tokens_N[16:48].view(2, 16)
+    want = Run(model, rows, {}).words(kind, torch.arange(16, 48).view(2, 16))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    asks = {"samples": 12, "seed": 3}
+    online = DistillModule(load_teacher(teacher_dir)[0], model, [LossSpec("topk_kl", args=asks)])
+    offline = DistillModule(online.student, None, [LossSpec("topk_kl")])
+    beside = online(rows, rows, positions=torch.arange(16, 48).view(2, 16))
+    cached = offline(rows, rows, words=got)
+    assert torch.equal(beside["topk_kl"][0], cached["topk_kl"][0])
+    for args, words, why in (
+        ({"support": "tail"}, got, r"support must be 'sampled' .* got 'tail'"),
+        ({"temperature": 2.0}, got, r"temperature must be 1.0 .* got 2.0"),
+        ({"divergence": "js"}, got, r"divergence must be 'forward' .* got 'js'"),
+        ({"support": "sampled"}, Likeliest(8).words(torch.randn(32, 301)), "likeliest"),
+    ):
+        module = DistillModule(online.student, None, [LossSpec("topk_kl", args=args)])
+        with pytest.raises(DistillError, match=why):
+            module(rows, rows, words=words)
+    with pytest.raises(DistillError, match="positions must be given"):
+        online(rows, rows)
+
+
+def capture_of(model, tokens_N, out, interrupt=None, length=16, kind=KIND):
     tokens = Tokens(tokens_N.int().numpy(), np.array([0, len(tokens_N)]), ("all",))
     from rich.console import Console
 
-    config = CaptureConfig(k=8, length=length, rows=1, max_tokens=None)
+    config = CaptureConfig(kind, length=length, rows=1, max_tokens=None)
     reporter = Reporter(Console(quiet=True))
     capture(model, tokens, out, config, reporter, interrupt or Interrupt())
 

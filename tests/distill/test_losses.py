@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hybrid_cases import families, hybrid, make_teacher, stages, stir, tokens, transformers
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from distill.data.teacher import TopK, topk_words
+from distill.data.words import Likeliest, TopK
 from distill.errors import DistillError
 from distill.losses.module import LOSSES, DistillModule, LossSpec, register_loss
 from distill.losses.taps import PLAIN_HEADS, Run
@@ -165,7 +165,7 @@ def test_cached_words_are_those_of_the_teacher():
     with pytest.raises(DistillError, match="words must be given"):
         offline(ids, labels)
     with pytest.raises(DistillError, match="words must be of 24 tokens, got 3"):
-        offline(ids, labels, words=topk_words(torch.randn(3, 60), 8))
+        offline(ids, labels, words=Likeliest(8).words(torch.randn(3, 60)))
     with pytest.raises(DistillError, match="words must have float32 log-probabilities"):
         offline(ids, labels, words=words._replace(logprobs=words.logprobs.bfloat16()))
 

@@ -6,28 +6,22 @@ import pytest
 import torch
 
 import xlstm_kernels as xk
-from distill.data.teacher import (
-    INDEX,
-    CacheWriter,
-    TeacherCache,
-    TopK,
-    model_digest,
-    pack_ids,
-    topk_words,
-    unpack_ids,
-)
+from distill.data.teacher import INDEX, CacheWriter, TeacherCache, model_digest
+from distill.data.words import Likeliest, TopK, pack_ids, unpack_ids
 from distill.errors import DistillError
 
 OF = {"model": "abc", "data": "def"}
 V, K = 1000, 16
+KIND = Likeliest(K)
 
 
 def make_words(N: int, seed: int = 0) -> TopK:
-    return topk_words(4 * torch.randn(N, V, generator=torch.Generator().manual_seed(seed)), K)
+    logits = 4 * torch.randn(N, V, generator=torch.Generator().manual_seed(seed))
+    return KIND.words(logits)
 
 
 def write(folder, words: TopK, shard_rows: int = 40, step: int = 25) -> None:
-    with CacheWriter(folder, OF, K, V, shard_rows) as writer:
+    with CacheWriter(folder, OF, KIND, V, shard_rows) as writer:
         for begin in range(len(writer), len(words.ids), step):
             writer.append(TopK(*(part[begin : begin + step] for part in words)))
 
@@ -71,7 +65,7 @@ def test_what_a_kill_leaves_is_continued(tmp_path):
     words = make_words(110)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     write(whole, words)
-    with pytest.raises(KeyboardInterrupt), CacheWriter(killed, OF, K, V, 40) as writer:
+    with pytest.raises(KeyboardInterrupt), CacheWriter(killed, OF, KIND, V, 40) as writer:
         writer.append(TopK(*(part[:50] for part in words)))
         writer.append(TopK(*(part[50:60] for part in words)))  # not on disk yet
         raise KeyboardInterrupt
@@ -110,9 +104,9 @@ def test_another_teacher_is_refused(tmp_path):
     with pytest.raises(DistillError, match=message):
         TeacherCache(tmp_path, OF | {"model": "xyz"})
     with pytest.raises(DistillError, match=message):
-        CacheWriter(tmp_path, OF | {"model": "xyz"}, K, V)
+        CacheWriter(tmp_path, OF | {"model": "xyz"}, KIND, V)
     with pytest.raises(DistillError, match="k is 16 there and 8 here"):
-        CacheWriter(tmp_path, OF, 8, V)
+        CacheWriter(tmp_path, OF, Likeliest(8), V)
     with pytest.raises(DistillError, match="length is None there and 512 here"):
         TeacherCache(tmp_path, OF | {"length": "512"})
 
@@ -120,8 +114,8 @@ def test_another_teacher_is_refused(tmp_path):
 def test_bad_rows_are_refused(tmp_path):
     words = make_words(5)
     with pytest.raises(DistillError, match="k must be from 1 to 1000, got 0"):
-        CacheWriter(tmp_path, OF, 0, V)
-    writer = CacheWriter(tmp_path, OF, K, V)
+        CacheWriter(tmp_path, OF, Likeliest(0), V)
+    writer = CacheWriter(tmp_path, OF, KIND, V)
     with pytest.raises(DistillError, match=r"must be \(N, 16\), got \(5, 15\) and \(5, 16\)"):
         writer.append(words._replace(logprobs=words.logprobs[:, 1:]))
     with pytest.raises(DistillError, match="must be finite"):
@@ -146,8 +140,8 @@ def test_the_tail_of_a_sure_teacher_has_its_digits():
     logits = torch.zeros(1, V, dtype=torch.float64)
     logits[0, :K] = 40
     want = torch.log(torch.tensor(V - K)) - torch.logsumexp(logits, -1)
-    assert (topk_words(logits.float(), K).tail_logmass - want).abs() < 1e-4
-    assert topk_words(logits[:, :K], K).tail_logmass == float("-inf")
+    assert (KIND.words(logits.float()).tail_logmass - want).abs() < 1e-4
+    assert KIND.words(logits[:, :K]).tail_logmass == float("-inf")
 
 
 def test_the_digest_of_a_model_changes_with_its_weights():

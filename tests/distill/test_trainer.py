@@ -65,28 +65,44 @@ def test_two_ranks_are_one(tmp_path, teacher, corpus_dir, parallel, stage):
     assert found[1][0] == found[0][0]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param("k: 32", id="likeliest"),
+        pytest.param("samples: 12, seed: 3", id="drawn", marks=pytest.mark.slow),
+    ],
+)
 @layouts
-def test_a_cache_is_the_teacher(tmp_path, teacher, corpus_dir, boundaries):
+def test_a_cache_is_the_teacher(tmp_path, teacher, corpus_dir, boundaries, words):
     where = ["--teacher", teacher, "--corpus", corpus_dir, "--pattern", "*.py"]
-    sizes = ["-k", 32, "--length", 24, *(["--boundaries"] if boundaries else [])]
+    sizes = ["--length", 24, *(["--boundaries"] if boundaries else [])]
+    drawn = words != "k: 32"
+    sizes += ["--samples", 12, "--seed", 3] if drawn else ["-k", 32]
     out = tmp_path / "cache"
     assert main([str(x) for x in ("cache", *where, *sizes, "--out", out)]) == 0
     changes = ["stages.0.trainable=['*']", "stages.0.lr=1e-3", f"data.boundaries={boundaries}"]
-    changes.append("stages.0.losses=[{name: ce}, {name: topk_kl, args: {k: 32}}]")
+    of = "stages.0.losses=[{{name: ce}}, {{name: topk_kl, args: {{{}}}}}]".format
+    changes.append(of(words))
 
     def losses(*more):
         recipe = make_recipe(tmp_path, teacher, corpus_dir, *changes, *more)
         return steps_on_rank(0, 1, recipe, tmp_path, 2)[0]
 
-    # Log-probabilities of a cache are rounded to 2^-11.
+    # Log-probabilities of a cache are rounded to 2^-11, counts not.
+    within = {"rel": 1e-5} if drawn else {"rel": 1e-3, "abs": 1e-3}
     for got, want in zip(losses(f"teacher.cache={out}"), losses(), strict=True):
-        assert got == pytest.approx(want, rel=1e-3, abs=1e-3)
+        assert got == pytest.approx(want, **within)
     # The same weights in another dtype are the same teacher.
     assert losses(f"teacher.cache={out}", "teacher.dtype=bfloat16")
     with pytest.raises(DistillError, match=r"boundaries is .* there and .* here"):
         losses(f"teacher.cache={out}", f"data.boundaries={not boundaries}")
     with pytest.raises(DistillError, match=r"data is .*; length is 24 there and 23 here"):
         losses(f"teacher.cache={out}", "data.length=23")
+    with pytest.raises(DistillError, match=r"samples is (12|None) there and 13 here"):
+        losses(f"teacher.cache={out}", of("samples: 13, seed: 3"))
+    if drawn:
+        with pytest.raises(DistillError, match=r"support must be 'sampled' .* got 'tail'"):
+            losses(f"teacher.cache={out}", of("support: tail"))
 
 
 def test_a_number_that_is_none_ends_the_stage(tmp_path, teacher, corpus_dir):
