@@ -70,6 +70,22 @@ class Reporter:
             yield LiveMeter(progress, task, total, start)
 
 
+class Within(Reporter):
+    """Meters of a recipe under a name; what it says of itself is in its run folder."""
+
+    def __init__(self, outer: Reporter, name: str):
+        super().__init__(outer.console)
+        self.outer, self.name = outer, name
+
+    def say(self, message: str) -> None:
+        pass
+
+    @contextmanager
+    def meter(self, title: str, total: int, start: int = 0) -> "Iterator[Meter]":
+        with self.outer.meter(f"{self.name}: {title}", total, start) as meter:
+            yield meter
+
+
 class StatusColumn(ProgressColumn):
     """Loss, tokens/s and time left, as the meter last put them."""
 

@@ -108,16 +108,13 @@ def _add_more(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    import json
-
     from rich.console import Console
 
     from distill.data.corpus import load_corpus, read_documents
     from distill.evaluation.assessment import Plan, assess
-    from distill.files import write_atomically
+    from distill.evaluation.folders import Models
     from distill.progress import Reporter
-    from distill.report.document import sentences, write_report
-    from distill.report.run_folder import SCORES
+    from distill.report.document import publish
 
     reporter = Reporter(Console(highlight=False))
     if args.harness:
@@ -125,37 +122,35 @@ def run(args: argparse.Namespace) -> None:
 
         require_harness()
     heldout = _complete(args)
-    models, tokenizer = _load(args)
+    models = Models(_folders(args))
+    plan = Plan(args.length, args.rows, args.overlap, args.needle, args.contexts)
+    models.require(plan)
     if args.all_files:
         documents = read_documents(args.corpus, args.pattern)
     else:
         documents = list(load_corpus(args.corpus, args.pattern, **heldout).heldout)
-    plan = Plan(args.length, args.rows, args.overlap, args.needle, args.contexts)
-    scores = assess(models, tokenizer, documents, plan, say=reporter.say)
+    scores = assess(models, models.tokenizer, documents, plan, say=reporter.say)
     if args.harness:
         from distill.evaluation.harness import harness_tasks
 
         reporter.say(f"harness  {args.harness}")
         names, limit = args.harness.split(","), args.harness_limit
-        found = harness_tasks(models, tokenizer, names, folder=args.harness_folder, limit=limit)
-        scores["tasks"] += found
-    write_atomically(args.out / SCORES, json.dumps(scores, indent=1) + "\n")
-    write_report(args.out)
-    for sentence in sentences(scores):
-        reporter.say(sentence)
-    reporter.say(f"report   {args.out / 'report.html'}")
+        scores["tasks"] += harness_tasks(
+            models, models.tokenizer, names, folder=args.harness_folder, limit=limit
+        )
+    publish(args.out, scores, reporter.say)
 
 
 def run_report(args: argparse.Namespace) -> None:
-    from distill.report.document import write_report
+    from distill.report.document import HTML, write_report
 
     write_report(args.run_dir)
-    print(f"report   {args.run_dir / 'report.html'}")
+    print(f"report   {args.run_dir / HTML}")
 
 
 def _complete(args: argparse.Namespace) -> dict[str, Any]:
     """Fill in what a run's recipe says; how the run holds files out of the corpus."""
-    from distill.report.run_folder import CONTROLS, RECIPE
+    from distill.report.run_folder import RECIPE, control_students
 
     heldout = {}
     if (args.out / RECIPE).exists():
@@ -172,10 +167,7 @@ def _complete(args: argparse.Namespace) -> dict[str, Any]:
         args.corpus = args.corpus or (data.corpus and Path(data.corpus))
         args.pattern = args.pattern or data.pattern
         args.length = args.length or data.length
-        args.control = args.control or [
-            f"{folder.parent.name}={folder}"
-            for folder in sorted((args.out / CONTROLS).glob("*/student"))
-        ]
+        args.control = args.control or [f"{n}={f}" for n, f in control_students(args.out).items()]
     args.pattern, args.length = args.pattern or "*.txt", args.length or 512
     for name in ("teacher", "student", "corpus"):
         if getattr(args, name) is None:
@@ -183,21 +175,12 @@ def _complete(args: argparse.Namespace) -> dict[str, Any]:
     return heldout
 
 
-def _load(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
-    """Models by name, teacher first, and their tokenizer."""
-    from distill.data.capture import load_teacher
-
+def _folders(args: argparse.Namespace) -> dict[str, Path]:
+    """Of the models by name, teacher first."""
     folders = {"teacher": args.teacher, "student": args.student}
     for text in args.control:
         name, _, folder = text.partition("=")
         if not name or not folder or name in folders:
             raise DistillError(f"--control: must be NAME=DIR, each name once, got {text!r}")
         folders[name] = Path(folder)
-    models: dict[str, Any] = {}
-    tokenizer = None
-    for name, folder in folders.items():
-        models[name], its_own = load_teacher(folder)
-        tokenizer = tokenizer or its_own
-        if its_own.get_vocab() != tokenizer.get_vocab():
-            raise DistillError(f"{name}: {folder} must have the tokenizer of the teacher")
-    return models, tokenizer
+    return folders

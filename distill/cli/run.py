@@ -18,7 +18,8 @@ def add(commands: Commands) -> None:
         help="train a student by a recipe: a preset, or a YAML file",
         description=(
             "Trains a student stage after stage and leaves it in RUN_DIR/student, beside the "
-            "resolved recipe, metrics.jsonl and checkpoints. RECIPE is a preset (linearize-paper, "
+            "resolved recipe, metrics.jsonl and checkpoints, and what it is worth on held-out "
+            "files in scores.json, report.html and report.md. RECIPE is a preset (linearize-paper, "
             "compress-kd, distilbert, tinybert) or a YAML file; KEY=VALUE changes what is in it, "
             "as teacher.path=models/llama data.corpus=~/notes stages.1.lr=1e-5. Ctrl-C leaves a "
             "checkpoint; --resume goes on to the very same weights. On several GPUs: accelerate "
@@ -42,6 +43,9 @@ def add(commands: Commands) -> None:
         action="store_true",
         help="print parameters, memory and the teacher's loss; write nothing",
     )
+    run_.add_argument(
+        "--no-report", action="store_true", help="leave scores and report to `distill eval`"
+    )
     run_.set_defaults(command=run)
 
 
@@ -49,14 +53,17 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from distill.progress import Reporter
+    from distill.training import parallel
     from distill.training.recipe import Recipe
     from distill.training.runs import describe
     from distill.training.runs import run as run_recipe
 
-    recipe = Recipe.load(args.recipe, args.overrides)
+    changes = ["evaluation.report=false"] if args.no_report else []
+    recipe = Recipe.load(args.recipe, args.overrides + changes)
     reporter = Reporter(Console(highlight=False))
     if args.dry_run:
         describe(recipe, args.run_dir, reporter)
         return
     with Interrupt() as interrupt:
         run_recipe(recipe, args.run_dir, reporter, interrupt, resume=args.resume)
+    parallel.leave()

@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> None:
     from rich.table import Table
 
     from distill.progress import Reporter
+    from distill.training import parallel
     from distill.training.tuning import BEST, tune
 
     console = Console(highlight=False)
@@ -97,6 +98,7 @@ def run(args: argparse.Namespace) -> None:
             seed=args.seed,
             after_trial=show,
         )
+    parallel.leave()
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 2))
     for key in over:
         table.add_column(key)

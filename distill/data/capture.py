@@ -45,28 +45,43 @@ def load_teacher(path: Path, dtype: Any = "auto") -> tuple[Any, Any]:
 
     The model may be a student of `hybridize`. The folder of one without a tokenizer is refused.
     """
+    return load_model(path, dtype), load_tokenizer(path)
+
+
+def load_tokenizer(path: Path) -> Any:
+    """Of a folder that `save_pretrained` wrote."""
     from transformers import AutoTokenizer
 
-    model = load_model(path, dtype)
     try:
-        return model, AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except UNREADABLE as error:
-        raise DistillError(f"teacher: no tokenizer in {path}: {error}") from error
+        raise DistillError(f"tokenizer: none in {path}: {error}") from error
+
+
+def load_config(path: Path) -> Any:
+    """Its configuration alone, which takes no time to read."""
+    from transformers import PretrainedConfig
+
+    if not path.is_dir():
+        raise DistillError(f"model: {path} is not a folder that `save_pretrained` wrote")
+    try:
+        settings, _ = PretrainedConfig.get_config_dict(path)
+        return PretrainedConfig.from_dict(settings)
+    except UNREADABLE as error:
+        raise DistillError(f"model: cannot load {path}: {error}") from error
 
 
 def load_model(path: Path, dtype: Any = "auto") -> Any:
     """What `save_pretrained` wrote, of a causal language model or a student of `hybridize`."""
-    from transformers import AutoModelForCausalLM, PretrainedConfig
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     from distill.hybrid.convert import is_student, load_student
 
     logging.disable_progress_bar()
-    if not path.is_dir():
-        raise DistillError(f"model: {path} is not a folder that `save_pretrained` wrote")
+    settings = load_config(path)
     try:
-        settings, _ = PretrainedConfig.get_config_dict(path)
-        if is_student(settings.get("model_type", "")):
+        if is_student(settings.model_type):
             return load_student(path, dtype=dtype).eval()
         options: dict[str, Any] = {"use_safetensors": True, "dtype": dtype}
         # Of remote code, None would ask on the terminal.

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from distill.data.rows import Tokens, byte_tokenizer
 from distill.demo.config import DemoConfig, Recipes, Sizes
 from distill.errors import DistillError, Interrupt
 from distill.files import settings_difference
-from distill.progress import Meter, Reporter
+from distill.progress import Reporter, Within
 from distill.training.recipe import Recipe
 from distill.training.runs import run as run_recipe
 
@@ -37,22 +36,6 @@ ONCE = ("teacher on",)  # of which the first seed is enough
 def seeds_of(part: str, seeds: Sequence[int]) -> Sequence[int]:
     """Those of `seeds` that a part is trained with."""
     return seeds[:1] if part in ONCE else seeds
-
-
-class Within(Reporter):
-    """Meters of a recipe under a name; what it says of itself is in its run folder."""
-
-    def __init__(self, outer: Reporter, name: str):
-        super().__init__(outer.console)
-        self.outer, self.name = outer, name
-
-    def say(self, message: str) -> None:
-        pass
-
-    @contextmanager
-    def meter(self, title: str, total: int, start: int = 0) -> Iterator[Meter]:
-        with self.outer.meter(f"{self.name}: {title}", total, start) as meter:
-            yield meter
 
 
 @dataclass

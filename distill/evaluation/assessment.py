@@ -39,6 +39,7 @@ def assess(
     plan: Plan | None = None,
     *,
     say: Callable[[str], None] = lambda message: None,
+    after_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Measure models on text that none was trained on.
 
@@ -47,7 +48,7 @@ def assess(
         tokenizer: that of all models, or None where ids are bytes.
         documents: those in one folder are a task of the win-and-tie curve: its score is the
             accuracy of the next token. Where there are no folders, each document is one.
-        say: told what begins.
+        say, after_batch: told what begins, and how far `evaluate` has come.
 
     Returns:
         For JSON: `teacher` and `student` (names), `models` (scores and sizes by name), `tasks`
@@ -59,29 +60,30 @@ def assess(
     if len(models) < 2:
         raise DistillError(f"assess: models must be a teacher and a student, got {len(models)}")
     teacher_name, student_name, *_ = models
-    teacher, student = models[teacher_name], models[student_name]
+    teacher = models[teacher_name]
     found: dict[str, Any] = {}
-    for name, model in models.items():
+    for name in models:  # which may hold but one of them beside the teacher
         say(f"score    {name}")
         scores = evaluate(
-            model,
+            models[name],
             tokenizer,
             documents,
             teacher=teacher,
             length=plan.length,
             rows=plan.rows,
             overlap=plan.overlap,
+            after_batch=after_batch,
         )
-        found[name] = sizes(model) | scores.as_dict()
+        found[name] = sizes(models[name]) | scores.as_dict()
     tasks = text_tasks(found)
     needles: dict[str, dict[int, float]] = {}
-    for name, model in models.items() if plan.needle_lengths else ():
+    for name in models if plan.needle_lengths else ():
         say(f"needle   {name}")
-        needles[name] = needle(model, tokenizer, plan.needle_lengths)
+        needles[name] = needle(models[name], tokenizer, plan.needle_lengths)
     for length in plan.needle_lengths:
         scores_by_model = {name: shares[length] for name, shares in needles.items()}
         tasks.append(task(f"needle in {length} tokens", GENERATION, scores_by_model))
-    timing = None
+    student, timing = models[student_name], None
     if plan.contexts:
         say("speed    teacher and student")
         pair = {teacher_name: teacher, student_name: student}

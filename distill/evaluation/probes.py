@@ -52,33 +52,57 @@ def needle(
         The share that is found, by length.
     """
     require_positions("needle", model, max(lengths, default=0))
-    training = model.training
+    require_needles(tokenizer, lengths, depths=depths, draws=draws, seed=seed)
+    training, places = model.training, _places(depths, draws, seed)
     model.eval()
     try:
         return {
-            length: sum(
-                _found(model, tokenizer, length, depth / max(1, depths - 1), f"{seed}/{draw}")
-                for depth in range(depths)
-                for draw in range(draws)
-            )
-            / (depths * draws)
+            length: sum(_found(model, tokenizer, length, *place) for place in places) / len(places)
             for length in lengths
         }
     finally:
         model.train(training)
 
 
-def _found(model: Any, tokenizer: Any, length: int, depth: float, seed: str) -> bool:
+def require_needles(
+    tokenizer: Any, lengths: Sequence[int], *, depths: int = 5, draws: int = 2, seed: int = 0
+) -> None:
+    """Raises DistillError unless the text that `needle` would ask about fits in each length."""
+    for length in lengths:
+        for depth, draw in _places(depths, draws, seed):
+            _, *parts = _parts(tokenizer, length, depth, draw)
+            least = sum(map(len, parts))
+            if length < least:
+                raise DistillError(
+                    f"needle: lengths must be at least {least}, which the question takes, got"
+                    f" {length}"
+                )
+
+
+def _places(depths: int, draws: int, seed: int) -> list[tuple[float, str]]:
+    """Where numbers stand, 0 the beginning and 1 the end, and what they are drawn with."""
+    return [
+        (depth / max(1, depths - 1), f"{seed}/{draw}")
+        for depth in range(depths)
+        for draw in range(draws)
+    ]
+
+
+def _parts(
+    tokenizer: Any, length: int, depth: float, seed: str
+) -> tuple[random.Random, list[int], list[int], list[int]]:
+    """What the filler is drawn with; ids of the needle, the question and the answer."""
     draw = random.Random(f"{seed}/{length}/{depth}")
-    key = str(draw.randrange(10_000, 100_000))
-    needle_ids, question = (words(tokenizer, x) for x in (NEEDLE.format(key=key), QUESTION))
-    answer = words(tokenizer, f" {key}")
+    key = draw.randrange(10_000, 100_000)
+    needle_ids, question, answer = (
+        words(tokenizer, x) for x in (NEEDLE.format(key=key), QUESTION, f" {key}")
+    )
+    return draw, needle_ids, question, answer
+
+
+def _found(model: Any, tokenizer: Any, length: int, depth: float, seed: str) -> bool:
+    draw, needle_ids, question, answer = _parts(tokenizer, length, depth, seed)
     room = length - len(needle_ids) - len(question) - len(answer)
-    if room < 0:
-        raise DistillError(
-            f"needle: lengths must be at least {length - room}, which the question takes, got"
-            f" {length}"
-        )
     filler: list[int] = []
     while len(filler) < room:
         filler += words(tokenizer, draw.choice(FILLER))

@@ -179,8 +179,9 @@ def encode(tokenizer: Any, document: Document) -> tuple[list[int], int]:
 
 
 def require_positions(operation: str, model: Any, length: int) -> None:
-    """Raises DistillError unless a model, which has learned its positions, has so many."""
-    most = getattr(getattr(model, "config", None), "n_positions", None)
+    """Raises DistillError unless a model, or one of this configuration, which has learned its
+    positions, has so many."""
+    most = getattr(getattr(model, "config", model), "n_positions", None)
     if most is not None and length > most:
         raise DistillError(
             f"{operation}: length must be at most {most}, the positions of the model, got {length}"

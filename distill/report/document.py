@@ -14,8 +14,9 @@ from distill.evaluation.recovery import WinAndTie, win_and_tie
 from distill.files import write_atomically
 from distill.report import figures, page
 from distill.report.plots import svg
-from distill.report.run_folder import RunFolder
+from distill.report.run_folder import SCORES, RunFolder
 
+HTML, MARKDOWN = "report.html", "report.md"
 WORST = 5
 
 # title, what a model must have for it, cell(model, teacher) -> text
@@ -23,7 +24,11 @@ ROWS: tuple[tuple[str, str, Callable[[dict, dict], str]], ...] = (
     ("bits per byte", "bits_per_byte", lambda m, t: f"{m['bits_per_byte']:.3f}"),
     ("next token right", "accuracy", lambda m, t: f"{m['accuracy']:.1%}"),
     ("agrees with teacher", "agreement", lambda m, t: f"{m['agreement']:.1%}"),
-    ("of teacher's accuracy", "accuracy", lambda m, t: f"{m['accuracy'] / t['accuracy']:.1%}"),
+    (
+        "of teacher's accuracy",
+        "accuracy",
+        lambda m, t: f"{m['accuracy'] / t['accuracy']:.1%}" if t["accuracy"] else "-",
+    ),
     ("parameters", "parameters", lambda m, t: f"{m['parameters']:,}"),
     ("share of parameters", "parameters", lambda m, t: f"{m['parameters'] / t['parameters']:.0%}"),
     ("megabytes", "bytes", lambda m, t: f"{m['bytes'] / 1e6:.2f}"),
@@ -40,6 +45,23 @@ class Table(NamedTuple):
     lead: bool = False  # whether the first row is what counts most
 
 
+def publish(path: Path, scores: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Write scores.json and the report into a run's folder, and say what came of it."""
+    recovery = {
+        name: {
+            "alpha_star": found.alpha_star,
+            "share_at_0": found.share(0),
+            "tasks": found.recovery,
+        }
+        for name, found in comparisons(scores).items()
+    }
+    write_atomically(path / SCORES, json.dumps(scores | {"recovery": recovery}, indent=1) + "\n")
+    write_report(path)
+    for sentence in sentences(scores):
+        say(sentence)
+    say(f"report   {path / HTML}")
+
+
 def write_report(path: Path) -> None:
     """Write report.html and report.md into a run's folder, from what is in it.
 
@@ -47,8 +69,8 @@ def write_report(path: Path) -> None:
         DistillError: there is nothing to report on, a file is damaged, or one cannot be written.
     """
     run = RunFolder.read(path)
-    write_atomically(path / "report.html", render_html(run))
-    write_atomically(path / "report.md", render_markdown(run))
+    write_atomically(path / HTML, render_html(run))
+    write_atomically(path / MARKDOWN, render_markdown(run))
 
 
 def render_html(run: RunFolder) -> str:

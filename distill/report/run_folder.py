@@ -20,6 +20,11 @@ METRICS, SCORES, RECIPE, ENVIRONMENT = (
 CONTROLS = "controls"  # a folder of runs, each a control
 
 
+def control_students(path: Path) -> dict[str, Path]:
+    """Folders of the finished controls of a run, by name."""
+    return {folder.parent.name: folder for folder in sorted((path / CONTROLS).glob("*/student"))}
+
+
 @dataclass(frozen=True)
 class Curve:
     """Values over the tokens of all stages so far."""

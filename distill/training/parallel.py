@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
@@ -18,10 +20,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from distill.errors import DistillError
+from distill.errors import DistillError, Interrupted
 from distill.losses.module import DistillModule
 from distill.losses.taps import decoder_layers
 from distill.training.recipe import PRECISIONS, LogConfig, LoopConfig
+
+PATIENCE = timedelta(days=30)
 
 
 def make_accelerator(loop: LoopConfig, log: LogConfig, folder: Path) -> Accelerator:
@@ -130,6 +134,34 @@ class Wrapped:
         if self.shards and not self.accelerator.is_main_process:
             return {}
         return {name: x.detach().cpu() for name, x in whole.items()}
+
+
+def alone(accelerator: Accelerator, work: Callable[[], None]) -> None:
+    """Do work on the main process alone. The others wait for it, for longer than a collective of
+    theirs may take; what stops it stops them."""
+    stop: BaseException | None = None
+    group = None
+    if accelerator.num_processes > 1:
+        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    if accelerator.is_main_process:
+        try:
+            work()
+        except BaseException as error:
+            stop = error
+    if group is not None:
+        reason = "" if stop is None else str(stop) or type(stop).__name__
+        said = [(getattr(stop, "signum", None), reason)]
+        dist.broadcast_object_list(said, src=0, group=group)
+        if stop is None and (why := said[0]) != (None, ""):
+            stop = DistillError(why[1]) if why[0] is None else Interrupted(why[0])
+    if stop is not None:
+        raise stop
+
+
+def leave() -> None:
+    """The other processes; the last thing that one does."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def clip(module: nn.Module, most: float | None) -> Tensor:

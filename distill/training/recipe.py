@@ -120,6 +120,20 @@ class LoopConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """Of the finished student beside its teacher, on the files held out: scores.json, report.html
+    and report.md, unless `report` is false. `rows` windows of `data.length` are read at once.
+
+    needle, contexts: lengths, as the flags of `eval` with these names; none is left out.
+    """
+
+    report: bool = True
+    rows: int = 8
+    needle: list[int] = field(default_factory=list)
+    contexts: list[int] = field(default_factory=list)
+
+
+@dataclass
 class LogConfig:
     """trackers: names that `accelerate` knows, as tensorboard, wandb, mlflow."""
 
@@ -137,6 +151,7 @@ class Recipe:
     stages: list[StageConfig] = field(default_factory=list)
     loop: LoopConfig = field(default_factory=LoopConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     @classmethod
     def load(cls, source: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -191,6 +206,10 @@ class Recipe:
         least["data.length"] = (self.data.length, 2)
         least |= {"loop.keep": (self.loop.keep, 1), "log.every": (self.log.every, 1)}
         least |= {"student.calibration_rows": (self.student.calibration_rows, 0)}
+        least["evaluation.rows"] = (self.evaluation.rows, 1)
+        for name in ("needle", "contexts"):
+            lengths = getattr(self.evaluation, name)
+            least[f"evaluation.{name}"] = (min(lengths, default=1), 1)
         if self.loop.micro_rows is not None:
             least["loop.micro_rows"] = (self.loop.micro_rows, 1)
         if not 0 <= self.data.heldout_fraction < 1:

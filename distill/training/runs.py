@@ -24,6 +24,7 @@ from distill.data.rows import Rows, Tokens
 from distill.data.teacher import TeacherCache, model_digest, require_same
 from distill.data.words import Drawn, settings
 from distill.errors import DistillError, Interrupt
+from distill.evaluation.probes import require_needles
 from distill.evaluation.scores import evaluate, require_positions
 from distill.files import replace_folder, write_atomically
 from distill.hybrid.convert import hybridize
@@ -32,7 +33,7 @@ from distill.losses.module import DistillModule, LossSpec
 from distill.machine import describe_machine
 from distill.models.compression import compress
 from distill.progress import Reporter
-from distill.training import checks, parallel, snapshot
+from distill.training import checks, parallel, scoring, snapshot
 from distill.training.recipe import Recipe, StageConfig
 from distill.training.trainer import Metrics, Stage
 
@@ -73,6 +74,9 @@ class Run:
         )
 
         require_positions("data", self.teacher, data.length)
+        lengths = recipe.evaluation.needle
+        require_needles(self.tokenizer, lengths)
+        require_positions("needle", self.teacher, max(lengths, default=0))
         if self.teacher is not None and self.accelerator.is_main_process:
             checks.say_teacher(self.reporter, self.teacher.to(self.accelerator.device), self.rows)
 
@@ -174,7 +178,7 @@ class Run:
         stages = whole.pop("stages")
         at = [stage["name"] for stage in stages].index(config.name)
         kept = {"stages": {stage["name"]: _by_name(stage) for stage in stages[: at + 1]}}
-        del whole["log"]
+        del whole["log"], whole["evaluation"]
         for name in ("checkpoint_every", "keep", "heldout_every"):
             del whole["loop"][name]
         whole["data"].pop("corpus")
@@ -191,7 +195,11 @@ def run(
     resume: bool = False,
     tokens: Tokens | None = None,
 ) -> Path:
-    """Train the recipe's student; the folder of the finished one, `folder`/student.
+    """Train the recipe's student and write its scores and report into `folder`.
+
+    Returns:
+        The folder of the finished student, `folder`/student; on ranks but the first when the first
+        has written the report.
 
     Args:
         tokens: those of the training files, where they have been read before.
@@ -209,12 +217,26 @@ def run(
     if not accelerator.is_main_process:
         shared.reporter = Reporter(Console(quiet=True))
     with _claimed(folder, accelerator):
-        _run_stages(shared, resume)
-    shared.reporter.say(f"student  {folder / 'student'}")
+        trained = _run_stages(shared, resume)
+        shared.reporter.say(f"student  {folder / 'student'}")
+        shared.teacher = None  # which may be sharded
+        if recipe.evaluation.report and (trained or not scoring.is_scored(folder)):
+            parallel.alone(
+                accelerator,
+                lambda: scoring.score(
+                    recipe,
+                    folder,
+                    shared.corpus,
+                    accelerator.device,
+                    shared.reporter.say,
+                    shared.interrupt,
+                ),
+            )
     return folder / "student"
 
 
-def _run_stages(shared: Run, resume: bool) -> None:
+def _run_stages(shared: Run, resume: bool) -> bool:
+    """Whether there was something left to train."""
     recipe, folder, accelerator = shared.recipe, shared.folder, shared.accelerator
     if accelerator.is_main_process and not (folder / "recipe.yaml").exists():
         environment = describe_machine() | {"ranks": accelerator.num_processes}
@@ -223,12 +245,16 @@ def _run_stages(shared: Run, resume: bool) -> None:
     accelerator.wait_for_everyone()
     accelerator.init_trackers("distill")
     start: Callable[[], Any] = shared.first_student
+    trained = False
     for config in recipe.stages:
         done = folder / "checkpoints" / config.name / "student"
         if done.exists():
             for last in snapshot.checkpoints(done.parent)[-1:]:
                 snapshot.read_manifest(last, shared.settings(config))
         else:
+            trained = True
+            if accelerator.is_main_process:
+                scoring.forget(folder)
             stage = shared.stage(config, start())
             checks.say(shared.reporter, stage)
             _train(stage, done, shared, resume)
@@ -236,7 +262,10 @@ def _run_stages(shared: Run, resume: bool) -> None:
     if accelerator.is_main_process:
         replace_folder(folder / "student", lambda to: shutil.copytree(done, to))
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    # Not `end_training`, which ends what the ranks have in common as well.
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    return trained
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from distill.errors import DistillError, Interrupt, NotFinite
 from distill.progress import Reporter
-from distill.training.recipe import Recipe, StageConfig
+from distill.training.recipe import EvaluationConfig, Recipe, StageConfig
 from distill.training.runs import run
 
 BEST = "best.yaml"
@@ -151,6 +151,7 @@ def _score(recipe: Recipe, folder: Path, reporter: Reporter, interrupt: Interrup
     # Held-out files are read at the end alone.
     longest = max(stage.steps or 0 for stage in recipe.stages)
     recipe = replace(recipe, loop=replace(recipe.loop, heldout_every=longest + 1))
+    recipe = replace(recipe, evaluation=EvaluationConfig(report=False))
     if not (folder / "student").exists():
         try:
             run(recipe, folder, reporter, interrupt, resume=True)

@@ -2,6 +2,9 @@
 
 import io
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,11 +22,13 @@ from distill.progress import Reporter  # noqa: E402
 from distill.training import runs  # noqa: E402 - they import it
 from distill.training.recipe import Recipe  # noqa: E402
 
+ROOT = Path(__file__).parents[2]
 RECIPE = """
 student: {options: {window: 8}}
 data: {pattern: '*.py', length: 24}
 loop: {rows: 8, checkpoint_every: 2, heldout_every: 3}
 log: {trackers: [], every: 1}
+evaluation: {report: false}
 stages:
 - {name: align, trainable: ['*mixer*'], losses: [{name: mixer_mse}], steps: 3, lr: 1.0e-2}
 - name: distill
@@ -94,3 +99,34 @@ def steps_on_rank(rank, ranks, recipe, folder, count):
         losses.append(stage._train_step()[0])
         stage.step += 1
     return losses, stage.wrapped.weights()
+
+
+class StopAt(Interrupt):
+    """A signal that comes after so many looks at it, two a step."""
+
+    def __init__(self, looks):
+        self.looks, self.got = looks, None
+
+    @property
+    def requested(self):
+        self.looks -= 1
+        return 15 if self.looks < 0 else self.got
+
+    @requested.setter
+    def requested(self, value):
+        self.got = value
+
+
+def tool(tmp_path, *arguments, ranks=1):
+    """The command in processes of its own."""
+    launch = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    given = [str(x) for x in ("run", tmp_path / "recipe.yaml", *arguments)]
+    own = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
+    return subprocess.Popen(
+        [sys.executable, *launch, "-m", "distill", *given],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | own,
+    )

@@ -2,28 +2,23 @@
 
 import fcntl
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from run_cases import RECIPE, do, make_recipe, transformers, write_teacher
+from run_cases import RECIPE, StopAt, do, make_recipe, tool, transformers, write_teacher
 
 import distill
 from distill.__main__ import main
 from distill.data.capture import load_model
-from distill.errors import DistillError, Interrupt, Interrupted
+from distill.errors import DistillError, Interrupted
 from distill.training.parallel import make_accelerator
 from distill.training.recipe import LogConfig, LoopConfig, Recipe, presets
 from xlstm_kernels.testing import relative_error
 
 psutil = pytest.importorskip("psutil", reason="psutil is not installed: the extra `distill`")
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -76,22 +71,6 @@ def test_a_run_leaves_a_student(capsys, tmp_path, corpus_dir, family):
     assert last["bits_per_byte"] < first["bits_per_byte"] and 0 <= last["agreement"] <= 1
     kept = sorted(x.name for x in (run / "checkpoints" / "distill").iterdir())
     assert kept == ["step-00000004", "step-00000005", "student"]
-
-
-class StopAt(Interrupt):
-    """A signal that comes after so many looks at it, two a step."""
-
-    def __init__(self, looks):
-        self.looks, self.got = looks, None
-
-    @property
-    def requested(self):
-        self.looks -= 1
-        return 15 if self.looks < 0 else self.got
-
-    @requested.setter
-    def requested(self, value):
-        self.got = value
 
 
 @pytest.mark.medium
@@ -160,21 +139,6 @@ def test_one_process_computes_in_the_recipe_s_precision(tmp_path, parallel):
         loop = LoopConfig(precision=precision, parallel=parallel)
         accelerator = make_accelerator(loop, LogConfig(trackers=[]), tmp_path)
         assert accelerator.mixed_precision == want
-
-
-def tool(tmp_path, *arguments, ranks=1):
-    """The command in processes of its own."""
-    launch = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    given = [str(x) for x in ("run", tmp_path / "recipe.yaml", *arguments)]
-    own = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
-    return subprocess.Popen(
-        [sys.executable, *launch, "-m", "distill", *given],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | own,
-    )
 
 
 def kill_after(process, run, lines):
