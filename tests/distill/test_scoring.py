@@ -43,6 +43,7 @@ def test_a_run_ends_with_scores_and_a_report(tmp_path, teacher, corpus_dir):
         assert f"{want.bits_per_byte:.3f}" in (run / name).read_text()
 
 
+@pytest.mark.medium
 def test_a_stopped_run_has_none_until_it_ends(tmp_path, teacher, corpus_dir, monkeypatch):
     recipe = make_recipe(tmp_path, teacher, corpus_dir, *SHORT)
     run = tmp_path / "run"
@@ -60,6 +61,7 @@ def test_a_stopped_run_has_none_until_it_ends(tmp_path, teacher, corpus_dir, mon
     do(recipe, run, resume=True)  # nor is anything left to score
 
 
+@pytest.mark.medium
 def test_a_report_may_be_left_out(tmp_path, teacher, corpus_dir, capsys):
     recipe = make_recipe(tmp_path, teacher, corpus_dir, *SHORT)
     recipe.save(tmp_path / "recipe.yaml")
