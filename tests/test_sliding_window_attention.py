@@ -182,6 +182,24 @@ def test_steps_go_on_from_a_prompt(inplace, prompt, sinks):
         assert relative_error(h, want[:, t]) <= 1e-6
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_steps_of_sequences_that_have_seen_unlike_numbers(inplace):
+    inputs = make_inputs(**{**SHAPE, "T": 24})
+    want, _ = attend(inputs, "reference", window=5, sinks=2)
+    seen = torch.tensor([3, 20])  # the first has not filled its places
+    rows = torch.arange(2)
+    parts = [
+        xk.sliding_window_cache(*(inputs[n][b : b + 1, :T] for n in "kv"), window=5, sinks=2)
+        for b, T in enumerate(seen.tolist())
+    ]
+    tensors = (torch.cat([part[at] for part in parts]) for at in range(3))
+    cache = xk.SlidingWindowCache(*tensors, sinks=2)
+    for t in range(4):
+        token = (inputs[name][rows, seen + t] for name in "qkv")
+        h, cache = xk.sliding_window_attention_step(*token, cache, inplace=inplace)
+        assert relative_error(h, want[rows, seen + t]) <= 1e-6
+
+
 def test_gradients_flow_through_steps():
     inputs = {n: x.requires_grad_() for n, x in make_inputs(**{**SHAPE, "T": 9}).items()}
     cache = xk.sliding_window_cache(inputs["k"][:, :5], inputs["v"][:, :5], window=4, sinks=1)

@@ -49,7 +49,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Autocast switched off, on devices that have one; the meta device has none."""
-    if not torch.amp.is_autocast_available(device.type):
+    """Autocast switched off where it is on; the meta device has none."""
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(
+        device.type
+    ):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

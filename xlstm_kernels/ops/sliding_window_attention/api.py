@@ -178,23 +178,49 @@ def sliding_window_attention_step(
     tensors = (q, k, v, cache.k, cache.v)
     if inplace and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise ValueError(f"{function}: inplace must be False where gradients are wanted, got True")
-    place = _places(cache.seen, slots - cache.sinks, cache.sinks)
-    rows = torch.arange(B, device=q.device)
-    put = Tensor.index_put_ if inplace else Tensor.index_put
-    keys = put(cache.k, (rows, place), k.to(cache.k.dtype))
-    values = put(cache.v, (rows, place), v.to(cache.v.dtype))
-    seen = cache.seen.add_(1) if inplace else cache.seen + 1
-    filled = torch.arange(slots, device=q.device)[None] < seen[:, None]
+    count = _common_count(cache.seen) if inplace else None
+    cache = _with_token(cache, k, v, inplace, count)
+    keys, values, mask_B11S = cache.k, cache.v, None
+    if count is None:
+        mask_B11S = (torch.arange(slots, device=q.device) < cache.seen[:, None])[:, None, None]
+    else:  # places are filled in their order
+        keys, values = keys[:, : count + 1], values[:, : count + 1]
     with no_autocast(q.device):
         h_BHE = F.scaled_dot_product_attention(
             q[:, :, None],
             keys.transpose(1, 2).to(q.dtype),
             values.transpose(1, 2).to(q.dtype),
-            filled[:, None, None],
+            mask_B11S,
             scale=scale,
             enable_gqa=q.shape[1] != G,
         )[:, :, 0]
-    return h_BHE, SlidingWindowCache(keys, values, seen, cache.sinks)
+    return h_BHE, cache
+
+
+def _common_count(seen_B: Tensor) -> int | None:
+    """What each row has seen, where that is one number and a look at it waits for no GPU. Neither
+    indices nor a mask are needed then, which cost more than the attention."""
+    if seen_B.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    counts = set(seen_B.tolist())
+    return counts.pop() if len(counts) == 1 else None
+
+
+def _with_token(
+    cache: SlidingWindowCache, k: Tensor, v: Tensor, inplace: bool, count: int | None
+) -> SlidingWindowCache:
+    """`count` is that of `_common_count`."""
+    sinks, window = cache.sinks, cache.k.shape[1] - cache.sinks
+    if count is not None:
+        at = count if count < sinks else sinks + (count - sinks) % window
+        cache.k[:, at], cache.v[:, at] = k, v
+        cache.seen.add_(1)
+        return cache
+    where = torch.arange(len(k), device=k.device), _places(cache.seen, window, sinks)
+    put = Tensor.index_put_ if inplace else Tensor.index_put
+    keys, values = (put(room, where, x.to(room.dtype)) for room, x in ((cache.k, k), (cache.v, v)))
+    seen = cache.seen.add_(1) if inplace else cache.seen + 1
+    return SlidingWindowCache(keys, values, seen, sinks)
 
 
 def _places(t: Tensor, window: int, sinks: int) -> Tensor:
