@@ -262,7 +262,7 @@ class HybridMixer(nn.Module):
         """
         how = self._mlstm | {"inplace": inplace, "backend": self.options.backend}
         T, shared = mlstm_inputs[0].shape[1], self.heads // self.states
-        tokens = self._fold(*mlstm_inputs, shared) if shared > 1 else mlstm_inputs
+        tokens = self._fold(*mlstm_inputs) if shared > 1 else mlstm_inputs
         if tokens[0].shape[1] <= STEP_TOKENS:
             h_BNSD, state = xk.mlstm_step(*(*tokens, state), **how)
         else:
@@ -282,9 +282,9 @@ class HybridMixer(nn.Module):
         v_BTSD: Tensor,
         i_BTS: Tensor,
         f_BTS: Tensor,
-        shared: int,
     ) -> Any:
-        """(B, T * shared, S, ...) of each."""
+        """(B, N, S, ...) of each: a token for each query."""
+        shared = self.heads // self.states
         parts = (
             phi_q_BTHK.unflatten(2, (self.states, shared)).transpose(2, 3),
             *(x.unsqueeze(2).expand(-1, -1, shared, -1, -1) for x in (phi_k_BTSK, v_BTSD)),
