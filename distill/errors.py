@@ -1,6 +1,8 @@
 """The two ways in which a command ends early: a reason for the user, or a signal from the user."""
 
+import difflib
 import signal
+from collections.abc import Sequence
 from types import FrameType
 
 
@@ -10,6 +12,12 @@ class DistillError(Exception):
 
 class NotFinite(DistillError):
     """A model has come to NaN or infinity."""
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """For the end of a message about a name that there is not: the one that may be meant."""
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f", did you mean {close[0]}?" if close else ""
 
 
 class Interrupted(Exception):

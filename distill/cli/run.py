@@ -44,6 +44,12 @@ def add(commands: Commands) -> None:
         help="print parameters, memory and the teacher's loss; write nothing",
     )
     run_.add_argument(
+        "--controls",
+        metavar="NAME,NAME",
+        help="train these too, by the same stages, and show them beside the student: hard-labels"
+        " (the same student without its teacher's words) and teacher-trained-on",
+    )
+    run_.add_argument(
         "--no-report", action="store_true", help="leave scores and report to `distill eval`"
     )
     run_.set_defaults(command=run)
@@ -59,6 +65,7 @@ def run(args: argparse.Namespace) -> None:
     from distill.training.runs import run as run_recipe
 
     changes = ["evaluation.report=false"] if args.no_report else []
+    changes += [f"controls=[{args.controls}]"] if args.controls is not None else []
     recipe = Recipe.load(args.recipe, args.overrides + changes)
     reporter = Reporter(Console(highlight=False))
     if args.dry_run:

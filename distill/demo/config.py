@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from distill.training.controls import hard_labels, teacher_trained_on
 from distill.training.recipe import (
     DataConfig,
     EvaluationConfig,
@@ -115,17 +116,17 @@ class Recipes:
 
     def trained_on(self, seed: int) -> Recipe:
         """The teacher itself, for the steps of the hybrid's second stage."""
-        budget = self.config.budget
-        stage = self._stage("train", budget.distill, budget.distill_lr, [self._ce()])
-        return self._recipe([stage], seed, StudentConfig("load", str(self.teacher)), self.teacher)
+        return teacher_trained_on(self.hybrid(seed))
 
-    def small(self, seed: int, from_teacher: bool) -> Recipe:
-        """A few of the teacher's layers, trained on its words or on the text alone."""
+    def small(self, seed: int) -> Recipe:
+        """A few of the teacher's layers."""
         budget = self.config.budget
-        losses = self._distillation() if from_teacher else [self._ce()]
-        stage = self._stage("distill", budget.small, budget.small_lr, losses)
+        stage = self._stage("distill", budget.small, budget.small_lr, self._distillation())
         student = StudentConfig("compress", options={"layers": self.config.small_layers})
         return self._recipe([stage], seed, student, self.teacher)
+
+    def small_from_labels(self, seed: int) -> Recipe:
+        return hard_labels(self.small(seed))
 
     def _ce(self, weight: float = 1.0) -> LossConfig:
         return LossConfig("ce", weight, {"backend": self.config.backend})

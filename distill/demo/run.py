@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,7 +29,12 @@ from distill.progress import Reporter, Within
 from distill.training.recipe import Recipe
 from distill.training.runs import run as run_recipe
 
-PARTS = ("hybrid", "teacher on", "small", "small, labels")
+PARTS: dict[str, Callable[[Recipes, int], Recipe]] = {
+    "hybrid": Recipes.hybrid,
+    "teacher on": Recipes.trained_on,
+    "small": Recipes.small,
+    "small, labels": Recipes.small_from_labels,
+}
 ONCE = ("teacher on",)  # of which the first seed is enough
 
 
@@ -65,9 +70,9 @@ class Demo:
         self._require_own(start)
         write_start(start, self.config.sizes)
         found = {"teacher": [self._train("teacher", recipes.of_teacher(start))]}
-        for part in PARTS:
+        for part, recipe_of in PARTS.items():
             found[part] = [
-                self._train(f"{part} {seed}", self._recipe(recipes, part, seed))
+                self._train(f"{part} {seed}", recipe_of(recipes, seed))
                 for seed in seeds_of(part, self.config.seeds)
             ]
         self.trained_s = time.perf_counter() - began
@@ -82,13 +87,6 @@ class Demo:
         others = [path for path in map(self._folder, names) if path.exists()]
         if others and not start.exists():
             raise DistillError(f"demo: {others[0]} is no demo's; pass another --run-dir")
-
-    def _recipe(self, recipes: Recipes, part: str, seed: int) -> Recipe:
-        if part == "hybrid":
-            return recipes.hybrid(seed)
-        if part == "teacher on":
-            return recipes.trained_on(seed)
-        return recipes.small(seed, from_teacher=part == "small")
 
     def _train(self, name: str, recipe: Recipe) -> Path:
         """The student of a run folder, which goes on, starts over or is there already."""

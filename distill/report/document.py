@@ -225,6 +225,8 @@ def tables(scores: Mapping[str, Any]) -> Iterator[Table]:
         " teacher on for the same budget tells.",
         lead=True,
     )
+    if len(models) > 2:
+        yield _controls(models, scores["student"])
     if seeds := scores.get("seeds"):
         yield Table(
             "Bits per byte over seeds",
@@ -247,6 +249,21 @@ def tables(scores: Mapping[str, Any]) -> Iterator[Table]:
         )
     if timing := scores.get("bench"):
         yield timing_table(timing)
+
+
+def _controls(models: Mapping[str, Any], student: str) -> Table:
+    """All models after teacher and student, against the latter."""
+    own = models[student]["bits_per_byte"]
+    bits = {name: models[name]["bits_per_byte"] for name in list(models)[2:]}
+    return Table(
+        "The student against its controls",
+        ["control", "bits per byte", "student", "difference", "student is better"],
+        [
+            [name, f"{each:.3f}", f"{own:.3f}", f"{own - each:+.4f}", "yes" if own < each else "no"]
+            for name, each in bits.items()
+        ],
+        "A difference below zero is what the student saves.",
+    )
 
 
 def _worst(scores: Mapping[str, Any], name: str, found: WinAndTie) -> Table:

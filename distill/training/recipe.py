@@ -5,7 +5,6 @@ A key that no dataclass has is an error that names the nearest one that there is
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -16,7 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from distill.errors import DistillError
+from distill.errors import DistillError, nearest
 from distill.files import write_atomically
 
 # As `accelerate` names them.
@@ -143,7 +142,8 @@ class LogConfig:
 
 @dataclass
 class Recipe:
-    """A teacher, a student, data, and the stages that lead from one to the other."""
+    """A teacher, a student, data, and the stages that lead from one to the other; and the names of
+    what the student is to be compared with (`distill.training.controls`)."""
 
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -152,6 +152,7 @@ class Recipe:
     loop: LoopConfig = field(default_factory=LoopConfig)
     log: LogConfig = field(default_factory=LogConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    controls: list[str] = field(default_factory=list)
 
     @classmethod
     def load(cls, source: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -273,7 +274,7 @@ def _read(source: str | Path) -> DictConfig:
             text = path.read_text()
         given = OmegaConf.create(text)
     except OSError as error:
-        near = _nearest(str(source), presets())
+        near = nearest(str(source), presets())
         raise DistillError(
             f"recipe: {source} is neither a file ({error.strerror}) nor a preset{near};"
             f" presets are {', '.join(presets())}"
@@ -294,7 +295,7 @@ def _require_known(example: Any, given: Any, at: str) -> None:
         key = str(name)
         if key not in names:
             raise DistillError(
-                f"recipe: there is no {at}{key}{_nearest(key, names)};"
+                f"recipe: there is no {at}{key}{nearest(key, names)};"
                 f" {at.rstrip('.') or 'the top'} has {', '.join(names)}"
             )
         inner = getattr(example, key)
@@ -306,11 +307,6 @@ def _require_known(example: Any, given: Any, at: str) -> None:
 
 
 _ITEMS: dict[str, Any] = {"stages": StageConfig, "losses": LossConfig}
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f", did you mean {close[0]}?" if close else ""
 
 
 def _override(config: Any, text: str) -> None:
@@ -326,7 +322,7 @@ def _override(config: Any, text: str) -> None:
             if part not in node:
                 names = [str(name) for name in node]
                 raise DistillError(
-                    f"recipe: there is no {at}{part}{_nearest(part, names)};"
+                    f"recipe: there is no {at}{part}{nearest(part, names)};"
                     f" {at.rstrip('.') or 'the top'} has {', '.join(names)}"
                 )
         else:

@@ -32,8 +32,10 @@ from distill.hybrid.stages import calibrate_gates
 from distill.losses.module import DistillModule, LossSpec
 from distill.machine import describe_machine
 from distill.models.compression import compress
-from distill.progress import Reporter
+from distill.progress import Reporter, Within
+from distill.report.run_folder import CONTROLS
 from distill.training import checks, parallel, scoring, snapshot
+from distill.training.controls import controls_of
 from distill.training.recipe import Recipe, StageConfig
 from distill.training.trainer import Metrics, Stage
 
@@ -50,6 +52,7 @@ class Run:
 
     def __post_init__(self) -> None:
         recipe = self.recipe
+        self.controls = controls_of(recipe)
         if recipe.data.corpus is None:
             raise DistillError("recipe: data.corpus must be a folder of text, got none")
         self.accelerator: Accelerator = parallel.make_accelerator(
@@ -178,7 +181,7 @@ class Run:
         stages = whole.pop("stages")
         at = [stage["name"] for stage in stages].index(config.name)
         kept = {"stages": {stage["name"]: _by_name(stage) for stage in stages[: at + 1]}}
-        del whole["log"], whole["evaluation"]
+        del whole["log"], whole["evaluation"], whole["controls"]
         for name in ("checkpoint_every", "keep", "heldout_every"):
             del whole["loop"][name]
         whole["data"].pop("corpus")
@@ -195,7 +198,7 @@ def run(
     resume: bool = False,
     tokens: Tokens | None = None,
 ) -> Path:
-    """Train the recipe's student and write its scores and report into `folder`.
+    """Train the recipe's student and its controls, write scores and report into `folder`.
 
     Returns:
         The folder of the finished student, `folder`/student; on ranks but the first when the first
@@ -210,8 +213,9 @@ def run(
         Interrupted: a signal came; a checkpoint is there.
     """
     folder, reporter = Path(folder), reporter or Reporter(Console(highlight=False))
-    if (folder / "recipe.yaml").exists() and not resume:
-        raise DistillError(f"run: {folder} holds a run; pass --resume, or another --run-dir")
+    for path in (folder, *(folder / CONTROLS / name for name in recipe.controls)):
+        if (path / "recipe.yaml").exists() and not resume:
+            raise DistillError(f"run: {path} holds a run; pass --resume, or another --run-dir")
     shared = Run(recipe, folder, reporter, interrupt or Interrupt(), tokens)
     accelerator = shared.accelerator
     if not accelerator.is_main_process:
@@ -219,7 +223,9 @@ def run(
     with _claimed(folder, accelerator):
         trained = _run_stages(shared, resume)
         shared.reporter.say(f"student  {folder / 'student'}")
-        shared.teacher = None  # which may be sharded
+        shared.teacher = None  # which may be sharded, and is read again
+        for name in shared.controls:
+            trained |= _run_control(shared, name, resume)
         if recipe.evaluation.report and (trained or not scoring.is_scored(folder)):
             parallel.alone(
                 accelerator,
@@ -233,6 +239,16 @@ def run(
                 ),
             )
     return folder / "student"
+
+
+def _run_control(shared: Run, name: str, resume: bool) -> bool:
+    """In a folder of its own; whether there was something left to train."""
+    folder, reporter = shared.folder / CONTROLS / name, Within(shared.reporter, name)
+    control = Run(shared.controls[name], folder, reporter, shared.interrupt, shared.tokens)
+    with _claimed(folder, control.accelerator):
+        trained = _run_stages(control, resume)
+    shared.reporter.say(f"control  {folder / 'student'}")
+    return trained
 
 
 def _run_stages(shared: Run, resume: bool) -> bool:
@@ -294,6 +310,8 @@ def describe(recipe: Recipe, folder: Path, reporter: Reporter) -> None:
     student = shared.first_student()
     for config in recipe.stages:
         checks.say(reporter, shared.stage(config, student))
+    for name, control in shared.controls.items():
+        reporter.say(f"control  {name}: {', '.join(stage.name for stage in control.stages)}")
 
 
 def _train(stage: Stage, done: Path, shared: Run, resume: bool) -> None:

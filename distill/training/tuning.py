@@ -151,7 +151,7 @@ def _score(recipe: Recipe, folder: Path, reporter: Reporter, interrupt: Interrup
     # Held-out files are read at the end alone.
     longest = max(stage.steps or 0 for stage in recipe.stages)
     recipe = replace(recipe, loop=replace(recipe.loop, heldout_every=longest + 1))
-    recipe = replace(recipe, evaluation=EvaluationConfig(report=False))
+    recipe = replace(recipe, evaluation=EvaluationConfig(report=False), controls=[])
     if not (folder / "student").exists():
         try:
             run(recipe, folder, reporter, interrupt, resume=True)

@@ -16,6 +16,7 @@ import transformers  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from rich.console import Console  # noqa: E402
 
+from distill.data.capture import load_model  # noqa: E402
 from distill.data.rows import byte_tokenizer  # noqa: E402
 from distill.errors import Interrupt  # noqa: E402
 from distill.progress import Reporter  # noqa: E402
@@ -99,6 +100,15 @@ def steps_on_rank(rank, ranks, recipe, folder, count):
         losses.append(stage._train_step()[0])
         stage.step += 1
     return losses, stage.wrapped.weights()
+
+
+def weights(folder):
+    return load_model(folder, torch.float32).state_dict()
+
+
+def assert_same(got, want):
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], x) for name, x in want.items())
 
 
 class StopAt(Interrupt):

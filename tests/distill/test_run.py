@@ -8,7 +8,17 @@ import time
 
 import pytest
 import torch
-from run_cases import RECIPE, StopAt, do, make_recipe, tool, transformers, write_teacher
+from run_cases import (
+    RECIPE,
+    StopAt,
+    assert_same,
+    do,
+    make_recipe,
+    tool,
+    transformers,
+    weights,
+    write_teacher,
+)
 
 import distill
 from distill.__main__ import main
@@ -33,19 +43,10 @@ def command(capsys, tmp_path, teacher, corpus, *more):
     return status, *capsys.readouterr()
 
 
-def weights(folder):
-    return load_model(folder, torch.float32).state_dict()
-
-
 def metrics(run):
     """Lines of training, and of held-out files."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [x for x in lines if "losses" in x], [x for x in lines if "heldout" in x]
-
-
-def assert_same(got, want):
-    assert got.keys() == want.keys()
-    assert all(torch.equal(got[name], x) for name, x in want.items())
 
 
 @pytest.mark.parametrize("family", ["Llama", pytest.param("Qwen2", marks=pytest.mark.slow)])

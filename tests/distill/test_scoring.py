@@ -117,11 +117,12 @@ def test_of_two_ranks_one_scores_and_the_other_waits(tmp_path, teacher, corpus_d
     make_recipe(tmp_path, teacher, corpus_dir)
     given = [f"teacher.path={teacher}", f"data.corpus={corpus_dir}", *SHORT]
     given += [f"loop.parallel={parallel}", "--run-dir", tmp_path / "run"]
+    given += ["--controls", "hard-labels"]
     process = tool(tmp_path, *given, ranks=2)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert outcome(tmp_path / "run") == list(OUTCOME)
-    assert out.count("score    student") == 1 and out.count("report   ") == 1
+    assert out.count("score    hard-labels") == 1 and out.count("report   ") == 1
 
 
 @pytest.mark.slow
