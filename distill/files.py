@@ -45,8 +45,9 @@ def replace_folder(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.rename(path)
         sync_directory(path.parent)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise DistillError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def require_place(path: Path, *sources: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from distill.cli.flags import add_folders, add_pattern, fraction, whole_number
@@ -34,6 +36,31 @@ def add(commands: Commands) -> None:
         out="where the cache goes",
     )
     add_pattern(cache)
+    _add_sizes(cache)
+    cache.add_argument(
+        "--boundaries",
+        action="store_true",
+        help="the teacher reads each document by itself, as data.boundaries of a recipe",
+    )
+    cache.add_argument(
+        "--heldout-fraction",
+        type=fraction,
+        default=0.05,
+        metavar="X",
+        help="of the documents, left out as data.heldout_fraction of a recipe (default:"
+        " %(default)s)",
+    )
+    cache.add_argument(
+        "--tokens",
+        type=Path,
+        metavar="DIR",
+        help="where the tokens are kept, as data.tokens of a recipe (default: OUT/tokens)",
+    )
+    cache.add_argument("--dry-run", action="store_true", help="print sizes and write nothing")
+    cache.set_defaults(command=run)
+
+
+def _add_sizes(cache: argparse.ArgumentParser) -> None:
     cache.add_argument(
         "--samples",
         type=whole_number(1, (1 << 16) - 1),
@@ -56,28 +83,14 @@ def add(commands: Commands) -> None:
     cache.add_argument(
         "--max-tokens", type=whole_number(1, 1 << 40), metavar="N", help="stop after N tokens"
     )
-    cache.add_argument(
-        "--boundaries",
-        action="store_true",
-        help="the teacher reads each document by itself, as data.boundaries of a recipe",
-    )
-    cache.add_argument(
-        "--heldout-fraction",
-        type=fraction,
-        default=0.05,
-        metavar="X",
-        help="of the files, left out as data.heldout_fraction of a recipe (default: %(default)s)",
-    )
-    cache.add_argument("--dry-run", action="store_true", help="print sizes and write nothing")
-    cache.set_defaults(command=run)
 
 
 def run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from distill.data.capture import CaptureConfig, capture, load_teacher
-    from distill.data.corpus import load_corpus
-    from distill.data.rows import Tokens
+    from distill.data.corpus import Source
+    from distill.data.tokens import TOKENS, Plan, stored_text
     from distill.data.words import Drawn, Likeliest
     from distill.progress import Reporter
 
@@ -86,6 +99,8 @@ def run(args: argparse.Namespace) -> None:
     reporter = Reporter(Console(highlight=False))
     with Interrupt() as interrupt:
         model, tokenizer = load_teacher(args.teacher)
-        corpus = load_corpus(args.corpus, args.pattern, args.heldout_fraction)
-        tokens = Tokens.of(corpus.train, tokenizer)
-        capture(model, tokens, args.out, config, reporter, interrupt, args.dry_run)
+        plan = Plan(Source(args.corpus, args.pattern, args.text_key), args.heldout_fraction)
+        with TemporaryDirectory() as scratch:
+            folder = args.tokens or (Path(scratch) if args.dry_run else args.out / TOKENS)
+            tokens = stored_text(plan, tokenizer, folder, reporter, interrupt).tokens
+            capture(model, tokens, args.out, config, reporter, interrupt, args.dry_run)

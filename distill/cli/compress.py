@@ -70,7 +70,8 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from distill.data.capture import corpus_tokens, load_teacher, save_model
+    from distill.data.capture import first_tokens, load_teacher, save_model
+    from distill.data.corpus import load_corpus
     from distill.files import require_place
     from distill.models.compression import compress
 
@@ -78,8 +79,8 @@ def run(args: argparse.Namespace) -> None:
     teacher, tokenizer = load_teacher(args.teacher)
     inputs = None
     if args.corpus is not None:
-        inputs = corpus_tokens(args.corpus, args.pattern, tokenizer)[: args.tokens].split(512)
-        inputs = [ids[None] for ids in inputs]
+        corpus = load_corpus(args.corpus, args.pattern, text_key=args.text_key)
+        inputs = [ids[None] for ids in first_tokens(corpus, tokenizer, args.tokens).split(512)]
     student, layer_map, _ = compress(
         teacher,
         layers=_layers(args.layers),

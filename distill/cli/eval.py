@@ -57,9 +57,11 @@ def _add_eval(commands: Commands) -> None:
         help="a model to show beside them, as 'hard labels=runs/ce/student'; may be repeated"
         " (default: those below OUT/controls)",
     )
-    parser.add_argument(
-        "--pattern", metavar="GLOB", help="which files (default: the run's, or *.txt)"
-    )
+    for flag, name, what in (
+        ("--pattern", "GLOB", "which files (default: the run's, or *.txt)"),
+        ("--text-key", "NAME", "of text in .jsonl and .parquet (default: the run's, or text)"),
+    ):
+        parser.add_argument(flag, metavar=name, help=what)
     parser.add_argument(
         "--all-files",
         action="store_true",
@@ -126,9 +128,10 @@ def run(args: argparse.Namespace) -> None:
     plan = Plan(args.length, args.rows, args.overlap, args.needle, args.contexts)
     models.require(plan)
     if args.all_files:
-        documents = read_documents(args.corpus, args.pattern)
+        documents = read_documents(args.corpus, args.pattern, args.text_key)
     else:
-        documents = list(load_corpus(args.corpus, args.pattern, **heldout).heldout)
+        given = {"text_key": args.text_key, **heldout}
+        documents = list(load_corpus(args.corpus, args.pattern, **given).heldout)
     scores = assess(models, models.tokenizer, documents, plan, say=reporter.say)
     if args.harness:
         from distill.evaluation.harness import harness_tasks
@@ -166,9 +169,11 @@ def _complete(args: argparse.Namespace) -> dict[str, Any]:
         args.student = args.student or args.out / "student"
         args.corpus = args.corpus or (data.corpus and Path(data.corpus))
         args.pattern = args.pattern or data.pattern
+        args.text_key = args.text_key or data.text_key
         args.length = args.length or data.length
         args.control = args.control or [f"{n}={f}" for n, f in control_students(args.out).items()]
     args.pattern, args.length = args.pattern or "*.txt", args.length or 512
+    args.text_key = args.text_key or "text"
     for name in ("teacher", "student", "corpus"):
         if getattr(args, name) is None:
             raise DistillError(f"--{name}: must be given, since {args.out} has no recipe with it")

@@ -76,7 +76,17 @@ def add_folders(parser: argparse.ArgumentParser, **what: str) -> None:
 def add_pattern(parser: argparse.ArgumentParser) -> None:
     """Which files of --corpus."""
     parser.add_argument(
-        "--pattern", default="*.txt", metavar="GLOB", help="which files (default: %(default)s)"
+        "--pattern",
+        default="*.txt",
+        metavar="GLOB",
+        help="which files; those named .jsonl, .jsonl.gz and .parquet have a document a line or row"
+        " (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--text-key",
+        default="text",
+        metavar="NAME",
+        help="where these have it (default: %(default)s)",
     )
 
 

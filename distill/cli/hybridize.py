@@ -62,7 +62,8 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> None:
     import yaml
 
-    from distill.data.capture import corpus_tokens, load_teacher, save_model
+    from distill.data.capture import first_tokens, load_teacher, save_model
+    from distill.data.corpus import load_corpus
     from distill.files import require_place
     from distill.hybrid.convert import hybridize, new_parameters
     from distill.hybrid.stages import calibrate_gates
@@ -80,8 +81,8 @@ def run(args: argparse.Namespace) -> None:
     teacher, tokenizer = load_teacher(args.teacher)
     student = hybridize(teacher, window=args.window, sinks=args.sinks, **options)
     if args.corpus is not None:
-        tokens_N = corpus_tokens(args.corpus, args.pattern, tokenizer)
-        calibrate_gates(student, tokens_N[None, : args.length])
+        corpus = load_corpus(args.corpus, args.pattern, text_key=args.text_key)
+        calibrate_gates(student, first_tokens(corpus, tokenizer, args.length)[None])
     save_model(args.out, student, tokenizer)
     added = sum(parameter.numel() for parameter in new_parameters(student).values())
     print(

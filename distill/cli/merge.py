@@ -65,7 +65,7 @@ def _swept(args: argparse.Namespace, experts: dict[str, Path]) -> dict[str, floa
 
     if args.corpus is None:
         raise DistillError("--sweep: --corpus must be given, the text to score on")
-    documents = load_corpus(args.corpus, args.pattern).heldout
+    documents = load_corpus(args.corpus, args.pattern, text_key=args.text_key).heldout
     _, tokenizer = load_teacher(next(iter(experts.values())))
 
     def show(trial: Trial, done: int, total: int) -> None:

@@ -11,9 +11,10 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from distill.data.corpus import load_corpus
-from distill.data.rows import Rows, Tokens
+from distill.data.corpus import Corpus
+from distill.data.rows import Rows
 from distill.data.teacher import CacheWriter, TeacherCache, model_digest
+from distill.data.tokens import Tokens, encoded
 from distill.data.words import Drawn, Kind
 from distill.errors import DistillError, Interrupt
 from distill.evaluation.scores import require_positions
@@ -106,9 +107,15 @@ def save_model(path: Path, model: Any, tokenizer: Any, **options: Any) -> None:
     replace_folder(path, write)
 
 
-def corpus_tokens(root: Path, pattern: str, tokenizer: Any) -> Tensor:
-    """Training files in the order of their paths, each closed by the tokenizer's end of text."""
-    return torch.from_numpy(Tokens.of(load_corpus(root, pattern).train, tokenizer).ids_N).long()
+def first_tokens(corpus: Corpus, tokenizer: Any, most: int) -> Tensor:
+    """Of the documents that are trained on, each closed by the tokenizer's end of text."""
+    parts, found = [], 0
+    for _, ids in encoded(corpus.train, tokenizer):
+        parts.append(torch.from_numpy(ids).long())
+        found += len(ids)
+        if found >= most:
+            break
+    return torch.cat(parts)[:most]
 
 
 @torch.no_grad()

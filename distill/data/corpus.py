@@ -1,14 +1,20 @@
-"""Text from a directory, split by file, and the order in which it is read."""
+"""Text below a folder, document by document, and which of it is held out."""
+
+from __future__ import annotations
 
 import hashlib
 import math
 import sysconfig
+from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from distill.data.formats import Document, documents_of
 from distill.errors import DistillError
 
 # Generated tables and manuals are not source; tests and installed packages are not the library.
@@ -18,25 +24,80 @@ SKIPPED_DIRS = frozenset(
 
 
 @dataclass(frozen=True)
-class Document:
-    """One file: its path relative to the corpus and its text, byte for byte."""
+class Source:
+    """The documents of files below a folder whose names match, or of one file."""
 
-    path: str
-    text: bytes
+    root: Path
+    pattern: str = "*.py"
+    text_key: str = "text"
+
+    @cached_property
+    def files(self) -> tuple[str, ...]:
+        """Their paths below the folder, in order."""
+        root, pattern = self.root, self.pattern
+        if not root.exists():
+            raise DistillError(f"corpus: {root} does not exist")
+        if root.is_file():
+            return (root.name,)
+        try:
+            paths = [path.relative_to(root) for path in root.rglob(pattern)]
+        except (ValueError, NotImplementedError) as error:
+            raise DistillError(f"corpus: cannot match the pattern {pattern!r}: {error}") from error
+        kept = (
+            path.as_posix()
+            for path in paths
+            if not SKIPPED_DIRS.intersection(path.parts[:-1]) and (root / path).is_file()
+        )
+        return tuple(sorted(kept))
+
+    def place(self, path: str) -> Path:
+        return self.root if self.root.is_file() else self.root / path
+
+    def __iter__(self) -> Iterator[Document]:
+        """One at a time, so that they need not fit into memory together."""
+        for path in self.files:
+            yield from documents_of(self.place(path), path, self.text_key)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of the documents of a source, which are read anew each time."""
+
+    source: Source
+    inside_D: np.ndarray  # whether a document is one of them
+    size_bytes: int
+
+    def __len__(self) -> int:
+        return int(self.inside_D.sum())
+
+    def __iter__(self) -> Iterator[Document]:
+        for inside, document in zip(self.inside_D, self.source, strict=True):
+            if inside:
+                yield document
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents split by file; `digest` changes with any byte of any of them."""
+    """Documents in two parts; `digest` changes with any byte of any of them.
 
-    root: Path
-    train: tuple[Document, ...]
-    heldout: tuple[Document, ...]
+    chosen: numbers of the held-out documents that scores are measured on.
+    """
+
+    source: Source
+    train: Part
+    chosen: tuple[int, ...]
     digest: str
 
     @property
-    def train_bytes(self) -> int:
-        return sum(len(document.text) for document in self.train)
+    def root(self) -> Path:
+        return self.source.root
+
+    @cached_property
+    def heldout(self) -> tuple[Document, ...]:
+        """In the order of the hashes of their paths."""
+        wanted = set(self.chosen)
+        found = {at: document for at, document in enumerate(self.source) if at in wanted}
+        return tuple(found[at] for at in self.chosen)
 
     @property
     def heldout_bytes(self) -> int:
@@ -48,84 +109,78 @@ def standard_library() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
-def read_documents(root: Path, pattern: str = "*.py") -> list[Document]:
-    """Every non-empty file below `root` whose name matches, in the order of its path."""
-    if not root.exists():
-        raise DistillError(f"corpus: {root} does not exist")
-    if not root.is_dir():
-        raise DistillError(f"corpus: {root} is not a directory")
-    try:
-        paths = sorted(root.rglob(pattern))
-    except (ValueError, NotImplementedError) as error:
-        raise DistillError(f"corpus: cannot match the pattern {pattern!r}: {error}") from error
-    documents = []
-    for path in paths:
-        relative = path.relative_to(root)
-        if SKIPPED_DIRS.intersection(relative.parts[:-1]) or not path.is_file():
-            continue
-        try:
-            text = path.read_bytes()
-            text.decode("utf-8")
-        except OSError as error:
-            raise DistillError(f"corpus: cannot read {path}: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise DistillError(f"corpus: {path} is not UTF-8 text: {error.reason}") from error
-        if text:
-            documents.append(Document(relative.as_posix(), text))
-    if len(documents) < 2:
-        raise DistillError(
-            f"corpus: {root} needs at least 2 non-empty files that match {pattern!r} "
-            f"(one to train on, one to hold out), found {len(documents)}"
-        )
+def read_documents(root: Path, pattern: str = "*.py", text_key: str = "text") -> list[Document]:
+    """Every document that is not empty, in the order of files, and of lines and rows in them."""
+    documents = list(Source(root, pattern, text_key))
+    _require_two(root, pattern, len(documents))
     return documents
 
 
-def split_by_file(
-    documents: list[Document], heldout_fraction: float, heldout_bytes: int
-) -> tuple[tuple[Document, ...], tuple[Document, ...]]:
-    """Train and held-out documents; the hash of a file's path decides, so order does not matter.
-
-    At least one file is held out. Of the held-out files, only the first ones in hash order up to
-    `heldout_bytes` are returned: scoring them all would take longer than training.
-    """
-    ranked = sorted(documents, key=lambda document: _digest(document.path.encode()))
-    count = max(1, math.ceil(heldout_fraction * len(ranked)))
-    train = sorted(ranked[count:], key=lambda document: document.path)
-    heldout: list[Document] = []
-    total = 0
-    for document in ranked[:count]:
-        if heldout and total + len(document.text) > heldout_bytes:
-            continue
-        heldout.append(document)
-        total += len(document.text)
-    return tuple(train), tuple(heldout)
-
-
 def load_corpus(
-    root: Path, pattern: str = "*.py", heldout_fraction: float = 0.05, heldout_bytes: int = 1 << 18
+    root: Path,
+    pattern: str = "*.py",
+    heldout_fraction: float = 0.05,
+    heldout_bytes: int = 1 << 18,
+    text_key: str = "text",
 ) -> Corpus:
-    """Read `root` and split it; `heldout_bytes` bounds the text that scores are measured on."""
-    documents = read_documents(root, pattern)
-    train, heldout = split_by_file(documents, heldout_fraction, heldout_bytes)
-    if not train:
+    """Read through `root` and split it; `heldout_bytes` bounds the text that is scored."""
+    source = Source(root, pattern, text_key)
+    sha, ranks, sizes = hashlib.sha256(), array("Q"), array("q")
+    for document in source:
+        path = _framed(document.path.encode())
+        ranks.append(int.from_bytes(hashlib.sha256(path).digest()[:8], "big"))
+        sizes.append(len(document.text))
+        sha.update(path + _framed(document.text))
+    _require_two(root, pattern, len(sizes))
+    sizes_D = np.array(sizes)
+    train_D, chosen = split(np.array(ranks), sizes_D, heldout_fraction, heldout_bytes)
+    if not train_D.any():
         raise DistillError(
-            f"corpus: heldout_fraction must leave one of {len(documents)} files to train on, got"
+            f"corpus: heldout_fraction must leave one of {len(sizes)} documents to train on, got"
             f" {heldout_fraction}"
         )
-    parts = [part for d in (*train, *heldout) for part in (d.path.encode(), d.text)]
-    return Corpus(root, train, heldout, _digest(*parts))
+    part = Part(source, train_D, int(sizes_D[train_D].sum()))
+    return Corpus(source, part, chosen, sha.hexdigest())
+
+
+def split(
+    ranks_D: np.ndarray, sizes_D: np.ndarray, heldout_fraction: float, heldout_bytes: int
+) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Which documents are trained on, and numbers of those that are scored.
+
+    At least one is held out. `ranks` are hashes of their paths: their order does not matter. Of
+    those held out, only the first ones in the order of ranks up to `heldout_bytes` are scored: all
+    would take longer than training.
+    """
+    order = np.argsort(ranks_D, kind="stable").tolist()
+    held = order[: max(1, math.ceil(heldout_fraction * len(order)))]
+    chosen: list[int] = []
+    total = 0
+    for at in held:
+        if chosen and total + sizes_D[at] > heldout_bytes:
+            continue
+        chosen.append(at)
+        total += int(sizes_D[at])
+    train_D = np.ones(len(order), dtype=bool)
+    train_D[held] = False
+    return train_D, tuple(chosen)
+
+
+def _require_two(root: Path, pattern: str, found: int) -> None:
+    if found < 2:
+        raise DistillError(
+            f"corpus: {root} needs at least 2 documents that are not empty, in files that match"
+            f" {pattern!r} (one to train on, one to hold out), found {found}"
+        )
 
 
 @lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, windows: int) -> torch.Tensor:
     """(windows,): the order in which an epoch visits them."""
-    key = int(_digest(f"{seed}/{epoch}".encode())[:15], 16)
+    key = int(hashlib.sha256(_framed(f"{seed}/{epoch}".encode())).hexdigest()[:15], 16)
     return torch.randperm(windows, generator=torch.Generator().manual_seed(key))
 
 
-def _digest(*parts: bytes) -> str:
-    sha = hashlib.sha256()
-    for part in parts:
-        sha.update(len(part).to_bytes(8, "little"))
-        sha.update(part)
-    return sha.hexdigest()
+def _framed(part: bytes) -> bytes:
+    """So that no two lists of parts are the same bytes one after another."""
+    return len(part).to_bytes(8, "little") + part

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.data.corpus import Document, epoch_order
-from distill.data.teacher import TeacherCache, digest
+from distill.data.corpus import epoch_order
+from distill.data.teacher import TeacherCache
+from distill.data.tokens import Tokens
 from distill.data.words import Words, each, join
 from distill.errors import DistillError
 
@@ -28,66 +29,6 @@ def byte_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Documents one after another, each closed by the tokenizer's end of text, and begun by its
-    begin of text if that is another word, as `evaluate` and `generate` begin.
-
-    ids_N int32; document d fills starts_D1[d] to starts_D1[d + 1].
-    """
-
-    ids_N: np.ndarray
-    starts_D1: np.ndarray
-    names: tuple[str, ...]
-
-    @classmethod
-    def of(cls, documents: tuple[Document, ...] | list[Document], tokenizer: Any) -> Tokens:
-        if tokenizer.eos_token_id is None:
-            raise DistillError(
-                "tokenizer: it must have an eos_token, to put between documents, got None"
-            )
-        end = tokenizer.eos_token_id
-        begin = [x for x in (tokenizer.bos_token_id,) if x not in (None, end)]
-        parts, starts = [], [0]
-        for document in documents:
-            ids = tokenizer(document.text.decode(), add_special_tokens=False)["input_ids"]
-            parts.append(np.array([*begin, *ids, end], dtype=np.int32))
-            starts.append(starts[-1] + len(parts[-1]))
-        names = tuple(document.path for document in documents)
-        return cls(np.concatenate(parts), np.array(starts, dtype=np.int64), names)
-
-    @classmethod
-    def of_bytes(cls, documents: tuple[Document, ...] | list[Document], end: int) -> Tokens:
-        """What `of` makes with `byte_tokenizer`, at once."""
-        texts = [np.frombuffer(document.text, dtype=np.uint8) for document in documents]
-        parts = [np.append(text.astype(np.int32), np.int32(end)) for text in texts]
-        starts = np.cumsum([0, *(len(part) for part in parts)])
-        return cls(np.concatenate(parts), starts, tuple(document.path for document in documents))
-
-    def digest(self) -> str:
-        """Changes with any token and any boundary."""
-        arrays = {"ids": self.ids_N, "starts": self.starts_D1}
-        return digest((name, torch.from_numpy(array)) for name, array in arrays.items())
-
-    def cut(self, most: int | None) -> Tokens:
-        """The first of them."""
-        return Tokens(self.ids_N[:most], self.starts_D1, self.names)
-
-    def fingerprint(self, length: int, boundaries: bool) -> dict[str, str]:
-        """Of a teacher cache over them, as windows of `length`."""
-        whole = len(self.ids_N) // length * length
-        starts_D = self.starts_D1[self.starts_D1 < whole]
-        parts = {"tokens": self.ids_N[:whole]} | ({"starts": starts_D} if boundaries else {})
-        data = digest((name, torch.from_numpy(array)) for name, array in parts.items())
-        return {"data": data, "length": str(length), "boundaries": str(boundaries).lower()}
-
-    def documents(self, begin: int, end: int) -> list[str]:
-        """Names of those that tokens [begin, end) are from."""
-        first = int(np.searchsorted(self.starts_D1, begin, side="right")) - 1
-        last = int(np.searchsorted(self.starts_D1, end, side="left"))
-        return list(self.names[first:last])
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def measure(demo: Demo) -> dict[str, Any]:
         "config": {**asdict(demo.config), "corpus": str(demo.config.corpus)},
         "corpus": {
             "digest": demo.corpus.digest,
-            "train_bytes": demo.corpus.train_bytes,
+            "train_bytes": demo.corpus.train.size_bytes,
             "train_files": len(demo.corpus.train),
             "heldout_bytes": demo.corpus.heldout_bytes,
             "heldout_files": len(demo.corpus.heldout),

@@ -21,7 +21,8 @@ import torch
 
 from distill.data.capture import save_model
 from distill.data.corpus import Corpus
-from distill.data.rows import Tokens, byte_tokenizer
+from distill.data.rows import byte_tokenizer
+from distill.data.tokens import Tokens
 from distill.demo.config import DemoConfig, Recipes, Sizes
 from distill.errors import DistillError, Interrupt
 from distill.files import settings_difference
@@ -60,7 +61,7 @@ class Demo:
         began = time.perf_counter()
         self.reporter.say(
             f"corpus   {self.corpus.root}: {len(self.corpus.train)} files,"
-            f" {self.corpus.train_bytes / 1e6:.1f} MB to train on; {len(self.corpus.heldout)},"
+            f" {self.corpus.train.size_bytes / 1e6:.1f} MB to train on; {len(self.corpus.heldout)},"
             f" {self.corpus.heldout_bytes / 1e3:.0f} kB, held out"
         )
         self.tokens = Tokens.of_bytes(self.corpus.train, byte_tokenizer().eos_token_id)

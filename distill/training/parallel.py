@@ -136,7 +136,7 @@ class Wrapped:
         return {name: x.detach().cpu() for name, x in whole.items()}
 
 
-def alone(accelerator: Accelerator, work: Callable[[], None]) -> None:
+def alone(accelerator: Accelerator, work: Callable[[], object]) -> None:
     """Do work on the main process alone. The others wait for it, for longer than a collective of
     theirs may take; what stops it stops them."""
     stop: BaseException | None = None

@@ -55,7 +55,9 @@ class DataConfig:
 
     boundaries: attention, state and positions begin anew with each document (`cu_seqlens`), and no
         word is predicted from the document before it.
-    heldout_fraction: of the files; at most `heldout_bytes` of them are scored.
+    heldout_fraction: of the documents; at most `heldout_bytes` of them are scored.
+    text_key: of documents in .jsonl, .jsonl.gz and .parquet files, which have one a line or row.
+    tokens: a folder to keep the tokens in; None is one in the run's.
     """
 
     corpus: str | None = None
@@ -64,6 +66,8 @@ class DataConfig:
     boundaries: bool = False
     heldout_fraction: float = 0.05
     heldout_bytes: int = 1 << 18
+    text_key: str = "text"
+    tokens: str | None = None
 
 
 @dataclass
@@ -180,7 +184,7 @@ class Recipe:
     def expand_home(self) -> None:
         """Put the user's folder for ~ in paths: a shell does not, within KEY=~/notes."""
         for part, name in (
-            *((self.student, "path"), (self.data, "corpus")),
+            *((self.student, "path"), (self.data, "corpus"), (self.data, "tokens")),
             *((self.teacher, "path"), (self.teacher, "cache")),
         ):
             if (path := getattr(part, name)) is not None:

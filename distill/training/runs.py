@@ -7,10 +7,11 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from accelerate.utils import gather_object
 from rich.console import Console
 
 from distill.data.capture import load_model, load_teacher, save_model
-from distill.data.corpus import Corpus, load_corpus
-from distill.data.rows import Rows, Tokens
+from distill.data.corpus import Document, Source
+from distill.data.rows import Rows
 from distill.data.teacher import TeacherCache, model_digest, require_same
+from distill.data.tokens import TOKENS, Plan, Text, Tokens, stored_text
 from distill.data.words import Drawn, settings
 from distill.errors import DistillError, Interrupt
 from distill.evaluation.probes import require_needles
@@ -49,6 +51,7 @@ class Run:
     reporter: Reporter
     interrupt: Interrupt = field(default_factory=Interrupt)
     given: Tokens | None = None
+    heldout: tuple[Document, ...] = ()  # beside what is given; else they are read
 
     def __post_init__(self) -> None:
         recipe = self.recipe
@@ -62,11 +65,13 @@ class Run:
         self.teacher, self.tokenizer = self._read_teacher()
         # Other weights in the same folder show in a part of them, which takes no time to read.
         self.weights = None if self.teacher is None else model_digest(self.teacher, stride=61)
-        data = recipe.data
-        self.corpus: Corpus = load_corpus(
-            Path(data.corpus or ""), data.pattern, data.heldout_fraction, data.heldout_bytes
-        )
-        self.tokens = self.given or Tokens.of(self.corpus.train, self.tokenizer)
+        data, lengths = recipe.data, recipe.evaluation.needle
+        require_positions("data", self.teacher, data.length)
+        require_needles(self.tokenizer, lengths)
+        require_positions("needle", self.teacher, max(lengths, default=0))
+        if self.accelerator.num_processes > 1:
+            parallel.alone(self.accelerator, self._read_text)  # the first may have to write it
+        self.tokens, self.heldout = self._read_text()
         self.rows = Rows(
             self.tokens,
             recipe.loop.rows,
@@ -75,11 +80,6 @@ class Run:
             data.boundaries,
             self._read_cache(),
         )
-
-        require_positions("data", self.teacher, data.length)
-        lengths = recipe.evaluation.needle
-        require_needles(self.tokenizer, lengths)
-        require_positions("needle", self.teacher, max(lengths, default=0))
         if self.teacher is not None and self.accelerator.is_main_process:
             checks.say_teacher(self.reporter, self.teacher.to(self.accelerator.device), self.rows)
 
@@ -94,6 +94,15 @@ class Run:
             )
         _, tokenizer = load_teacher(Path(self.recipe.student.path))
         return None, tokenizer
+
+    def _read_text(self) -> Text:
+        data = self.recipe.data
+        source = Source(Path(data.corpus or ""), data.pattern, data.text_key)
+        plan = Plan(source, data.heldout_fraction, data.heldout_bytes)
+        if self.given is not None:
+            return Text(self.given, self.heldout or plan.corpus().heldout)
+        folder = self.folder / TOKENS if data.tokens is None else Path(data.tokens)
+        return stored_text(plan, self.tokenizer, folder, self.reporter, self.interrupt)
 
     def _read_cache(self) -> TeacherCache | None:
         if self.recipe.teacher.cache is None:
@@ -170,7 +179,7 @@ class Run:
         data = self.recipe.data
         options: dict[str, Any] = {"teacher": teacher, "length": data.length}
         scores = wrapped.run(
-            lambda student: evaluate(student, self.tokenizer, self.corpus.heldout, **options)
+            lambda student: evaluate(student, self.tokenizer, self.heldout, **options)
         )
         found = {name: getattr(scores, name) for name in ("bits_per_byte", "accuracy", "agreement")}
         return {name: value for name, value in found.items() if value is not None}
@@ -184,7 +193,8 @@ class Run:
         del whole["log"], whole["evaluation"], whole["controls"]
         for name in ("checkpoint_every", "keep", "heldout_every"):
             del whole["loop"][name]
-        whole["data"].pop("corpus")
+        for name in ("corpus", "text_key", "tokens"):
+            del whole["data"][name]
         whole["teacher"] |= {"path": None, "weights": self.weights}
         return whole | kept | {"tokens": self.tokens.digest()}
 
@@ -232,7 +242,7 @@ def run(
                 lambda: scoring.score(
                     recipe,
                     folder,
-                    shared.corpus,
+                    shared.heldout,
                     accelerator.device,
                     shared.reporter.say,
                     shared.interrupt,
@@ -244,7 +254,8 @@ def run(
 def _run_control(shared: Run, name: str, resume: bool) -> bool:
     """In a folder of its own; whether there was something left to train."""
     folder, reporter = shared.folder / CONTROLS / name, Within(shared.reporter, name)
-    control = Run(shared.controls[name], folder, reporter, shared.interrupt, shared.tokens)
+    text = shared.tokens, shared.heldout
+    control = Run(shared.controls[name], folder, reporter, shared.interrupt, *text)
     with _claimed(folder, control.accelerator):
         trained = _run_stages(control, resume)
     shared.reporter.say(f"control  {folder / 'student'}")
@@ -306,12 +317,14 @@ def _claimed(folder: Path, accelerator: Accelerator) -> Iterator[None]:
 
 def describe(recipe: Recipe, folder: Path, reporter: Reporter) -> None:
     """Say what `run` would train, and write nothing."""
-    shared = Run(recipe, folder, reporter)
-    student = shared.first_student()
-    for config in recipe.stages:
-        checks.say(reporter, shared.stage(config, student))
-    for name, control in shared.controls.items():
-        reporter.say(f"control  {name}: {', '.join(stage.name for stage in control.stages)}")
+    with TemporaryDirectory() as scratch:
+        data = replace(recipe.data, tokens=recipe.data.tokens or scratch)
+        shared = Run(replace(recipe, data=data), folder, reporter)
+        student = shared.first_student()
+        for config in recipe.stages:
+            checks.say(reporter, shared.stage(config, student))
+        for name, control in shared.controls.items():
+            reporter.say(f"control  {name}: {', '.join(stage.name for stage in control.stages)}")
 
 
 def _train(stage: Stage, done: Path, shared: Run, resume: bool) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from distill.data.corpus import Corpus
+from distill.data.corpus import Document
 from distill.errors import DistillError, Interrupt
 from distill.evaluation.assessment import Plan, assess
 from distill.evaluation.folders import Models
@@ -29,7 +29,7 @@ def plan_of(recipe: Recipe) -> Plan:
 def score(
     recipe: Recipe,
     folder: Path,
-    corpus: Corpus,
+    heldout: Sequence[Document],
     device: Any,
     say: Callable[[str], None],
     interrupt: Interrupt,
@@ -51,7 +51,7 @@ def score(
         scores = assess(
             models,
             models.tokenizer,
-            corpus.heldout,
+            heldout,
             plan_of(recipe),
             say=say_next,
             after_batch=lambda done, total: interrupt.check(),

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from distill.data.tokens import TOKENS
 from distill.errors import DistillError, Interrupt, NotFinite
 from distill.progress import Reporter
 from distill.training.recipe import EvaluationConfig, Recipe, StageConfig
@@ -150,8 +151,13 @@ def _score(recipe: Recipe, folder: Path, reporter: Reporter, interrupt: Interrup
     """Bits per byte at the end of a run, which is made unless it has been."""
     # Held-out files are read at the end alone.
     longest = max(stage.steps or 0 for stage in recipe.stages)
-    recipe = replace(recipe, loop=replace(recipe.loop, heldout_every=longest + 1))
-    recipe = replace(recipe, evaluation=EvaluationConfig(report=False), controls=[])
+    recipe = replace(
+        recipe,
+        loop=replace(recipe.loop, heldout_every=longest + 1),
+        data=replace(recipe.data, tokens=recipe.data.tokens or str(folder.parents[1] / TOKENS)),
+        evaluation=EvaluationConfig(report=False),
+        controls=[],
+    )
     if not (folder / "student").exists():
         try:
             run(recipe, folder, reporter, interrupt, resume=True)

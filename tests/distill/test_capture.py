@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from distill.__main__ import main, resume_command
-from distill.data.capture import CaptureConfig, capture, corpus_tokens, load_teacher
+from distill.data.capture import CaptureConfig, capture, first_tokens, load_teacher
 from distill.data.corpus import load_corpus
-from distill.data.rows import Tokens
 from distill.data.teacher import TeacherCache
+from distill.data.tokens import Tokens
 from distill.data.words import Drawn, Likeliest
 from distill.errors import DistillError, Interrupt, Interrupted
 from distill.hybrid.stages import sparse_loss, topk_targets
@@ -166,8 +166,10 @@ def test_bad_input_is_one_line(wrong, teacher_dir, corpus_dir, tmp_path, capsys)
 
 def test_statistics_are_of_training_files(corpus_dir, teacher_dir):
     _, tokenizer = load_teacher(teacher_dir)
-    want = Tokens.of(load_corpus(corpus_dir).train, tokenizer).ids_N
-    assert np.array_equal(corpus_tokens(corpus_dir, "*.py", tokenizer).numpy(), want)
+    corpus = load_corpus(corpus_dir)
+    want = Tokens.of(corpus.train, tokenizer).ids_N
+    for most in (100, len(want), len(want) + 1):
+        assert np.array_equal(first_tokens(corpus, tokenizer, most).numpy(), want[:most])
 
 
 def test_more_tokens_than_positions_are_refused(tmp_path):

@@ -3,6 +3,7 @@
 import random
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,26 +11,35 @@ from distill.data.corpus import (
     epoch_order,
     load_corpus,
     read_documents,
-    split_by_file,
+    split,
     standard_library,
 )
 from distill.errors import DistillError
 
 
-def test_split_depends_on_paths_alone(corpus_dir):
-    documents = read_documents(corpus_dir)
-    shuffled = random.Random(1).sample(documents, len(documents))
-    train, heldout = split_by_file(documents, 0.25, 1 << 20)
-    assert (train, heldout) == split_by_file(shuffled, 0.25, 1 << 20)
-    assert len(heldout) == 3
-    assert {d.path for d in train} | {d.path for d in heldout} == {d.path for d in documents}
-    assert not {d.path for d in train} & {d.path for d in heldout}
+def test_a_split_has_every_document_in_one_part(corpus_dir):
+    documents, corpus = read_documents(corpus_dir), load_corpus(corpus_dir, heldout_fraction=0.25)
+    train, heldout = list(corpus.train), corpus.heldout
+    assert [d for d in documents if d in train] == train
+    assert len(heldout) == 3 == 12 - len(corpus.train)
+    assert {*train, *heldout} == {*documents}
+    assert corpus.train.size_bytes == sum(len(d.text) for d in train)
+    # As recorded: a corpus that was split once is not to be trained on otherwise.
+    assert [d.path for d in heldout] == ["pkg/module_10.py", "module_0.py", "pkg/module_4.py"]
 
 
 def test_heldout_files_beyond_the_byte_limit_are_not_trained_on(corpus_dir):
-    documents = read_documents(corpus_dir)
-    train, heldout = split_by_file(documents, 0.5, 1)
-    assert (len(train), len(heldout)) == (6, 1)
+    corpus = load_corpus(corpus_dir, heldout_fraction=0.5, heldout_bytes=1)
+    assert (len(corpus.train), len(corpus.heldout)) == (6, 1)
+
+
+def test_the_order_of_documents_does_not_change_the_split():
+    ranks, sizes = torch.randperm(40).numpy(), torch.randint(1, 9, (40,)).numpy()
+    order = np.array(random.Random(1).sample(range(40), 40))
+    train_D, chosen = split(ranks, sizes, 0.25, 20)
+    again_D, others = split(ranks[order], sizes[order], 0.25, 20)
+    assert np.array_equal(train_D[order], again_D) and (~train_D).sum() == 10
+    assert list(chosen) == order[list(others)].tolist()
 
 
 def test_digest_changes_with_a_byte(tmp_path):
@@ -76,8 +86,8 @@ def test_an_epoch_visits_every_window_once_and_the_next_in_another_order():
     ("prepare", "message"),
     [
         (lambda root: None, "does not exist"),
-        (lambda root: root.touch(), "is not a directory"),
-        (lambda root: root.mkdir(), "at least 2 non-empty files that match '*.py'"),
+        (lambda root: root.touch(), "at least 2 documents that are not empty"),
+        (lambda root: root.mkdir(), "in files that match '*.py'"),
         (lambda root: _write(root / "a.py", b"\xff\xfe"), "a.py is not UTF-8 text"),
     ],
     ids=["missing", "a-file", "empty", "binary"],

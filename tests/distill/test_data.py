@@ -6,7 +6,8 @@ import torch
 from run_cases import byte_tokenizer, transformers
 
 from distill.data.corpus import Document
-from distill.data.rows import IGNORED, Rows, Tokens
+from distill.data.rows import IGNORED, Rows
+from distill.data.tokens import Tokens
 from distill.errors import DistillError
 from distill.evaluation.scores import encode
 

@@ -13,7 +13,8 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file
 
-from distill.data.rows import Tokens, byte_tokenizer
+from distill.data.rows import byte_tokenizer
+from distill.data.tokens import Tokens
 from distill.demo.report import publish, render, sentences, summary
 from distill.demo.results import judge, measure
 from distill.demo.run import PARTS
