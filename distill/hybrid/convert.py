@@ -35,9 +35,15 @@ from distill.hybrid.mixer import HybridMixer, HybridOptions
 FAMILIES = {
     "gpt2": ("h", "attn"),
     "llama": ("layers", "self_attn"),
+    "ministral": ("layers", "self_attn"),
+    "mistral": ("layers", "self_attn"),
+    "olmo": ("layers", "self_attn"),
     "olmo2": ("layers", "self_attn"),
+    "olmo3": ("layers", "self_attn"),
+    "phi3": ("layers", "self_attn"),
     "qwen2": ("layers", "self_attn"),
     "qwen3": ("layers", "self_attn"),
+    "smollm3": ("layers", "self_attn"),
 }
 PREFIX = "hybrid_"  # of a student's model type
 RECURRENT = "slstm"  # the model type of `distill.models.recurrent`
@@ -55,8 +61,8 @@ def hybridize(
     """The teacher with the hybrid mixer for attention; the teacher itself stays as it is.
 
     Args:
-        teacher: a causal language model of transformers, of type gpt2, llama, olmo2, qwen2 or
-            qwen3.
+        teacher: a causal language model of transformers, of a type in `FAMILIES`: GPT-2, Llama,
+            Mistral and Ministral, Olmo 1 to 3, Phi-3, Qwen 2 and 3, SmolLM3.
         window, sinks, **options: of `HybridOptions`, which says what each stands for.
         copy_weights: whether the student has its own copy of the teacher's weights. Otherwise its
             parameters are the teacher's: they take no memory, and who trains one trains both.

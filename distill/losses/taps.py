@@ -26,7 +26,7 @@ from distill.hybrid.convert import FAMILIES, PREFIX, RECURRENT, attention_functi
 from distill.hybrid.mixer import HybridMixer
 
 # Types whose logits are those of the head and nothing more: no scale, no cap.
-PLAIN_HEADS = {*FAMILIES, RECURRENT, "gpt_neox", "mistral", "olmo", "olmo3", "phi3", "smollm3"}
+PLAIN_HEADS = {*FAMILIES, RECURRENT, "gpt_neox"}
 IGNORED = -100  # as a label, as transformers has it
 IMPLEMENTATION = "tapped_attention"
 HEAD_ROWS = 512  # of logits that live at a time where only the likeliest words are kept

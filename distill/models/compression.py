@@ -52,9 +52,8 @@ def compress(
     """A student with fewer layers, or a narrower one, or both; the teacher stays as it is.
 
     Args:
-        teacher: a causal language model of transformers, of type gpt2, llama, olmo2, qwen2 or
-            qwen3, or of these with the mixers of `hybridize`. Of type xlstm or slstm: `layers`
-            alone.
+        teacher: a causal language model that `hybridize` takes, with attention or its mixers. Of
+            type xlstm or slstm: `layers` alone.
         layers: which of the teacher's the student keeps. A number, chosen by `layer_map`;
             "every-2": each second one from the first; or a list of indices, rising. None: all.
         layer_map: "spread": from the first to the last at even distances, as DistilBERT; "uniform":
@@ -67,7 +66,7 @@ def compress(
         method: what decides which channels, heads and neurons stay. "weight": the size of their
             weights; "activation": how much they do on `inputs`; "svd": as "activation", but in
             place of channels the width has the principal directions of the hidden states on
-            `inputs`, in Llama and Qwen. None: "activation" with `inputs`, "weight" without.
+            `inputs`, not in Olmo and GPT-2. None: "activation" with `inputs`, "weight" without.
         inputs: ids (B, T), or several such batches; a few thousand tokens do.
 
     Raises:
@@ -125,8 +124,9 @@ def _student(teacher: Any, sizes: dict[str, int], kept: list[int]) -> Any:
     for name in ("num_hidden_layers", "n_layer", "num_blocks"):
         if name in settings:
             settings[name] = len(kept)
-    if settings.get("layer_types"):
-        settings["layer_types"] = [settings["layer_types"][index] for index in kept]
+    for name in ("layer_types", "no_rope_layers"):
+        if settings.get(name):
+            settings[name] = [settings[name][index] for index in kept]
     if "head_dim" in settings or {"hidden_size", "num_attention_heads"} & sizes.keys():
         settings["head_dim"] = head_dim(teacher.config)
     if "hybrid" in settings:

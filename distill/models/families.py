@@ -2,15 +2,15 @@
 
 An axis of a parameter is named for what it runs over: E the hidden width as a layer writes it, e
 the same as a layer reads it behind a norm, H the query heads, G the heads of keys and values, F the
-feed-forward's neurons, S the states of a mixer, "" what stays as it is. A digit before it: so many
-of them side by side.
+feed-forward's neurons, S the states of a mixer, "" what stays as it is. Several letters are so many
+axes side by side in one, as "HGG" of queries, keys and values.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -26,8 +26,8 @@ class Family:
 
     axes: by pattern of a parameter's name, as far as it is unique; none: only layers may be fewer.
     heads_out, neurons_out: what reads the heads and the feed-forward's neurons.
-    norms: pattern of the weights of norms that read what layers hand on; last_norm: the decoder's,
-        behind them all.
+    norms: pattern of the weights of norms that read what layers hand on, None where they have none;
+        last_norm: the decoder's, behind them all.
     reads: pattern of parameters with an axis e -> the norm before them, where that norm's weight
         can be moved into them.
     ffn: the configuration's name of the number of neurons.
@@ -37,7 +37,7 @@ class Family:
     axes: Mapping[str, tuple[str, ...]]
     heads_out: str = "self_attn.o_proj"
     neurons_out: str = "mlp.down_proj"
-    norms: str = r"(layernorm|model\.norm)\.weight"
+    norms: str | None = r"(layernorm|model\.norm)\.weight"
     last_norm: str = "norm"
     reads: Mapping[str, str] | None = None
     ffn: str = "intermediate_size"
@@ -71,8 +71,8 @@ class Family:
 MIXER = {
     r"mixer\.feature_q": ("H", "", ""),
     r"mixer\.feature_k": ("S", "", ""),
-    r"mixer\.gates\.weight": ("2S", "e"),
-    r"mixer\.gates\.bias": ("2S",),
+    r"mixer\.gates\.weight": ("SS", "e"),
+    r"mixer\.gates\.bias": ("SS",),
     r"mixer\.output_weight": ("H", ""),
     r"mixer\.output_bias": ("H",),
 }
@@ -100,6 +100,15 @@ LLAMA = Family(
         r"lm_head\.weight": "norm",
     },
 )
+PHI3 = replace(
+    LLAMA,
+    axes={
+        r"qkv_proj\.weight": ("HGG", "e"),
+        r"gate_up_proj\.weight": ("FF", "e"),
+        **LLAMA.axes,
+    },
+)
+OLMO = Family("layers", PROJECTIONS, norms=None)
 OLMO2 = Family(
     "layers",
     PROJECTIONS | {r"q_norm\.weight": ("H",), r"k_norm\.weight": ("G",), r"norm\.weight": ("E",)},
@@ -111,8 +120,8 @@ GPT2 = Family(
     | {
         r"wte\.weight|wpe\.weight": ("", "E"),
         r"ln_\w+\.(weight|bias)": ("E",),
-        r"attn\.c_attn\.weight": ("e", "3H"),
-        r"attn\.c_attn\.bias": ("3H",),
+        r"attn\.c_attn\.weight": ("e", "HHH"),
+        r"attn\.c_attn\.bias": ("HHH",),
         r"attn\.c_proj\.weight": ("H", "E"),
         r"c_fc\.weight": ("e", "F"),
         r"c_fc\.bias": ("F",),
@@ -129,9 +138,15 @@ GPT2 = Family(
 FAMILIES = {
     "gpt2": GPT2,
     "llama": LLAMA,
+    "ministral": LLAMA,
+    "mistral": LLAMA,
+    "olmo": OLMO,
     "olmo2": OLMO2,
+    "olmo3": OLMO2,
+    "phi3": PHI3,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
+    "smollm3": LLAMA,
     "xlstm": Family("blocks", {}, last_norm="out_norm"),
     RECURRENT: Family("layers", {}),
 }

@@ -169,15 +169,18 @@ class Selection:
         """What the student gets of a parameter of the teacher's."""
         if not self.family.axes:
             return weight
-        is_norm = re.search(self.family.norms, name) is not None
+        norms, axes = self.family.norms, self.family.axes_of(name, self.teacher.config)
+        is_norm = norms is not None and re.search(norms, name) is not None
         if is_norm and self.rotation is not None:
             return self._rotated_norm(name, weight)
-        for dim, axis in enumerate(self.family.axes_of(name, self.teacher.config)):
+        for dim, axis in enumerate(axes):
             if axis in ("E", "e"):
                 weight = self._of_width(name, weight, dim, axis)
             elif axis and layer is not None:
                 weight = self._of_layer(weight, dim, axis, layer)
-        return weight * self.norm_scale if is_norm else weight
+        # What reads a norm without weights has its scale.
+        scaled = is_norm or (norms is None and "e" in axes)
+        return weight * self.norm_scale if scaled else weight
 
     def _of_width(self, name: str, weight: Tensor, dim: int, axis: str) -> Tensor:
         if self.channels_E is not None:
@@ -200,14 +203,18 @@ class Selection:
         return self.norm_scale * torch.ones_like(rotation[:, 0])
 
     def _of_layer(self, weight: Tensor, dim: int, axis: str, layer: int) -> Tensor:
-        kept_LX = {"H": self.heads_LH, "G": self.groups_LG, "F": self.neurons_LF}[axis[-1]]
-        if kept_LX is None:
+        of_axis = {"H": self.heads_LH, "G": self.groups_LG, "F": self.neurons_LF}
+        chosen = [kept_LX[layer] for x in axis if (kept_LX := of_axis[x]) is not None]
+        if not chosen:
             return weight
-        parts = int(axis[:-1] or 1)
-        count = self._count(axis[-1])
-        split = weight.unflatten(dim, (parts, count, -1))
-        kept = split.index_select(dim + 1, kept_LX[layer].to(weight.device))
-        return kept.flatten(dim, dim + 2)
+        counts = [self._count(letter) for letter in axis]
+        size = weight.shape[dim] // sum(counts)
+        parts = weight.split([count * size for count in counts], dim)
+        kept = [
+            part.unflatten(dim, (-1, size)).index_select(dim, index.to(weight.device))
+            for part, index in zip(parts, chosen, strict=True)
+        ]
+        return torch.cat(kept, dim).flatten(dim, dim + 1)
 
     def _count(self, axis: str) -> int:
         """How many the teacher has."""

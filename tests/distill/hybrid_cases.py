@@ -35,9 +35,19 @@ GROUPED = SIZES | {"num_key_value_heads": 2, "intermediate_size": 48}
 TEACHERS = {
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", SIZES | {"scale_attn_by_inverse_layer_idx": True}),
     "llama": ("LlamaConfig", "LlamaForCausalLM", GROUPED | {"head_dim": 12}),
+    "ministral": ("MinistralConfig", "MinistralForCausalLM", GROUPED | {"head_dim": 12}),
+    "mistral": ("MistralConfig", "MistralForCausalLM", GROUPED | {"sliding_window": 64}),
+    "olmo": ("OlmoConfig", "OlmoForCausalLM", GROUPED | {"clip_qkv": 1.5}),
     "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", GROUPED),
+    "olmo3": (
+        "Olmo3Config",
+        "Olmo3ForCausalLM",
+        GROUPED | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", GROUPED | {"partial_rotary_factor": 0.5}),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", GROUPED | {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", GROUPED | {"head_dim": 16}),
+    "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", GROUPED | {"no_rope_layers": [1, 0, 1]}),
 }
 
 

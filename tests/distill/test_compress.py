@@ -89,11 +89,28 @@ def dead(teacher, channels=(), heads=(), neurons=()):
     return teacher
 
 
-@pytest.mark.parametrize("method", ["weight", "activation", "svd"])
 @torch.no_grad()
-def test_what_does_nothing_goes_first(method):
+def centered(teacher, kept):
+    """Hidden states have a mean of 0 over all channels, hence over those that are kept."""
+    for name, weight in teacher.named_parameters():
+        if "embed" in name:
+            weight[:, kept] -= weight[:, kept].mean(1, keepdim=True)
+        elif "o_proj" in name or "down_proj" in name:
+            weight[kept] -= weight[kept].mean(0)
+    return teacher
+
+
+FAMILIES_AND_METHODS = [("llama", "weight"), ("llama", "activation"), ("llama", "svd")]
+FAMILIES_AND_METHODS += [("phi3", "activation"), ("phi3", "svd"), ("olmo", "weight")]
+
+
+@pytest.mark.parametrize(("family", "method"), FAMILIES_AND_METHODS)
+@torch.no_grad()
+def test_what_does_nothing_goes_first(family, method):
     channels, neurons = (3, 4, 17, 31), (0, 9, 40)
-    teacher = dead(make_teacher(), channels, heads=(0, 1), neurons=neurons)
+    teacher = dead(make_teacher(family), channels, heads=(0, 1), neurons=neurons)
+    if family == "olmo":  # whose norms take a mean out
+        centered(teacher, [index for index in range(32) if index not in channels])
     ids = tokens(40)
     student = compress(
         teacher,
@@ -104,7 +121,9 @@ def test_what_does_nothing_goes_first(method):
         inputs=ids if method != "weight" else None,
     ).student
     assert student.config.num_key_value_heads == 1
-    assert relative_error(student(ids).logits, teacher(ids).logits) <= 1e-5
+    # Beside a mean over other channels the norms' eps counts otherwise: Llama's is 1e-6, else 1e-5.
+    budget = 1e-5 if family == "llama" else 1e-4
+    assert relative_error(student(ids).logits, teacher(ids).logits) <= budget
 
 
 @torch.no_grad()

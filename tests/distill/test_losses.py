@@ -317,7 +317,8 @@ def of_type(model_type, **changes):
 
 @pytest.mark.parametrize("model_type", sorted(PLAIN_HEADS))
 def test_logits_of_plain_heads_are_those_of_the_model(model_type):
-    student, ids = of_type(model_type, **({} if model_type == "gpt2" else HEADS)), tokens(12)
+    sizes = {"gpt2": {}, "ministral": HEADS | {"head_dim": 12}}.get(model_type, HEADS)
+    student, ids = of_type(model_type, **sizes), tokens(12)
     run = Run(student, ids, {})
     assert run.is_linear
     with torch.no_grad():
