@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +65,8 @@ class Batch:
 class Rows:
     """Windows of `length` tokens in an order drawn from (seed, epoch); a step takes `rows` of them.
 
-    Which windows a step reads does not depend on how many ranks and micro-batches share them.
+    Which windows a step reads does not depend on how many ranks and micro-batches share them. Steps
+    count from `first_step`, those of earlier stages: no window comes twice before all have come.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class Rows:
     ):
         self.with_words = cache is not None  # whether batches bring words of the cache
         self.tokens, self.rows, self.length, self.seed = tokens, rows, length, seed
-        self.boundaries, self.cache = boundaries, cache
+        self.boundaries, self.cache, self.first_step = boundaries, cache, 0
         self.windows = len(tokens.ids_N) // length
         if self.windows < rows:
             raise DistillError(
@@ -93,9 +95,15 @@ class Rows:
 
     def windows_of(self, step: int) -> Tensor:
         """(rows,): which windows a step reads."""
-        epoch, index = divmod(step, self.windows // self.rows)
+        epoch, index = divmod(self.first_step + step, self.windows // self.rows)
         order_W = epoch_order(self.seed, epoch, self.windows)
         return order_W[index * self.rows : (index + 1) * self.rows]
+
+    def of_stage(self, first_step: int, with_words: bool) -> Rows:
+        """The same windows, as a stage reads them."""
+        rows = copy(self)
+        rows.first_step, rows.with_words = first_step, with_words
+        return rows
 
     def micro_batches(self, step: int, rank: int, ranks: int, micro_rows: int) -> list[Batch]:
         """A rank's share of a step, at most `micro_rows` at once."""

@@ -102,6 +102,9 @@ class StageConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     clip: float | None = 1.0
 
+    def steps_of(self, tokens_per_step: int) -> int:
+        return self.steps or math.ceil((self.tokens or 0) / tokens_per_step)
+
 
 @dataclass
 class LoopConfig:

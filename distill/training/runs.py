@@ -156,13 +156,12 @@ class Run:
             raise DistillError(f"recipe: teacher.path must be a folder for stage {config.name}")
         checks.require_same_vocabulary(self.teacher, student, self.tokenizer)
         require_positions("data", student, self.rows.length)
-        self.rows.with_words = words and cached
         return Stage(
             config,
             self.recipe.loop,
             self.recipe.log,
             DistillModule(student, self.teacher if beside else None, specs),
-            self.rows,
+            self.rows.of_stage(self._first_step(config), words and cached),
             self.accelerator,
             self.folder / "checkpoints" / config.name,
             self.settings(config),
@@ -170,6 +169,12 @@ class Run:
             self._heldout,
             interrupt=self.interrupt,
         )
+
+    def _first_step(self, config: StageConfig) -> int:
+        """Steps of the stages before: a stage reads on where the last one stopped."""
+        names = [stage.name for stage in self.recipe.stages]
+        before = self.recipe.stages[: names.index(config.name)]
+        return sum(stage.steps_of(self.rows.rows * self.rows.length) for stage in before)
 
     def _heldout(self, wrapped: parallel.Wrapped) -> dict[str, float]:
         """Of the files held out. Where the teacher is a cache, it is not there to agree with."""
@@ -196,6 +201,8 @@ class Run:
         for name in ("corpus", "text_key", "tokens"):
             del whole["data"][name]
         whole["teacher"] |= {"path": None, "weights": self.weights}
+        if first_step := self._first_step(config):
+            whole["data"]["first_step"] = first_step
         return whole | kept | {"tokens": self.tokens.digest()}
 
 

@@ -100,7 +100,7 @@ class Stage:
 
     @property
     def steps(self) -> int:
-        return self.config.steps or math.ceil((self.config.tokens or 0) / self.tokens_per_step)
+        return self.config.steps_of(self.tokens_per_step)
 
     @property
     def tokens_per_step(self) -> int:

@@ -68,6 +68,18 @@ def test_boundaries(tokens):
     assert torch.equal(labels[counted], ids[counted])
 
 
+def test_a_stage_reads_on_where_the_last_one_stopped(tokens):
+    """What is read before does not come again until all windows have come."""
+    rows = Rows(tokens, 2, 8, seed=3)
+    first, then = rows.of_stage(0, False), rows.of_stage(3, False)
+    steps = rows.windows // 2
+    seen = [first.windows_of(step) for step in range(3)]
+    seen += [then.windows_of(step) for step in range(steps - 3)]
+    assert len(set(torch.cat(seen).tolist())) == 2 * steps
+    assert torch.equal(then.windows_of(1), rows.windows_of(4))
+    assert then.describe(1) == rows.describe(4) and then.sizes(1) == rows.sizes(4)
+
+
 @pytest.mark.parametrize("boundaries", [False, True])
 def test_sizes_of_a_step_are_those_of_its_batches(tokens, boundaries):
     rows = Rows(tokens, 4, 8, seed=3, boundaries=boundaries)

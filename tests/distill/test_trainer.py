@@ -3,11 +3,14 @@
 import pytest
 import torch
 from ranks import run_on_ranks
+from rich.console import Console
 from run_cases import first_stage, make_recipe, steps_on_rank, write_teacher
 
 from distill.__main__ import main
 from distill.errors import DistillError
+from distill.progress import Reporter
 from distill.training.recipe import StageConfig
+from distill.training.runs import Run
 from distill.training.trainer import lr_at
 from xlstm_kernels.testing import relative_error
 
@@ -103,6 +106,21 @@ def test_a_cache_is_the_teacher(tmp_path, teacher, corpus_dir, boundaries, words
     if drawn:
         with pytest.raises(DistillError, match=r"support must be 'sampled' .* got 'tail'"):
             losses(f"teacher.cache={out}", of("support: tail"))
+
+
+def test_stages_read_other_rows(tmp_path, teacher, corpus_dir):
+    recipe = make_recipe(tmp_path, teacher, corpus_dir)
+    shared = Run(recipe, tmp_path, Reporter(Console(quiet=True)))
+    student = shared.first_student()
+    seen = []
+    for config, first in zip(recipe.stages, (None, 3), strict=True):
+        stage = shared.stage(config, student)
+        seen += [
+            window for at in range(stage.steps) for window in stage.rows.windows_of(at).tolist()
+        ]
+        # What was read otherwise is not gone on with.
+        assert stage.settings["data"].get("first_step") == first
+    assert len(set(torch.cat(seen).tolist())) == 8 * (3 + 5)
 
 
 def test_a_number_that_is_none_ends_the_stage(tmp_path, teacher, corpus_dir):
