@@ -115,9 +115,7 @@ def test_stages_read_other_rows(tmp_path, teacher, corpus_dir):
     seen = []
     for config, first in zip(recipe.stages, (None, 3), strict=True):
         stage = shared.stage(config, student)
-        seen += [
-            window for at in range(stage.steps) for window in stage.rows.windows_of(at).tolist()
-        ]
+        seen += [stage.rows.windows_of(step) for step in range(stage.steps)]
         # What was read otherwise is not gone on with.
         assert stage.settings["data"].get("first_step") == first
     assert len(set(torch.cat(seen).tolist())) == 8 * (3 + 5)
