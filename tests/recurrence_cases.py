@@ -5,8 +5,9 @@ import torch
 
 from xlstm_kernels.backends import TRITON_INTERPRETED, Backend
 from xlstm_kernels.cells import CELLS
+from xlstm_kernels.ops.recurrence import op
 from xlstm_kernels.ops.recurrence.op import RECURRENCE
-from xlstm_kernels.testing import RecurrenceCase
+from xlstm_kernels.testing import RecurrenceCase, recurrence_inputs
 
 # All of them: conftest.py skips those that cannot run here, with the reason.
 BACKENDS = [backend.value for backend in RECURRENCE.table]
@@ -41,3 +42,33 @@ def _marks(case: RecurrenceCase) -> list:
     why = RECURRENCE.table[Backend(case.backend)].supports(x_BTGHD, r_GHDE, case.cell)
     refused = [] if why is None else [pytest.mark.skip(reason=f"backend {case.backend!r}: {why}")]
     return slow + refused
+
+
+def check_replayed(case: RecurrenceCase) -> None:
+    """Raises AssertionError unless a CUDA graph, captured on a stream of its own, gives the bits of
+    a call when it is replayed on other inputs, and again."""
+    inputs = {name: t.cuda() for name, t in recurrence_inputs(case).items()}
+    want = all_results(case, inputs)
+    given = {name: torch.zeros_like(t) for name, t in inputs.items()}
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+        got = all_results(case, given)
+    for name, t in inputs.items():
+        given[name].copy_(t)
+    for _ in range(2):
+        graph.replay()
+        torch.cuda.synchronize()
+        for result, expected in zip(got, want, strict=True):
+            assert torch.equal(result, expected)
+
+
+def all_results(case: RecurrenceCase, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Of both passes; of one step, those of forward, which saves nothing then."""
+    x, r, save = inputs["x"], inputs["r"], case.T > 1
+    state = torch.stack([inputs[f"{field}0"] for field in CELLS[case.cell].State._fields])
+    rest = (None, case.cell, case.n_floor)
+    h, last, *saved = op.forward(x, r, inputs["b"], state, *rest, save, case.backend)
+    if not save:
+        return [h, last]
+    asked = (case.clip_grad, x.new_empty(0), [True] * 3, case.backend)
+    return [h, last, *saved, *op.backward(h, last, r, *saved, *rest, *asked)]

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from recurrence_cases import on_every_backend
+from recurrence_cases import check_replayed, on_every_backend
 
 import xlstm_kernels as xk
 from xlstm_kernels.backends import CUDA_EMULATOR, load_cuda
@@ -70,6 +70,9 @@ TEAMS_ON_A_DEVICE = [
     {"B": B, "H": H, "D": D, "dtype": dtype}
     for B, H, D in ((9, 2, 136), (70, 3, 300), (3, 1, 1000))
     for dtype in DTYPES
+]
+STEPS_ON_A_DEVICE = [
+    {"B": 9, "T": 1, "D": D, "dtype": dtype} for D in (27, 1000) for dtype in DTYPES
 ]
 
 
@@ -272,33 +275,29 @@ def test_forward_and_backward_on_different_backends(case):
 
 
 @pytest.mark.parametrize("cell", [pytest.param(cell, marks=gpu) for cell in CELLS])
-@pytest.mark.parametrize("variant", [*EVERY_SHAPE, *TEAMS_ON_A_DEVICE], ids=str)
+@pytest.mark.parametrize(
+    "variant",
+    [{**v, "T": 65} for v in (*EVERY_SHAPE, *TEAMS_ON_A_DEVICE)] + STEPS_ON_A_DEVICE,
+    ids=str,
+)
 def test_on_a_device(cell, variant):
-    case = RecurrenceCase(cell, "cuda", **variant | {"T": 65})
+    case = RecurrenceCase(cell, "cuda", **variant)
+    wanted = None if case.T > 1 else ()  # a step with a gradient is a loop's
     inputs = recurrence_inputs(case)
-    got = run_recurrence(case, {name: t.cuda() for name, t in inputs.items()}, "cuda")
+    on_device = {name: t.cuda() for name, t in inputs.items()}
+    got = run_recurrence(case, on_device, "cuda", wanted=wanted)
     exact = {name: t.double() for name, t in inputs.items()}
     check_results(
         {name: t.cpu() for name, t in got.items()},
-        run_recurrence(replace(case, dtype=torch.float64), exact, "reference"),
-        iter([run_recurrence(case, inputs, "reference")]),
+        run_recurrence(replace(case, dtype=torch.float64), exact, "reference", wanted=wanted),
+        iter([run_recurrence(case, inputs, "reference", wanted=wanted)]),
         1.5,
         None if case.dtype is torch.float32 else torch.float16,
     )
 
 
+# A block's head, a cluster's where the chip has clusters, a team's, and one step.
 @pytest.mark.parametrize("cell", [pytest.param(cell, marks=gpu) for cell in CELLS])
-def test_captured_in_a_graph_on_its_own_stream(cell):
-    case = RecurrenceCase(cell, "cuda", B=3, T=20, H=2, D=64, state="zero", bias=False)
-    inputs = {name: t.cuda() for name, t in recurrence_inputs(case).items()}
-    function = getattr(xk, CELLS[cell].function)
-    want, _ = function(inputs["x"], inputs["r"], backend="cuda")
-    x = torch.zeros_like(inputs["x"])
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    with torch.cuda.graph(graph, stream=stream):
-        h, _ = function(x, inputs["r"], backend="cuda")
-    x.copy_(inputs["x"])
-    graph.replay()
-    torch.cuda.synchronize()
-    if CELLS[cell].function == cell:
-        assert torch.equal(h, want)
+@pytest.mark.parametrize(("T", "D"), [(20, 64), (20, 256), (20, 1000), (1, 64), (1, 1000)])
+def test_captured_in_a_graph(cell, T, D):
+    check_replayed(RecurrenceCase(cell, "cuda", B=9, T=T, H=2, D=D))

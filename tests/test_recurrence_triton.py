@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from recurrence_cases import ON_CPU
+from recurrence_cases import ON_CPU, check_replayed
 
 import xlstm_kernels as xk
 from xlstm_kernels.backends import UNAVAILABLE, Backend
@@ -28,6 +28,7 @@ from xlstm_kernels.testing import (
 pytestmark = pytest.mark.skipif(
     UNAVAILABLE[Backend.TRITON] is not None, reason=f"triton: {UNAVAILABLE[Backend.TRITON]}"
 )
+needs_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 # One head, two stretches between checkpoints, of which the second is short.
 SMALL = {"B": 2, "T": 18, "H": 1, "D": 5}
 CASES = [
@@ -177,7 +178,15 @@ def test_backward_of_another_backends_forward(cell, forward):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_device
+@pytest.mark.parametrize(("T", "D"), [(20, 64), (1, 64), (1, 1000)])
+@pytest.mark.parametrize("cell", CELLS)
+def test_captured_in_a_graph(cell, T, D):
+    check_replayed(RecurrenceCase(cell, "triton", B=9, T=T, H=2, D=D))
+
+
+@pytest.mark.gpu
+@needs_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("T", "D"), [(65, 20), (65, 64), (65, 100), (1, 20), (1, 100), (1, 768), (1, 1000)]
