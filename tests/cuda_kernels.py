@@ -25,13 +25,12 @@ from xlstm_kernels.ops.recurrence.launch import (
     BACKWARD,
     BLOCK_BYTES,
     CHIPS,
-    COLUMNS,
     FORWARD,
-    TEAM_ROW_TILES,
     Chip,
     Direction,
     Launch,
     launch_shape,
+    step_us,
 )
 
 # Instructions of SASS, by what they are for. A spill is a store to local memory.
@@ -154,20 +153,7 @@ class Step:
     time_us: float
 
 
-# The model, in cycles of 1.8 GHz: latencies and rates of a Hopper multiprocessor. Of the exchange
-# through L2: a store, a flag, a load and the wait for the slowest block; of a cluster's: a store,
-# its barrier and that wait. Between shared memories, arXiv 2402.13499 measured 3.3 TB/s on 114
-# multiprocessors, and 180 cycles.
-CLOCK_GHZ = 1.8
-MMA_LATENCY, MMA_ISSUE = 33, 6  # of one product; between two of one tensor core
-POINTWISE_LATENCY = {"slstm": 220, "lstm": 140}
-SFU_PER_UNIT = {"slstm": 6, "lstm": 5}
-ALU_PER_UNIT = {"slstm": 45, "lstm": 30}
-SFU_RATE, ALU_RATE = 16, 128  # a cycle
-SHARED_RATE, L2_RATE, CLUSTER_RATE = 128, 64, 16  # bytes a cycle
-BARRIER, EXCHANGE, CLUSTER_EXCHANGE = 60, 1620, 400
 CELL_TYPES = {"slstm": "SLSTM<false>", "lstm": "LSTM"}  # csrc/cells/list.h
-BACKWARD_POINTWISE = 1.6  # recomputed, and differentiated
 
 
 def predict(
@@ -182,31 +168,6 @@ def predict(
 ) -> Step:
     """A step of the launch for B sequences of H heads."""
     launch = launch_shape(way, D, operand, B, H, chip)
-    per_word = 4 // operand.itemsize
-    chained = 1 if per_word == 2 else 3  # products that wait for one another
-    at_once = 2 if per_word == 2 else 3  # of one fragment
-    width = launch.units * launch.parts * way.per_unit
-    products = launch.tiles or -(-width // (8 * per_word))
-    row_tiles = TEAM_ROW_TILES if launch.is_team else way.row_tiles
-    warps = launch.threads // 32
-    mma = max(
-        products * (MMA_LATENCY if chained == 1 else 4) + (chained - 1) * MMA_LATENCY,
-        products * row_tiles * at_once * max(1, warps / 4) * MMA_ISSUE,
-    )
-    units = launch.units * COLUMNS
-    function = CELLS[cell].function
-    pointwise = POINTWISE_LATENCY[function] + units * (
-        SFU_PER_UNIT[function] / SFU_RATE + ALU_PER_UNIT[function] / ALU_RATE
-    )
-    if way is BACKWARD:
-        pointwise *= BACKWARD_POINTWISE
-    operands = warps * products * 32 * 8 * per_word
-    if launch.is_team:
-        shared_read, exchange = _exchange(way, launch, operands)
-    else:
-        of_block = 4 * COLUMNS * width
-        shared_read, exchange = launch.shared_bytes - 2 * of_block + warps * of_block, 0.0
-    cycles = max(mma, shared_read / SHARED_RATE) + pointwise + BARRIER + exchange
     states = CELLS[cell].states
     element = operand.itemsize
     per_unit = (
@@ -223,20 +184,8 @@ def predict(
             (SHARED_OF_CHIP_KIB[chip.capability] << 10) // (launch.shared_bytes + 1024),
             MAX_BLOCKS,
         ),
-        launch.rounds * cycles / CLOCK_GHZ / 1e3,
+        step_us(way, launch, operand, CELLS[cell].function),
     )
-
-
-def _exchange(way: Direction, launch: Launch, operands: int) -> tuple[int, float]:
-    """Bytes that a team's block reads from its shared memory at each step, and the cycles that its
-    exchange takes; `operands`: bytes of all warps' right operands."""
-    own = way is BACKWARD or launch.is_cluster  # they are in shared memory
-    shared_read = launch.threads * 16 * launch.near + (operands if own else 0)
-    exchanged = 4 * COLUMNS * launch.units * launch.parts
-    if launch.is_cluster:
-        return shared_read, BARRIER + CLUSTER_EXCHANGE + exchanged / CLUSTER_RATE
-    read = (exchanged if own else operands) + launch.far * launch.threads * 16
-    return shared_read, BARRIER + EXCHANGE + read / L2_RATE
 
 
 INTRODUCTION = """# CUDA kernels, as compiled
@@ -252,9 +201,10 @@ MODEL = """
 ## What a step of the recurrence should take
 
 B = 16, H = max(1, 768 / D), on an H100 (132 multiprocessors). **Predicted, not measured**:
-latencies and rates of one multiprocessor, in `tests/cuda_kernels.py`, added along the longest path
-of a step. `moved` is what global memory sees with all that a gradient needs, less a team's
-exchange. Heads of more than 128 units are a cluster's, up to 512, and a team's beyond.
+latencies and rates of one multiprocessor, in `xlstm_kernels/ops/recurrence/launch.py`, added along
+the longest path of a step. `moved` is what global memory sees with all that a gradient needs, less
+a team's exchange. Heads of more than 128 units are dealt to the cluster or team of blocks that is
+predicted to be fastest.
 """
 
 

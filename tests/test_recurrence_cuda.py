@@ -208,13 +208,26 @@ def test_every_kind_of_cluster_is_among_those_tested():
 
 @pytest.mark.parametrize("operand", launch.HELD, ids=str)
 @pytest.mark.parametrize("way", [FORWARD, BACKWARD], ids=["forward", "backward"])
-def test_heads_of_up_to_512_units_are_a_clusters_where_there_are_any(way, operand):
-    for D in (129, 192, 256, 320, 512):
-        for capability, chip in launch.CHIPS.items():
+def test_a_cluster_holds_r_where_a_chip_has_clusters(way, operand):
+    for D in (129, 192, 256, 320, 512, 513, 1024):
+        for chip in launch.CHIPS.values():
             deal = launch_shape(way, D, operand, 16, 1, chip)
-            assert deal.is_cluster == (capability in ("9.0", "10.0")), (D, capability)
-            assert not deal.is_cluster or deal.far == 0
-    assert not launch_shape(way, 513, operand, 16, 1, launch.CHIPS["9.0"]).is_cluster
+            if D <= 256:
+                assert deal.is_cluster == chip.has_clusters
+            if deal.is_cluster:
+                assert deal.far == 0 and deal.parts <= launch.CLUSTER and chip.has_clusters
+
+
+def test_the_team_predicted_to_be_fastest_is_launched():
+    """In float32 a cluster's blocks of 32 units, R of which shared memory has to give at every
+    step, are slower than twice as many blocks that meet through L2."""
+    chip = launch.CHIPS["9.0"]
+    narrow, wide = (launch_shape(FORWARD, D, torch.float32, 16, 1, chip) for D in (256, 512))
+    assert (narrow.is_cluster, narrow.units) == (True, 16)
+    assert (wide.is_cluster, wide.units) == (False, 16)
+    # Where not all of them fit at once, wider blocks take fewer rounds.
+    many = launch_shape(FORWARD, 256, torch.float32, 64, 4, chip)
+    assert (many.is_cluster, many.units, many.rounds) == (True, 32, 2)
 
 
 @emulated

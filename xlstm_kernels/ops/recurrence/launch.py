@@ -3,9 +3,13 @@
 A head of up to 128 units is one block's, which keeps its R in registers and shared memory, and no
 block waits for another. A wider one, or one whose R the chip's shared memory is too small for, is
 dealt to a team of blocks, which tell each other h at every step (csrc/cuda/recurrence_team.h). A
-team is a cluster where the chip has clusters and one of up to 16 blocks holds R. Where not all
-teams fit on the chip, each takes one head and tile of sequences after the other. The cell does not
-matter: each has four gates, and its states are in registers.
+team may be a cluster where the chip has clusters and one of up to 16 blocks holds R, which is so up
+to 512 units. (Of 768, in bfloat16, a block of 16 has 295 KB of R. Eight warps keep 131 KB in their
+registers, and reading the others from shared memory takes 0.7 us a step, 2.3 us in all where a team
+takes 1.9; nor can 48 units be dealt evenly to eight warps of 8.) Of all those teams the one is
+launched that `step_us` predicts to be fastest. Where not all teams fit on the chip, each takes one
+head and tile of sequences after the other. The cell does not matter: each has four gates, and its
+states are in registers.
 """
 
 from __future__ import annotations
@@ -31,8 +35,21 @@ HELD = {torch.float32: (16, 24), torch.bfloat16: (16, 32)}
 FETCHED = 4  # products whose operands a warp of a team asks for at a time
 TEAM_ROW_TILES = 2  # of 16 rows, that a warp of a team multiplies at a time
 FRAGMENT_BYTES = 16
-CLUSTER = 16  # blocks at most
+CLUSTER = 16  # blocks at most; a cluster's multiprocessors are of one group of so many
 BARRIER_BYTES = 16  # of a block of a cluster
+# The model, in cycles of 1.8 GHz: latencies and rates of a Hopper multiprocessor. Of the exchange
+# through L2: a store, a flag, a load and the wait for the slowest block; of a cluster's: a store,
+# its barrier and that wait. Between shared memories, arXiv 2402.13499 measured 3.3 TB/s on 114
+# multiprocessors, and 180 cycles.
+CLOCK_GHZ = 1.8
+MMA_LATENCY, MMA_ISSUE = 33, 6  # of one product; between two of one tensor core
+POINTWISE_LATENCY = {"slstm": 220, "lstm": 140}
+SFU_PER_UNIT = {"slstm": 6, "lstm": 5}
+ALU_PER_UNIT = {"slstm": 45, "lstm": 30}
+SFU_RATE, ALU_RATE = 16, 128  # a cycle
+SHARED_RATE, L2_RATE, CLUSTER_RATE = 128, 64, 16  # bytes a cycle
+BARRIER, EXCHANGE, CLUSTER_EXCHANGE = 60, 1620, 400
+BACKWARD_POINTWISE = 1.6  # recomputed, and differentiated
 
 
 class Direction(NamedTuple):
@@ -121,10 +138,50 @@ def launch_shape(
         if width >= D and max(shared_bytes) <= chip.shared_bytes:
             threads = width // way.units * 32
             return Launch(width, 1, items, 1, threads, shared_bytes[way is BACKWARD])
-    deals = list(_teams(way, D, operand, items, chip))
-    if clusters := [deal for deal in deals if deal.is_cluster]:
-        return min(clusters, key=lambda deal: (deal.rounds, deal.parts))
-    return min(deals, key=lambda deal: (deal.rounds, deal.units))
+    deals = _teams(way, D, operand, items, chip)
+    return min(deals, key=lambda deal: (step_us(way, deal, operand, "slstm"), deal.parts))
+
+
+def step_us(way: Direction, launch: Launch, operand: torch.dtype, function: str) -> float:
+    """Predicted, not measured: latencies and rates along the longest path of a step of all heads
+    and sequences."""
+    per_word = 4 // operand.itemsize
+    chained = 1 if per_word == 2 else 3  # products that wait for one another
+    at_once = 2 if per_word == 2 else 3  # of one fragment
+    width = launch.units * launch.parts * way.per_unit
+    products = launch.tiles or _ceil_div(width, 8 * per_word)
+    row_tiles = TEAM_ROW_TILES if launch.is_team else way.row_tiles
+    warps = launch.threads // 32
+    mma = max(
+        products * (MMA_LATENCY if chained == 1 else 4) + (chained - 1) * MMA_LATENCY,
+        products * row_tiles * at_once * max(1, warps / 4) * MMA_ISSUE,
+    )
+    units = launch.units * COLUMNS
+    pointwise = POINTWISE_LATENCY[function] + units * (
+        SFU_PER_UNIT[function] / SFU_RATE + ALU_PER_UNIT[function] / ALU_RATE
+    )
+    if way is BACKWARD:
+        pointwise *= BACKWARD_POINTWISE
+    operands = warps * products * 32 * 8 * per_word
+    if launch.is_team:
+        shared_read, exchange = _exchange(way, launch, operands)
+    else:
+        of_block = 4 * COLUMNS * width
+        shared_read, exchange = launch.shared_bytes - 2 * of_block + warps * of_block, 0.0
+    cycles = max(mma, shared_read / SHARED_RATE) + pointwise + BARRIER + exchange
+    return launch.rounds * cycles / CLOCK_GHZ / 1e3
+
+
+def _exchange(way: Direction, launch: Launch, operands: int) -> tuple[int, float]:
+    """Bytes that a team's block reads from its shared memory at each step, and the cycles that its
+    exchange takes; `operands`: bytes of all warps' right operands."""
+    own = way is BACKWARD or launch.is_cluster  # they are in shared memory
+    shared_read = launch.threads * 16 * launch.near + (operands if own else 0)
+    exchanged = 4 * COLUMNS * launch.units * launch.parts
+    if launch.is_cluster:
+        return shared_read, BARRIER + CLUSTER_EXCHANGE + exchanged / CLUSTER_RATE
+    read = (exchanged if own else operands) + launch.far * launch.threads * 16
+    return shared_read, BARRIER + EXCHANGE + read / L2_RATE
 
 
 def _teams(
@@ -134,9 +191,11 @@ def _teams(
         parts = _ceil_div(D, units)
         if parts > chip.multiprocessors:
             continue
-        teams = min(items, chip.multiprocessors // parts)
         tiles = _products(way, units, parts, operand)
         for cluster in (True, False):
+            teams = min(items, _at_once(parts, cluster, chip))
+            if teams == 0:
+                continue
             spare = max(0, tiles * TEAM_ROW_TILES - HELD[operand][cluster])
             own = own_bytes(way, units)
             slot_words = _slot_words(way, units, parts, tiles, operand, cluster)
@@ -153,8 +212,18 @@ def _teams(
                 is_cluster=cluster,
             )
             fits = deal.far == 0 and deal.shared_bytes <= chip.shared_bytes
-            if not cluster or (chip.has_clusters and 1 < parts <= CLUSTER and fits):
+            if not cluster or fits:
                 yield deal
+
+
+def _at_once(parts: int, cluster: bool, chip: Chip) -> int:
+    """Teams that the chip's multiprocessors hold; 0: none of that kind."""
+    if not cluster:
+        return chip.multiprocessors // parts
+    if parts == 1 or not chip.has_clusters:
+        return 0
+    groups = max(1, chip.multiprocessors // CLUSTER)
+    return groups * (min(CLUSTER, chip.multiprocessors) // parts)
 
 
 def own_bytes(way: Direction, units: int) -> int:
