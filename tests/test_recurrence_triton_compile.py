@@ -1,5 +1,5 @@
 """The recurrence's Triton kernels compiled for chips that this machine need not have, within
-budgets: R fits, hardly a register is spilled, and products are on matrix units."""
+budgets: R fits, no register is spilled, and products are on matrix units."""
 
 from __future__ import annotations
 
@@ -38,16 +38,13 @@ STEPS: list[dict[str, Any]] = [
         {"D": 1024, "dtype": "float32", "save": False},
     )
 ]
-# Bytes a thread: ptxas stops at 128 or 168 registers, where one block more fits, for a few; a
-# narrow head's matrix is read ahead in few warps; a wide one of float32 fits no chip.
-SPILLS = {"float32-narrow": 48, "float32-wide": 48}
 
 
-def check_budgets(chip: str, calls: list[dict[str, Any]], kernels: set[str], spills: int) -> None:
+def check_budgets(chip: str, calls: list[dict[str, Any]], kernels: set[str]) -> None:
     rows = compiled(chip, [{"op": "recurrence", **call} for call in calls])
     assert {row["kernel"] for row in rows} == kernels
     for row in rows:
-        assert row["spills"] <= spills, row
+        assert row["spills"] == 0, row
         assert row["shared"] <= CHIPS[chip][1] * 1024, row
         if "gfx" not in chip and row["flags"].get("HAS_INITIAL", True):
             assert row["mma"], f"no products on matrix units: {row}"
@@ -57,15 +54,15 @@ def check_budgets(chip: str, calls: list[dict[str, Any]], kernels: set[str], spi
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("chip", CHIPS)
 def test_kernels_stay_within_the_chip(chip: str, call: str) -> None:
-    check_budgets(chip, [CALLS[call]], {"forward_kernel", "backward_kernel"}, SPILLS.get(call, 24))
+    check_budgets(chip, [CALLS[call]], {"forward_kernel", "backward_kernel"})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", CHIPS)
 def test_steps_stay_within_the_chip(chip: str) -> None:
-    check_budgets(chip, STEPS, {"step_kernel"}, 0)
+    check_budgets(chip, STEPS, {"step_kernel"})
 
 
 @pytest.mark.medium
 def test_forward_compiles_for_hopper() -> None:
-    check_budgets("sm_90", [{"cell": "lstm", "D": 32, "backward": False}], {"forward_kernel"}, 0)
+    check_budgets("sm_90", [{"cell": "lstm", "D": 32, "backward": False}], {"forward_kernel"})

@@ -186,6 +186,8 @@ class _Call:
         programs, chosen = self.tiles * self.sizes.H, self.chosen
         if programs == 0:
             return
+        if chosen.registers:
+            flags["maxnreg"] = chosen.registers
         with on_device(self.like):
             kernel[(programs, -(-self.D // chosen.width))](
                 *args,

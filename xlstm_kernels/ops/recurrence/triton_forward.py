@@ -72,15 +72,15 @@ def forward_kernel(
         state = load_states(initial, at.sequence, at, d, here, STATES, D)
     for t in tl.range(0, at.longest, num_stages=AHEAD):
         runs = (t < at.length)[:, None]
-        if SAVE and t % INTERVAL == 0:
-            row = at.checkpoint + t // INTERVAL
-            store_states(checkpoints, row, at, d, state, runs & here, STATES, D)
         in_gates, in_state = runs & (unit < D)[None, :], runs & (d < D)[None, :]
+        if not HELD:  # before x and places to store to, which would take registers all along
+            sums = streamed(state[0], r, at, sizes, False, D, BLOCK_D, ROWS, DEPTH, DOT)
         x_t = tl.load(token_places(x, at, t, g.to(tl.int64) * x.g + unit), in_gates, other=0.0)
         if HELD:
             sums = product(state[0], matrix, ROWS, DOT)
-        else:
-            sums = streamed(state[0], r, at, sizes, False, D, BLOCK_D, ROWS, DEPTH, DOT)
+        if SAVE and t % INTERVAL == 0:
+            row = at.checkpoint + t // INTERVAL
+            store_states(checkpoints, row, at, d, state, runs & here, STATES, D)
         raw_t = sums + (x_t.to(tl.float32) + bias[None, :])
         if SAVE:
             tl.store(token_places(raw, at, t, g * raw.g + unit), raw_t, in_gates)

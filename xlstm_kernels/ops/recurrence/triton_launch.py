@@ -18,7 +18,8 @@ class Launch(NamedTuple):
     """How a program multiplies (triton_tiles.py), its sequences, its units, its warps, and whether
     it holds R, in shared memory or registers: else it reads R in every step, for `depth` terms of
     the sum at a time. `ahead`: steps whose x, or of one step parts of R, that are loaded before
-    they are needed."""
+    they are needed. `registers`: that a thread may have, where ptxas would stop at 128, with which
+    two programs fit, and spill."""
 
     dot: str
     rows: int
@@ -27,6 +28,7 @@ class Launch(NamedTuple):
     held: bool
     ahead: int
     depth: int = 16
+    registers: int | None = None
 
 
 def operands(r_dtype: torch.dtype, chip: str) -> tuple[str, int]:
@@ -48,13 +50,21 @@ def choose(D: int, r_dtype: torch.dtype, chip: str, backward: bool) -> Launch:
     room = SHARED_KIB.get(chip, 99) * 1024 - r_bytes
     # A warp of 32 has 8 units with all their gates.
     warps, held, ahead = width // 8, room >= 256 * width, min(3, room // (256 * width))
+    registers = None
     if chip == "hip":
         warps, held, ahead = width // 16, room >= 0, 3
     elif chip == "interpreter":
         held, ahead = True, 1
-    elif width == WIDEST:  # registers would spill
-        warps, ahead = warps if held else warps // 2, 1 if backward else ahead
-    return Launch(dot, rows, width, warps, held, ahead if held else 1)
+    else:  # as many warps, and as far ahead, as spill no register
+        if width == WIDEST and (backward or not held):
+            warps = warps // 2
+        if backward and width == WIDEST:
+            ahead = 1
+        elif backward and width == 64 and dot != "bf16":
+            ahead, registers = min(ahead, 2), 255  # such a matrix leaves no room for two programs
+        elif backward and width == 64 and "sm_8" in chip:
+            ahead = min(ahead, 2)
+    return Launch(dot, rows, width, warps, held, ahead if held else 1, registers=registers)
 
 
 def choose_step(D: int, r_dtype: torch.dtype, chip: str) -> Launch:
