@@ -70,7 +70,7 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from distill.data.capture import first_tokens, load_teacher, save_model
+    from distill.data.capture import first_tokens, load_teacher, require_finite, save_model
     from distill.data.corpus import load_corpus
     from distill.files import require_place
     from distill.models.compression import compress
@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> None:
     if args.corpus is not None:
         corpus = load_corpus(args.corpus, args.pattern, text_key=args.text_key)
         inputs = [ids[None] for ids in first_tokens(corpus, tokenizer, args.tokens).split(512)]
+        require_finite(teacher, inputs)
     student, layer_map, _ = compress(
         teacher,
         layers=_layers(args.layers),

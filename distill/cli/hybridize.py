@@ -62,7 +62,7 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> None:
     import yaml
 
-    from distill.data.capture import first_tokens, load_teacher, save_model
+    from distill.data.capture import first_tokens, load_teacher, require_finite, save_model
     from distill.data.corpus import load_corpus
     from distill.files import require_place
     from distill.hybrid.convert import hybridize, new_parameters
@@ -82,7 +82,9 @@ def run(args: argparse.Namespace) -> None:
     student = hybridize(teacher, window=args.window, sinks=args.sinks, **options)
     if args.corpus is not None:
         corpus = load_corpus(args.corpus, args.pattern, text_key=args.text_key)
-        calibrate_gates(student, first_tokens(corpus, tokenizer, args.length)[None])
+        tokens_1T = first_tokens(corpus, tokenizer, args.length)[None]
+        require_finite(teacher, [tokens_1T])
+        calibrate_gates(student, tokens_1T)
     save_model(args.out, student, tokenizer)
     added = sum(parameter.numel() for parameter in new_parameters(student).values())
     print(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.data.corpus import Corpus
 from distill.data.rows import Rows
@@ -20,7 +22,7 @@ from distill.errors import DistillError, Interrupt
 from distill.evaluation.scores import require_positions
 from distill.files import replace_folder
 from distill.losses.module import packed_inputs
-from distill.losses.taps import Run, require_documents
+from distill.losses.taps import HEAD_ROWS, Run, require_documents
 from distill.progress import Reporter
 
 # What transformers raises for files that are missing, damaged or of something else.
@@ -119,6 +121,38 @@ def first_tokens(corpus: Corpus, tokenizer: Any, most: int) -> Tensor:
 
 
 @torch.no_grad()
+def require_finite(model: Any, batches: Iterable[Tensor]) -> None:
+    """Raises DistillError unless all that the model computes of `batches`, (B, T) ids, is finite.
+
+    It names the first module to give something else, and that of its weights which is the cause.
+    """
+
+    def look(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        if not isinstance(first, Tensor) or first.isfinite().all():
+            return
+        bad = [key for key, x in module.named_parameters(name) if not x.isfinite().all()]
+        cause = f", since {bad[0]} is not finite" if bad else ""
+        got = "nan" if first.isnan().any() else "inf"
+        raise DistillError(
+            f"teacher: {name} must give finite numbers on the text, got {got}{cause}"
+        )
+
+    hooks = [
+        module.register_forward_hook(partial(look, name)) for name, module in model.named_modules()
+    ]
+    head = model.get_output_embeddings()
+    try:
+        for ids_BT in batches:
+            hidden_BTE = model.base_model(ids_BT.to(model.device), use_cache=False)[0]
+            for hidden_NE in hidden_BTE.flatten(0, 1).split(HEAD_ROWS):
+                head(hidden_NE)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
 def capture(
     model: Any,
     tokens: Tokens,
@@ -163,7 +197,12 @@ def capture(
                 packed = batch.cu_seqlens
                 inputs = {} if packed is None else packed_inputs(packed, batch.input_ids)
                 run = Run(model, batch.input_ids, inputs)
-                writer.append(run.words(config.kind, batch.positions))
+                words = run.words(config.kind, batch.positions)
+                if words.logprobs.isnan().any():
+                    require_finite(
+                        model, rows.plain(torch.arange(begin, end)).split(1)
+                    )  # says where
+                writer.append(words)
                 meter.update(end, tokens=batch.input_ids.numel())
                 if interrupt.requested is not None:
                     writer.flush()

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
 
-from distill.data.capture import load_model, load_teacher, save_model
+from distill.data.capture import load_model, load_teacher, require_finite, save_model
 from distill.data.corpus import Document, Source
 from distill.data.rows import Rows
 from distill.data.teacher import TeacherCache, model_digest, require_same
@@ -135,6 +135,7 @@ class Run:
         if chosen.calibration_rows:
             first = torch.arange(min(chosen.calibration_rows, self.rows.windows))
             inputs = self.rows.plain(first).to(self.teacher.device)
+            require_finite(self.teacher, [inputs])
         try:
             if chosen.kind == "compress":
                 return compress(self.teacher, inputs=inputs, **chosen.options).student.float()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distill.__main__ import main, resume_command
-from distill.data.capture import CaptureConfig, capture, first_tokens, load_teacher
+from distill.data.capture import CaptureConfig, capture, first_tokens, load_teacher, save_model
 from distill.data.corpus import load_corpus
 from distill.data.teacher import TeacherCache
 from distill.data.tokens import Tokens
@@ -124,6 +124,40 @@ def test_dry_run_writes_nothing(teacher_dir, corpus_dir, tmp_path, capsys):
     assert main(arguments(teacher_dir, corpus_dir, tmp_path / "out", "--dry-run")) == 0
     assert "bytes a token" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("model.layers.1.self_attn.k_proj.weight", "nan", "model.layers.1.self_attn.k_proj"),
+        ("model.layers.0.mlp.down_proj.weight", "inf", "model.layers.0.mlp.down_proj"),
+        ("model.norm.weight", "nan", "model.norm"),
+        ("lm_head.weight", "-inf", "lm_head"),
+        ("lm_head.weight", None, "lm_head"),  # finite itself, and too large
+    ],
+)
+def test_a_teacher_that_is_not_finite_is_refused(
+    teacher_dir, corpus_dir, tmp_path, capsys, name, value, why
+):
+    teacher, out = tmp_path / "teacher", tmp_path / "out"
+    model, tokenizer = load_teacher(teacher_dir)
+    with torch.no_grad():
+        weight = model.get_parameter(name)
+        weight.view(-1)[3] = torch.finfo(weight.dtype).max if value is None else float(value)
+        if value is None:
+            weight.fill_(torch.finfo(weight.dtype).max)
+    save_model(teacher, model, tokenizer)
+    given = ["--teacher", teacher, "--corpus", corpus_dir, "--pattern", "*.py", "--out", out]
+    for command in (
+        ["hybridize", "--window", 4, "--length", 64],
+        ["compress", "--layers", 1],
+        ["cache", "--length", 64, "--tokens", tmp_path / "tokens"],
+    ):
+        assert main([str(x) for x in (*command, *given)]) == 1
+        err = capsys.readouterr().err
+        assert f"teacher: {why} must give finite numbers on the text" in err
+        assert (f"since {name} is not finite" in err) == (value is not None)
+        assert err.count("\n") == 1 and not out.exists()
 
 
 WRONG = (
