@@ -289,11 +289,12 @@ class DistillModule(nn.Module):
 
     def _layer_pairs(self, spec: LossSpec) -> tuple[tuple[int, int], ...]:
         models = (self.student, self.teacher)
-        layers = [decoder_layers(model) for model in models]
+        own, theirs = (decoder_layers(model) for model in models)
         if "attention" in spec.needs:
-            for model, of_model in zip(models, layers, strict=True):
+            for model, of_model in zip(models, (own, theirs), strict=True):
                 attention_of(model, of_model[0])  # or an error
-        return layer_pairs(spec.options["layers"], *map(len, layers))
+        copied = getattr(self.student.config, "layer_map", None)
+        return layer_pairs(spec.options["layers"], len(own), len(theirs), copied)
 
     def _tapped(self, need: str, side: int) -> frozenset[int]:
         """Layers of the student, side 0, or the teacher, that losses with such a need look at."""

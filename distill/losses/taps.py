@@ -295,15 +295,21 @@ def attention_of(model: Any, layer: nn.Module) -> Any:
     return getattr(layer, FAMILIES[family][1])
 
 
-def layer_pairs(layers: Any, student: int, teacher: int) -> tuple[tuple[int, int], ...]:
+def layer_pairs(
+    layers: Any, student: int, teacher: int, copied: Sequence[int] | None = None
+) -> tuple[tuple[int, int], ...]:
     """Which of the student's layers learns from which of the teacher's; both count from 0.
 
     Args:
         layers: "all": each from its own, of as many; "uniform": layer m of M, from 1, from layer
             m N / M of N, rounded up, so the last from the last; "every-K": layer m from layer K m;
-            "last": the last from the last; or a list of pairs, negative ones from the end.
+            "last": the last from the last; "copied": each from the one that it began as; or a list
+            of pairs, negative ones from the end.
         student, teacher: how many each has.
+        copied: what each of the student's began as, `layer_map` of `compress`; None: not known.
     """
+    if layers == "copied" and copied is not None and len(copied) == student:
+        layers = list(enumerate(copied))
     if isinstance(layers, str):
         step = layers.removeprefix("every-")
         if layers == "last":
@@ -322,7 +328,8 @@ def layer_pairs(layers: Any, student: int, teacher: int) -> tuple[tuple[int, int
         return tuple((s % student, t % teacher) for s, t in layers)
     raise DistillError(
         "losses: layers must be 'all' (of equally many), 'uniform', 'every-K' (K times the"
-        f" student's are there), 'last' or pairs [student's, teacher's] of {student} and {teacher}"
+        " student's are there), 'last', 'copied' (of a student of `compress`, with its layer_map in"
+        f" the configuration) or pairs [student's, teacher's] of {student} and {teacher}"
         f" layers, got {layers!r}"
     )
 

@@ -55,7 +55,8 @@ def compress(
         teacher: a causal language model that `hybridize` takes, with attention or its mixers. Of
             type xlstm or slstm: `layers` alone.
         layers: which of the teacher's the student keeps. A number, chosen by `layer_map`;
-            "every-2": each second one from the first; or a list of indices, rising. None: all.
+            "every-2": each second one from the first, with `layer_map` "uniform" from the second;
+            or a list of indices, rising. None: all.
         layer_map: "spread": from the first to the last at even distances, as DistilBERT; "uniform":
             the last of each of as many equal groups, TinyBERT's m N / M; "first"; "last";
             "influence": those that change what passes through them most, for which `inputs` is

@@ -67,7 +67,11 @@ class Selection:
             step = wanted.removeprefix("every-")
             if step == wanted or not step.isdecimal() or not int(step):
                 raise DistillError(f"compress: layers must be as 'every-2', got {wanted!r}")
-            return list(range(0, count, int(step)))
+            begin = int(step) - 1 if self.layer_map == "uniform" else 0
+            kept = list(range(begin, count, int(step)))
+            if not kept:
+                raise DistillError(f"compress: layers must be every {count} at most, got {wanted}")
+            return kept
         if isinstance(wanted, int):
             if not 1 <= wanted <= count:
                 raise DistillError(f"compress: layers must be 1 to {count}, got {wanted}")

@@ -123,7 +123,8 @@ class Run:
         return cache
 
     def first_student(self) -> Any:
-        """What the first stage begins with, as the recipe says."""
+        """What the first stage begins with, as the recipe says; from the teacher's weights as they
+        are stored, however they are rounded where it teaches."""
         chosen = self.recipe.student
         if chosen.kind == "load":
             if chosen.path is None:
@@ -131,16 +132,18 @@ class Run:
             student, tokenizer = load_teacher(Path(chosen.path), torch.float32)
             checks.require_same_tokenizer(self.tokenizer, tokenizer)
             return student
-        inputs = None
+        teacher, inputs = self.teacher, None
+        if teacher.dtype != torch.float32:
+            teacher = load_model(Path(self.recipe.teacher.path or ""), torch.float32)
         if chosen.calibration_rows:
             first = torch.arange(min(chosen.calibration_rows, self.rows.windows))
-            inputs = self.rows.plain(first).to(self.teacher.device)
-            require_finite(self.teacher, [inputs])
+            inputs = self.rows.plain(first).to(teacher.device)
+            require_finite(teacher, [inputs])
         try:
             if chosen.kind == "compress":
-                return compress(self.teacher, inputs=inputs, **chosen.options).student.float()
+                return compress(teacher, inputs=inputs, **chosen.options).student.float()
             options = {**chosen.options, "copy_weights": True}
-            student = hybridize(self.teacher, **options).float()
+            student = hybridize(teacher, **options).float()
         except TypeError as error:
             raise DistillError(f"recipe: student.options: {error}") from error
         if inputs is not None:

@@ -81,9 +81,13 @@ def do(recipe, folder, resume=False, interrupt=None):
     return output.getvalue()
 
 
+def quiet_run(recipe, folder):
+    return runs.Run(recipe, folder, Reporter(Console(quiet=True)))
+
+
 def first_stage(recipe, folder):
     """Of a recipe, ready to step."""
-    shared = runs.Run(recipe, folder, Reporter(Console(quiet=True)))
+    shared = quiet_run(recipe, folder)
     stage = shared.stage(recipe.stages[0], shared.first_student())
     stage.prepare()
     return stage

@@ -20,6 +20,7 @@ from hybrid_cases import (
 import distill
 from distill.__main__ import main
 from distill.errors import DistillError
+from distill.losses.module import DistillModule, LossSpec
 from distill.models.compression import compress
 from xlstm_kernels.testing import relative_error
 
@@ -149,6 +150,18 @@ def test_the_principal_directions_lose_less_than_channels():
 OPTIONS = [{}, {"output_gate": "x"}, {"grouped_heads": "share"}]
 
 
+@torch.no_grad()
+def test_layers_learn_from_those_that_they_began_as():
+    teacher, ids = make_teacher(), tokens(12)
+    student = compress(teacher, layers=[1, 2]).student
+    losses = [
+        DistillModule(student, teacher, [LossSpec("hidden_mse", args={"layers": layers})])
+        for layers in ("copied", [[0, 1], [1, 2]])
+    ]
+    got, want = (module(ids, ids)["hidden_mse"] for module in losses)
+    assert torch.equal(got[0], want[0]) and got[1] == want[1]
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @torch.no_grad()
 def test_a_hybrid_student_made_smaller(options, tmp_path):
@@ -175,6 +188,7 @@ def test_a_hybrid_student_made_smaller(options, tmp_path):
         (3, "first", [0, 1, 2]),
         (3, "last", [9, 10, 11]),
         ("every-3", "spread", [0, 3, 6, 9]),
+        ("every-3", "uniform", [2, 5, 8, 11]),
         (None, "spread", list(range(12))),
     ],
 )
@@ -226,6 +240,10 @@ def test_an_xlstm_with_fewer_blocks():
     [
         ({"layers": 4}, "layers must be 1 to 3, got 4"),
         ({"layers": [1, 0]}, r"layers must be rising indices of 3 layers, got \[1, 0\]"),
+        (
+            {"layers": "every-4", "layer_map": "uniform"},
+            "layers must be every 3 at most, got every-4",
+        ),
         ({"layers": "each-2"}, "layers must be as 'every-2', got 'each-2'"),
         ({"layers": 2, "layer_map": "middle"}, "layer_map must be one of spread, .*'middle'"),
         ({"layers": 2, "layer_map": "influence"}, "inputs must be given for 'influence', got None"),

@@ -16,12 +16,16 @@ def test_layer_maps():
     assert layer_pairs("uniform", 3, 2) == ((0, 0), (1, 1), (2, 1))
     assert layer_pairs("every-2", 3, 7) == ((0, 1), (1, 3), (2, 5))
     assert layer_pairs("last", 2, 9) == ((1, 8),)
+    assert layer_pairs("copied", 3, 6, copied=[0, 2, 4]) == ((0, 0), (1, 2), (2, 4))
     assert layer_pairs([[0, -1]], 2, 9) == ((0, 8),)
     for wrong in ("every-4", "every-0", "every-x", "half", [], [[0]], [[2, 0]], [[0.5, 0]], 3):
         with pytest.raises(DistillError, match="layers must be 'all'"):
             layer_pairs(wrong, 2, 7)
     with pytest.raises(DistillError, match="layers must be 'all'"):
         layer_pairs("all", 2, 7)
+    for copied in (None, [0], [0, 7]):  # none, of another student, of another teacher
+        with pytest.raises(DistillError, match=r"layers must be .*'copied' \(of a student of"):
+            layer_pairs("copied", 2, 7, copied=copied)
 
 
 def test_schedules():

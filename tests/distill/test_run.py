@@ -14,6 +14,7 @@ from run_cases import (
     assert_same,
     do,
     make_recipe,
+    quiet_run,
     tool,
     transformers,
     weights,
@@ -95,6 +96,18 @@ def test_dry_run_writes_nothing(capsys, tmp_path, teacher, corpus_dir):
     for part in ("align: 3 steps of 192 tokens", "frozen", "memory", "nats a word"):
         assert part in out
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["hybridize", "compress"])
+def test_a_student_begins_with_the_weights_as_they_are_stored(tmp_path, teacher, corpus_dir, kind):
+    """A teacher that runs in 16 bits is rounded, its student is not."""
+    changes = ["teacher.dtype=bfloat16", f"student.kind={kind}", "student.options={}"]
+    recipe = make_recipe(tmp_path, teacher, corpus_dir, *changes)
+    shared = quiet_run(recipe, tmp_path / "run")
+    assert shared.teacher.dtype == torch.bfloat16
+    stored = dict(load_model(teacher, torch.float32).named_parameters())
+    found = dict(shared.first_student().named_parameters())
+    assert all(torch.equal(found[name], weight) for name, weight in stored.items())
 
 
 def test_a_run_is_not_written_over(capsys, tmp_path, teacher, corpus_dir):
