@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from distill.cli.flags import add_folders, add_pattern, fraction, whole_number
+from distill.cli.flags import add_folders, add_heldout_fraction, add_pattern, whole_number
 from distill.errors import Interrupt
 
 if TYPE_CHECKING:
@@ -42,14 +42,7 @@ def add(commands: Commands) -> None:
         action="store_true",
         help="the teacher reads each document by itself, as data.boundaries of a recipe",
     )
-    cache.add_argument(
-        "--heldout-fraction",
-        type=fraction,
-        default=0.05,
-        metavar="X",
-        help="of the documents, left out as data.heldout_fraction of a recipe (default:"
-        " %(default)s)",
-    )
+    add_heldout_fraction(cache)
     cache.add_argument(
         "--tokens",
         type=Path,

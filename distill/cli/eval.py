@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ def _add_eval(commands: Commands) -> None:
         "eval",
         help="compare a student with its teacher and controls, and write the report",
         description=(
-            "Scores models of transformers on the held-out files of a corpus: bits per byte, next "
+            "Scores models of transformers on the test files of a corpus: bits per byte, next "
             "tokens that are right, agreement with the teacher; each folder of the corpus is a "
             "task of the win-and-tie curve. Writes scores.json, report.html and report.md to OUT, "
             "which may be a run's folder: models, corpus and held-out files are then the run's."
@@ -65,7 +66,7 @@ def _add_eval(commands: Commands) -> None:
     parser.add_argument(
         "--all-files",
         action="store_true",
-        help="all of the corpus, not the files that training on it would hold out",
+        help="all of the corpus, not the test files that training on it would hold out",
     )
     parser.add_argument(
         "--length",
@@ -112,7 +113,7 @@ def _add_more(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from distill.data.corpus import load_corpus, read_documents
+    from distill.data.corpus import Document, load_corpus, read_documents
     from distill.evaluation.assessment import Plan, assess
     from distill.evaluation.folders import Models
     from distill.progress import Reporter
@@ -127,12 +128,17 @@ def run(args: argparse.Namespace) -> None:
     models = Models(_folders(args))
     plan = Plan(args.length, args.rows, args.overlap, args.needle, args.contexts)
     models.require(plan)
+    validation: Sequence[Document] = ()
     if args.all_files:
         documents = read_documents(args.corpus, args.pattern, args.text_key)
     else:
         given = {"text_key": args.text_key, **heldout}
-        documents = list(load_corpus(args.corpus, args.pattern, **given).heldout)
-    scores = assess(models, models.tokenizer, documents, plan, say=reporter.say)
+        halves = load_corpus(args.corpus, args.pattern, **given).halves
+        reporter.say(halves.describe())
+        documents, validation = list(halves.test), halves.validation
+    scores = assess(
+        models, models.tokenizer, documents, plan, validation=validation, say=reporter.say
+    )
     if args.harness:
         from distill.evaluation.harness import harness_tasks
 

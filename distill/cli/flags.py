@@ -90,5 +90,15 @@ def add_pattern(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_heldout_fraction(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--heldout-fraction",
+        type=fraction,
+        default=0.05,
+        metavar="X",
+        help="of the files, held out as data.heldout_fraction of a recipe (default: %(default)s)",
+    )
+
+
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[OneLineParser]

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill.cli.flags import add_pattern, whole_number
+from distill.cli.flags import add_heldout_fraction, add_pattern, whole_number
 from distill.errors import DistillError
 
 if TYPE_CHECKING:
@@ -19,7 +19,8 @@ def add(commands: Commands) -> None:
         help="merge trained models of one architecture into one, by weighted mean",
         description=(
             "Writes the mean of models to OUT, a tensor at a time: each weighs the same, or what "
-            "--weights says, or what scores best on text among all multiples of 1 / N (--sweep N)."
+            "--weights says, or what scores best on text among all multiples of 1 / N (--sweep N); "
+            "files of --corpus that training holds out choose, others of them score what is chosen."
         ),
         allow_abbrev=False,
     )
@@ -34,6 +35,7 @@ def add(commands: Commands) -> None:
     )
     merge.add_argument("--corpus", type=Path, metavar="DIR", help="text that --sweep scores on")
     add_pattern(merge)
+    add_heldout_fraction(merge)
     merge.set_defaults(command=run)
 
 
@@ -51,22 +53,28 @@ def run(args: argparse.Namespace) -> None:
                 weights[name] = float(number)
             except ValueError as error:
                 raise DistillError(f"--weights: must be numbers, got {number!r}") from error
-    if args.sweep is not None:
-        weights = _swept(args, experts)
-    print(f"merged   {merge(experts, weights, out=args.out)}")
+    if args.sweep is None:
+        print(f"merged   {merge(experts, weights, out=args.out)}")
+    else:
+        _sweep(args, experts)
 
 
-def _swept(args: argparse.Namespace, experts: dict[str, Path]) -> dict[str, float]:
-    """The weights that take the fewest bits per byte."""
-    from distill.data.capture import load_teacher
+def _sweep(args: argparse.Namespace, experts: dict[str, Path]) -> None:
+    """Merge with the weights that take the fewest bits per byte of validation text."""
+    from distill.data.capture import load_model, load_tokenizer
     from distill.data.corpus import load_corpus
     from distill.evaluation.scores import evaluate
-    from distill.models.merging import Trial, sweep
+    from distill.files import require_place
+    from distill.models.merging import Trial, merge, sweep
 
     if args.corpus is None:
         raise DistillError("--sweep: --corpus must be given, the text to score on")
-    documents = load_corpus(args.corpus, args.pattern, text_key=args.text_key).heldout
-    _, tokenizer = load_teacher(next(iter(experts.values())))
+    require_place(args.out, *experts.values())
+    given = {"heldout_fraction": args.heldout_fraction, "text_key": args.text_key}
+    halves = load_corpus(args.corpus, args.pattern, **given).halves
+    documents = halves.require_validation("--sweep")
+    print(halves.describe())
+    tokenizer = load_tokenizer(next(iter(experts.values())))
 
     def show(trial: Trial, done: int, total: int) -> None:
         shown = ",".join(f"{name}={weight:g}" for name, weight in trial.weights.items())
@@ -78,7 +86,10 @@ def _swept(args: argparse.Namespace, experts: dict[str, Path]) -> dict[str, floa
         steps=args.sweep,
         after_trial=show,
     )
-    return found[0].weights
+    merged = merge(experts, found[0].weights, out=args.out)
+    test = evaluate(load_model(merged), tokenizer, halves.test).bits_per_byte
+    print(f"test     {test:.4f} bits per byte")
+    print(f"merged   {merged}")
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -21,8 +21,9 @@ def add(commands: Commands) -> None:
         description=(
             "Trains RECIPE with each combination of the values that --over names, for a little; "
             "then the best of them anew for longer, and so on (successive halving). Prints every "
-            "trial's bits per byte of held-out text and writes the best recipe to "
-            "RUN_DIR/best.yaml. The same command goes on after Ctrl-C."
+            "trial's bits per byte of validation files, writes the best recipe to "
+            "RUN_DIR/best.yaml and scores its student on the test files. The same command goes on "
+            "after Ctrl-C."
         ),
         allow_abbrev=False,
     )
@@ -109,6 +110,7 @@ def run(args: argparse.Namespace) -> None:
         scores = [f"{score:.4f}" for score in trial.scores] + [""] * (rounds - len(trial.scores))
         table.add_row(*trial.choices.values(), *scores)
     console.print(table)
+    console.print(f"test     {trials[0].test:.4f} bits per byte, of files that chose nothing")
     console.print(f"best     {args.run_dir / BEST}", soft_wrap=True, markup=False)
 
 

@@ -6,10 +6,11 @@ import hashlib
 import math
 import sysconfig
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -76,6 +77,42 @@ class Part:
                 yield document
 
 
+class Halves(NamedTuple):
+    """Documents that are held out: those to choose by, and those to report on, which have chosen
+    nothing. One alone is to report on."""
+
+    validation: tuple[Document, ...]
+    test: tuple[Document, ...]
+
+    def require_validation(self, operation: str) -> tuple[Document, ...]:
+        """`validation`; raises DistillError where there is none."""
+        if not self.validation:
+            raise DistillError(
+                f"{operation}: at least 2 documents must be held out, one to choose by and one to"
+                f" report on, got {len(self.test)}; hold out more (heldout_fraction)"
+            )
+        return self.validation
+
+    def describe(self) -> str:
+        sizes = (
+            f"{len(part)} for {name}, {sum(len(document.text) for document in part) / 1e3:.1f} kB"
+            for name, part in self._asdict().items()
+        )
+        return f"held out {'; '.join(sizes)}"
+
+
+def halves_of(heldout: Sequence[Document]) -> Halves:
+    """One after the other goes where there are fewer bytes, the first to the test."""
+    validation: list[Document] = []
+    test: list[Document] = []
+    balance = 0
+    for document in heldout:
+        to_test = balance <= 0
+        (test if to_test else validation).append(document)
+        balance += len(document.text) if to_test else -len(document.text)
+    return Halves(tuple(validation), tuple(test))
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Documents in two parts; `digest` changes with any byte of any of them.
@@ -102,6 +139,10 @@ class Corpus:
     @property
     def heldout_bytes(self) -> int:
         return sum(len(document.text) for document in self.heldout)
+
+    @property
+    def halves(self) -> Halves:
+        return halves_of(self.heldout)
 
 
 def standard_library() -> Path:

@@ -12,7 +12,7 @@ from distill.data.corpus import Document
 from distill.errors import DistillError
 from distill.evaluation.bench import bench
 from distill.evaluation.probes import mean_gates, needle
-from distill.evaluation.scores import encode, evaluate
+from distill.evaluation.scores import Scores, encode, evaluate
 
 GENERATION = "generation"
 TEXT = "text"
@@ -38,6 +38,7 @@ def assess(
     documents: Sequence[Document],
     plan: Plan | None = None,
     *,
+    validation: Sequence[Document] = (),
     say: Callable[[str], None] = lambda message: None,
     after_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
@@ -48,33 +49,35 @@ def assess(
         tokenizer: that of all models, or None where ids are bytes.
         documents: those in one folder are a task of the win-and-tie curve: its score is the
             accuracy of the next token. Where there are no folders, each document is one.
+        validation: those that scores along the way are of, for the teacher's place among them.
         say, after_batch: told what begins, and how far `evaluate` has come.
 
     Returns:
-        For JSON: `teacher` and `student` (names), `models` (scores and sizes by name), `tasks`
-        (name, kind, scores by model), `needle` (share found by length, by model), `gates` (mean
-        output gate by layer and head) and `bench`. Who repeats a run with other seeds may add
-        `seeds`, bits per byte by model for each, which the report then shows.
+        For JSON: `teacher` and `student` (names), `models` (scores and sizes by name),
+        `validation` (bits per byte of the teacher), `tasks` (name, kind, scores by model),
+        `needle` (share found by length, by model), `gates` (mean output gate by layer and head) and
+        `bench`. Who repeats a run with other seeds may add `seeds`, bits per byte by model for
+        each, which the report then shows.
     """
     plan = plan or Plan()
     if len(models) < 2:
         raise DistillError(f"assess: models must be a teacher and a student, got {len(models)}")
     teacher_name, student_name, *_ = models
     teacher = models[teacher_name]
+    options: dict[str, Any] = {"length": plan.length, "rows": plan.rows, "after_batch": after_batch}
+
+    def score(model: Any, texts: Sequence[Document], **more: Any) -> Scores:
+        return evaluate(model, tokenizer, texts, **options, **more)
+
     found: dict[str, Any] = {}
     for name in models:  # which may hold but one of them beside the teacher
         say(f"score    {name}")
-        scores = evaluate(
-            models[name],
-            tokenizer,
-            documents,
-            teacher=teacher,
-            length=plan.length,
-            rows=plan.rows,
-            overlap=plan.overlap,
-            after_batch=after_batch,
-        )
+        scores = score(models[name], documents, teacher=teacher, overlap=plan.overlap)
         found[name] = sizes(models[name]) | scores.as_dict()
+    aside = {}
+    if validation:
+        say(f"score    {teacher_name}, validation")
+        aside[teacher_name] = score(teacher, validation).bits_per_byte
     tasks = text_tasks(found)
     needles: dict[str, dict[int, float]] = {}
     for name in models if plan.needle_lengths else ():
@@ -94,6 +97,7 @@ def assess(
         "teacher": teacher_name,
         "student": student_name,
         "models": found,
+        "validation": aside,
         "tasks": tasks,
         "needle": needles,
         "gates": mean_gates(student, torch.tensor([ids])),

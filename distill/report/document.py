@@ -321,12 +321,13 @@ def drawings(run: RunFolder) -> Iterator[tuple[str, list[str]]]:
     ]
     runs = {"student": run, **run.controls}
     teacher = scores.get("models", {}).get(scores.get("teacher"), {})
+    aside = scores.get("validation", {}).get(scores.get("teacher"))
     for name, label, caption in (
-        ("bits_per_byte", "bits per byte", "Held-out text while learning"),
+        ("bits_per_byte", "bits per byte", "Validation text while learning"),
         ("agreement", "agreement with the teacher", "Agreement while learning"),
     ):
         if run.curve("heldout", name).values:
-            level = teacher.get(name) if name == "bits_per_byte" else None
+            level = (aside or teacher.get(name)) if name == "bits_per_byte" else None
             draw = partial(figures.heldout, runs=runs, name=name, label=label, teacher=level)
             training.append(_draw(caption, draw))
     if training:

@@ -15,6 +15,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from distill.data.corpus import Source
+from distill.data.tokens import Plan
 from distill.errors import DistillError, nearest
 from distill.files import write_atomically
 
@@ -55,7 +57,8 @@ class DataConfig:
 
     boundaries: attention, state and positions begin anew with each document (`cu_seqlens`), and no
         word is predicted from the document before it.
-    heldout_fraction: of the documents; at most `heldout_bytes` of them are scored.
+    heldout_fraction: of the documents; at most `heldout_bytes` of them are scored, half of these
+        along the way and to choose by (validation), the others at the end (test).
     text_key: of documents in .jsonl, .jsonl.gz and .parquet files, which have one a line or row.
     tokens: a folder to keep the tokens in; None is one in the run's.
     """
@@ -68,6 +71,12 @@ class DataConfig:
     heldout_bytes: int = 1 << 18
     text_key: str = "text"
     tokens: str | None = None
+
+    def plan(self) -> Plan:
+        if self.corpus is None:
+            raise DistillError("recipe: data.corpus must be a folder of text, got none")
+        source = Source(Path(self.corpus), self.pattern, self.text_key)
+        return Plan(source, self.heldout_fraction, self.heldout_bytes)
 
 
 @dataclass

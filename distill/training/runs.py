@@ -20,10 +20,10 @@ from accelerate.utils import gather_object
 from rich.console import Console
 
 from distill.data.capture import load_model, load_teacher, require_finite, save_model
-from distill.data.corpus import Document, Source
+from distill.data.corpus import Document, halves_of
 from distill.data.rows import Rows
 from distill.data.teacher import TeacherCache, model_digest, require_same
-from distill.data.tokens import TOKENS, Plan, Text, Tokens, stored_text
+from distill.data.tokens import TOKENS, Text, Tokens, stored_text
 from distill.data.words import Drawn, settings
 from distill.errors import DistillError, Interrupt
 from distill.evaluation.probes import require_needles
@@ -56,8 +56,6 @@ class Run:
     def __post_init__(self) -> None:
         recipe = self.recipe
         self.controls = controls_of(recipe)
-        if recipe.data.corpus is None:
-            raise DistillError("recipe: data.corpus must be a folder of text, got none")
         self.accelerator: Accelerator = parallel.make_accelerator(
             recipe.loop, recipe.log, self.folder
         )
@@ -72,6 +70,9 @@ class Run:
         if self.accelerator.num_processes > 1:
             parallel.alone(self.accelerator, self._read_text)  # the first may have to write it
         self.tokens, self.heldout = self._read_text()
+        self.halves = halves_of(self.heldout)
+        if self.accelerator.is_main_process:
+            self.reporter.say(self.halves.describe())
         self.rows = Rows(
             self.tokens,
             recipe.loop.rows,
@@ -96,9 +97,7 @@ class Run:
         return None, tokenizer
 
     def _read_text(self) -> Text:
-        data = self.recipe.data
-        source = Source(Path(data.corpus or ""), data.pattern, data.text_key)
-        plan = Plan(source, data.heldout_fraction, data.heldout_bytes)
+        data, plan = self.recipe.data, self.recipe.data.plan()
         if self.given is not None:
             return Text(self.given, self.heldout or plan.corpus().heldout)
         folder = self.folder / TOKENS if data.tokens is None else Path(data.tokens)
@@ -187,8 +186,10 @@ class Run:
             teacher.to(self.accelerator.device)
         data = self.recipe.data
         options: dict[str, Any] = {"teacher": teacher, "length": data.length}
+        # What is seen along the way is what one chooses by; the report is on other files.
+        documents = self.halves.validation or self.halves.test
         scores = wrapped.run(
-            lambda student: evaluate(student, self.tokenizer, self.heldout, **options)
+            lambda student: evaluate(student, self.tokenizer, documents, **options)
         )
         found = {name: getattr(scores, name) for name in ("bits_per_byte", "accuracy", "agreement")}
         return {name: value for name, value in found.items() if value is not None}
@@ -253,7 +254,7 @@ def run(
                 lambda: scoring.score(
                     recipe,
                     folder,
-                    shared.heldout,
+                    shared.halves,
                     accelerator.device,
                     shared.reporter.say,
                     shared.interrupt,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from distill.data.corpus import Document
+from distill.data.corpus import Halves
 from distill.errors import DistillError, Interrupt
 from distill.evaluation.assessment import Plan, assess
 from distill.evaluation.folders import Models
@@ -29,7 +29,7 @@ def plan_of(recipe: Recipe) -> Plan:
 def score(
     recipe: Recipe,
     folder: Path,
-    heldout: Sequence[Document],
+    heldout: Halves,
     device: Any,
     say: Callable[[str], None],
     interrupt: Interrupt,
@@ -51,8 +51,9 @@ def score(
         scores = assess(
             models,
             models.tokenizer,
-            heldout,
+            heldout.test,
             plan_of(recipe),
+            validation=heldout.validation,
             say=say_next,
             after_batch=lambda done, total: interrupt.check(),
         )

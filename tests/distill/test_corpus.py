@@ -42,6 +42,21 @@ def test_the_order_of_documents_does_not_change_the_split():
     assert list(chosen) == order[list(others)].tolist()
 
 
+def test_what_chooses_does_not_report(corpus_dir):
+    corpus = load_corpus(corpus_dir, heldout_fraction=0.5)
+    validation, test = corpus.halves
+    assert {*validation, *test} == {*corpus.heldout} and not {*validation} & {*test}
+    sizes = [sum(len(d.text) for d in part) for part in corpus.halves]
+    assert abs(sizes[0] - sizes[1]) <= max(len(d.text) for d in corpus.heldout)
+    assert corpus.halves.require_validation("tune") == validation
+    kb = [f"{size / 1e3:.1f} kB" for size in sizes]
+    assert corpus.halves.describe() == f"held out 3 for validation, {kb[0]}; 3 for test, {kb[1]}"
+    one = load_corpus(corpus_dir)
+    assert one.halves == ((), one.heldout)
+    with pytest.raises(DistillError, match=r"^tune: at least 2 documents must be held out.*got 1;"):
+        one.halves.require_validation("tune")
+
+
 def test_digest_changes_with_a_byte(tmp_path):
     for name in ("a.py", "b.py"):
         (tmp_path / name).write_text("x = 1\n")

@@ -8,8 +8,10 @@ from hybrid_cases import hybrid, make_teacher, save_teacher, stir, tokens, trans
 
 import distill
 from distill.__main__ import main
-from distill.data.capture import load_model
+from distill.data.capture import load_model, load_teacher
+from distill.data.corpus import load_corpus
 from distill.errors import DistillError
+from distill.evaluation.scores import evaluate
 from distill.models import merging
 from distill.models.merging import merge, sweep
 
@@ -107,8 +109,18 @@ def test_the_command(tmp_path, capsys, corpus_dir):
     worse.save_pretrained(two)
     flags = [f"one={one}", f"two={two}", "--out", str(tmp_path / "merged")]
     text = ["--sweep", "1", "--corpus", str(corpus_dir), "--pattern", "*.py"]
-    assert main(["merge", *flags, *text]) == 0
-    assert "trial    2/2" in capsys.readouterr().out
+    assert main(["merge", *flags, *text]) == 1
+    assert "--sweep: at least 2 documents must be held out" in capsys.readouterr().err
+    assert main(["merge", *flags, *text, "--heldout-fraction", "0.2"]) == 0
+    said = capsys.readouterr().out
+    assert "held out 1 for validation" in said and "trial    2/2" in said
+    corpus = load_corpus(corpus_dir, "*.py", 0.2)
+    found, tokenizer = load_teacher(tmp_path / "merged")
+    validation, test = (
+        f"{evaluate(found, tokenizer, part).bits_per_byte:.4f} bits per byte"
+        for part in corpus.halves
+    )
+    assert f"1/2  {validation}" in said and f"test     {test}" in said and validation != test
     merged = load_model(tmp_path / "merged").state_dict()
     assert all(torch.equal(x, merged[n]) for n, x in load_model(one).state_dict().items())
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").eos_token == "<end>"

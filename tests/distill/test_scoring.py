@@ -26,6 +26,26 @@ def outcome(run):
     return [name for name in OUTCOME if (run / name).exists()]
 
 
+def test_the_report_is_of_files_that_chose_nothing(tmp_path, teacher, corpus_dir):
+    given = [*SHORT, "data.heldout_fraction=0.2", "stages.0.steps=1", "stages.1.steps=1"]
+    run = tmp_path / "run"
+    given.append("loop.heldout_every=1")
+    said = do(make_recipe(tmp_path, teacher, corpus_dir, *given), run)
+    halves = load_corpus(corpus_dir, "*.py", 0.2).halves
+    assert halves.describe() in said
+    scores = json.loads((run / "scores.json").read_text())
+    assert list(scores["models"]["student"]["documents"]) == [d.path for d in halves.test]
+    (model, tokenizer), (theirs, _) = map(runs.load_teacher, (run / "student", teacher))
+    options = {"documents": halves.validation, "length": 24}
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["heldout"]
+    want = evaluate(model, tokenizer, **options).bits_per_byte
+    assert last["bits_per_byte"] == pytest.approx(want, rel=1e-5)
+    want = evaluate(theirs, tokenizer, **options).bits_per_byte
+    assert scores["validation"] == {"teacher": pytest.approx(want, rel=1e-5)}
+    assert f"teacher, {want:.3f}" in (run / "report.html").read_text()
+
+
+@pytest.mark.medium
 def test_a_run_ends_with_scores_and_a_report(tmp_path, teacher, corpus_dir):
     run = tmp_path / "run"
     said = do(make_recipe(tmp_path, teacher, corpus_dir, *SHORT), run)

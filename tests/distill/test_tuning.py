@@ -8,7 +8,9 @@ from rich.console import Console
 from run_cases import RECIPE, write_teacher
 
 from distill.__main__ import main
+from distill.data.capture import load_teacher
 from distill.errors import DistillError
+from distill.evaluation.scores import evaluate
 from distill.progress import Reporter
 from distill.training.recipe import Recipe
 from distill.training.tuning import BEST, Round, Trial, choices, plan, tune, with_budget
@@ -62,7 +64,7 @@ def test_stages_keep_their_shares(source):
 
 def tuned(source, teacher, corpus, folder, over, **options):
     reporter = Reporter(Console(file=io.StringIO()))
-    given = [f"teacher.path={teacher}", f"data.corpus={corpus}"]
+    given = [f"teacher.path={teacher}", f"data.corpus={corpus}", "data.heldout_fraction=0.2"]
     return tune(source, over, folder, reporter, overrides=given, **options)
 
 
@@ -77,6 +79,14 @@ def test_the_better_learning_rate_wins(source, teacher, corpus_dir, tmp_path):
     best = Recipe.load(folder / BEST)
     assert best.stages[1].lr == 1e-2 and [stage.steps for stage in best.stages] == [3, 5]
     assert seen == [1] * 4 + [2] * 2
+    # Chosen by some files, scored on others.
+    corpus = best.data.plan().corpus()
+    model, tokenizer = load_teacher(folder / "round-1/trial-1/student")
+    validation, test = (
+        evaluate(model, tokenizer, part, length=24).bits_per_byte for part in corpus.halves
+    )
+    assert trials[0].scores[-1] == pytest.approx(validation) != test
+    assert trials[0].test == pytest.approx(test)
     # What is there is not trained again.
     written = {path: path.stat().st_mtime_ns for path in folder.glob("round-*/*/metrics.jsonl")}
     again = tuned(source, teacher, corpus_dir, folder, over, **options)
@@ -85,6 +95,15 @@ def test_the_better_learning_rate_wins(source, teacher, corpus_dir, tmp_path):
         tuned(source, teacher, corpus_dir, folder, over, **options | {"tokens": 14_000})
     finite = [path for path in written if (path.parent / "student").exists()]
     assert finite and all(path.stat().st_mtime_ns == written[path] for path in finite)
+
+
+def test_too_few_files_to_choose_by(source, teacher, corpus_dir, tmp_path):
+    given = [f"teacher.path={teacher}", f"data.corpus={corpus_dir}"]
+    reporter = Reporter(Console(file=io.StringIO()))
+    over = {"stages.1.lr": ["1e-3", "1e-2"]}
+    with pytest.raises(DistillError, match="tune: at least 2 documents must be held out"):
+        tune(source, over, tmp_path / "tune", reporter, overrides=given, tokens=10_000)
+    assert not (tmp_path / "tune").exists()
 
 
 def test_unknown_keys_and_values_are_one_line(source, tmp_path, capsys):
