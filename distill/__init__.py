@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from distill.evaluation.scores import evaluate
     from distill.hybrid import stages
     from distill.hybrid.convert import hybridize, load_student, new_parameters
-    from distill.hybrid.mixer import HybridOptions
+    from distill.hybrid.options import HybridOptions
     from distill.losses.module import DistillModule, LossSpec, register_loss
     from distill.models.compression import Compressed, compress
     from distill.models.merging import merge
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "Compressed": "distill.models.compression",
     "DistillModule": "distill.losses.module",
-    "HybridOptions": "distill.hybrid.mixer",
+    "HybridOptions": "distill.hybrid.options",
     "LossSpec": "distill.losses.module",
     "Recipe": "distill.training.recipe",
     "SLSTMForCausalLM": "distill.models.recurrent",

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from distill.errors import DistillError
 from distill.evaluation.scores import require_positions, words
-from distill.hybrid.mixer import HybridMixer, HybridOptions
+from distill.hybrid.mixer import HybridMixer
+from distill.hybrid.options import HybridOptions
 
 # Nothing in these helps to guess a number.
 FILLER = (

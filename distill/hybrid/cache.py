@@ -8,19 +8,20 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
 
-from distill.hybrid.mixer import HybridMixer, HybridOptions
+from distill.hybrid.mixer import HybridMixer
+from distill.hybrid.options import HybridOptions
 from distill.models.state_cache import StateCacheLayer
 
 
 class HybridCacheLayer(StateCacheLayer):
     """Of a mixer; `state` is a `HybridState`."""
 
-    def run(self, mixer: HybridMixer, tensors: Any, scale: float) -> Tensor:
+    def run(self, mixer: HybridMixer, tensors: Any, **how: Any) -> Tensor:
         """The mixer's output for the next tokens, which the state then holds."""
         if self.state is None:
-            h_BTHD, self.state = mixer.prefill(*tensors, scale=scale)
+            h_BTHD, self.state = mixer.prefill(*tensors, **how)
         else:
-            h_BTHD, self.state = mixer.step(*(*tensors, self.state), scale=scale)
+            h_BTHD, self.state = mixer.step(*(*tensors, self.state), **how)
         self.seen += h_BTHD.shape[1]
         return h_BTHD
 

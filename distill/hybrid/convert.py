@@ -11,6 +11,7 @@ import copy
 import inspect
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -29,7 +30,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from distill.errors import DistillError
 from distill.hybrid.cache import HybridCache, HybridCacheLayer
-from distill.hybrid.mixer import HybridMixer, HybridOptions
+from distill.hybrid.mixer import HybridMixer, Rotation
+from distill.hybrid.options import HybridOptions
 
 # transformers' model type -> where its decoder has the layers, and a layer the attention.
 FAMILIES = {
@@ -107,10 +109,11 @@ def hybridize(
     return student
 
 
-def load_student(path: Any, **options: Any) -> PreTrainedModel:
+def load_student(path: Any, *, window: int | None = None, **options: Any) -> PreTrainedModel:
     """What `save_pretrained` of a student, or an sLSTM, has written, from safetensors alone.
 
-    **options go to `from_pretrained`. No code beside the weights is run, and nothing is unpickled.
+    `window`: another one than the student was trained with, as the paper's 256 after 512. **options
+    go to `from_pretrained`. No code beside the weights is run, and nothing is unpickled.
 
     Raises:
         DistillError: `path` has another model, or weights that are not all of the student's.
@@ -120,9 +123,17 @@ def load_student(path: Any, **options: Any) -> PreTrainedModel:
     model_class: Any
     if model_type == RECURRENT:
         from distill.models.recurrent import SLSTMForCausalLM as model_class
+
+        if window is not None:
+            raise DistillError(
+                f"load_student: window must be None for a model of type {RECURRENT}, got {window}"
+            )
     elif is_student(model_type):
-        HybridOptions.from_dict(settings.get("hybrid"))
-        model_class = student_classes(model_type.removeprefix(PREFIX))[1]
+        hybrid = HybridOptions.from_dict(settings.get("hybrid"))
+        config_class, model_class = student_classes(model_type.removeprefix(PREFIX))
+        if window is not None:
+            options["config"] = config_class.from_pretrained(path)
+            options["config"].hybrid = replace(hybrid, window=window).as_dict()
     else:
         wanted = ", ".join([*(PREFIX + family for family in FAMILIES), RECURRENT])
         raise DistillError(
@@ -206,6 +217,8 @@ class _HybridAttention:
     ) -> Any:
         layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         kw |= {"past_key_values": None, "mixer_input": hidden_states, "mixer_cache": layer}
+        if getattr(self, "use_rope", True):
+            kw["mixer_rotation"] = kw.get("position_embeddings")
         return super().forward(hidden_states, *args, **kw)  # type: ignore[misc]
 
 
@@ -220,6 +233,7 @@ def mixer_attention(
     mixer_input: Tensor,
     mixer_cache: HybridCacheLayer | None,
     mixer_observer: Callable[..., None] | None = None,
+    mixer_rotation: Rotation | None = None,
     cu_seq_lens_q: Tensor | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
@@ -228,22 +242,23 @@ def mixer_attention(
 
     With `mixer_observer` the teacher's attention goes on instead, after a call of
     mixer_observer(mixer, [x, q, k, v] as the mixer takes them, attention (B, T, H, D), scale=,
-    cu_seqlens=).
+    rotation=, cu_seqlens=).
     """
     # Under autocast the position embedding leaves q and k in float32.
     heads = [x.to(v_BGTD.dtype) for x in (q_BHTD, k_BGTD, v_BGTD)]
     tensors = [mixer_input, *(x.transpose(1, 2) for x in heads)]
     mixer: HybridMixer = module.mixer
+    how: dict[str, Any] = {"scale": scaling, "rotation": mixer_rotation}
     if mixer_observer is not None:
         attention = attention_function(module.model_config, module.teacher_class)
         h_BTHD, _ = attention(
             *(module, *heads, attention_mask), scaling=scaling, dropout=0.0, **kwargs
         )
-        mixer_observer(mixer, tensors, h_BTHD, scale=scaling, cu_seqlens=cu_seq_lens_q)
+        mixer_observer(mixer, tensors, h_BTHD, cu_seqlens=cu_seq_lens_q, **how)
         return h_BTHD, None
     if mixer_cache is None:
-        return mixer(*tensors, scale=scaling, cu_seqlens=cu_seq_lens_q), None
-    return mixer_cache.run(mixer, tensors, scaling), None
+        return mixer(*tensors, cu_seqlens=cu_seq_lens_q, **how), None
+    return mixer_cache.run(mixer, tensors, **how), None
 
 
 AttentionInterface.register(IMPLEMENTATION, mixer_attention)

@@ -13,7 +13,6 @@ states, H or G (`HybridOptions.grouped_heads`).
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -21,115 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import xlstm_kernels as xk
-from distill.errors import DistillError
+from distill.hybrid.options import HybridOptions
 
-CHOICES = {
-    "feature_map": ("softmax", "softmax_pair", "elu"),
-    "feature_init": ("identity", "uniform"),
-    "gate_init": ("spread", "constant"),
-    "input_gate": ("exp", "sigmoid"),
-    "output_gate": ("qkv", "x", "bias"),
-    "normalizer": ("plain", "max", "none"),
-    "grouped_heads": ("repeat", "share"),
-}
-
-
+Rotation = tuple[Tensor, Tensor]  # cos and sin of each token, (B or 1, T, R)
 STEP_TOKENS = 16  # that `xk.mlstm_step` takes at once
-
-
-@dataclass(frozen=True)
-class HybridOptions:
-    """What the paper says of the mixer, and a choice for each thing that it leaves open.
-
-    window, sinks: a token sees the last `window` tokens, itself among them, and the first `sinks`.
-        The paper trains with 512 and names 256 for inference; its sinks are 4.
-    feature_map: phi, of each head for itself. "softmax": softmax(W x), the paper's; "softmax_pair":
-        softmax of W x and of -W x side by side, as LoLCATs has it, with twice the state; "elu":
-        elu(x) + 1, nothing learned.
-    feature_init: W. "identity", or "uniform": that of `nn.Linear`. The paper does not say.
-    normalizer: of `xk.mlstm`; the paper's is "plain".
-    input_gate: "exp", the paper's, or "sigmoid".
-    gate_init: both gates' weights on x are 0, and so are the input gate's biases. Those of the
-        forget gate: "spread": from `forget_bias` up to 3 more, evenly over the heads; "constant":
-        `forget_bias`. The paper does not say; `stages.calibrate_gates` asks the teacher.
-    forget_bias: 3 keeps half of a token for 14 tokens, 6 for 280.
-    output_gate: what o is computed from: "qkv", the paper's; "x", the layer's input; "bias":
-        nothing, a learned constant a head.
-    output_bias: the first o is its sigmoid. The paper does not say; LoLCATs' is log(0.1 / 0.9).
-    grouped_heads: of the mLSTM, where query heads share keys and values. "repeat": each repeats
-        them, and has W of k, gates i and f and a state of its own, as the paper's 32 heads with 8
-        of keys suggest; "share": they share these too and read one state, H / G times less to keep
-        and to update. Training costs the same.
-    layers: indices of the layers that are replaced, negative ones from the end; None is all.
-    eps: added to the normalizer.
-    backend: of the operations.
-    """
-
-    window: int = 512
-    sinks: int = 4
-    feature_map: str = "softmax"
-    feature_init: str = "identity"
-    normalizer: str = "plain"
-    input_gate: str = "exp"
-    gate_init: str = "spread"
-    forget_bias: float = 3.0
-    output_gate: str = "qkv"
-    output_bias: float = math.log(0.1 / 0.9)
-    grouped_heads: str = "repeat"
-    layers: tuple[int, ...] | None = None
-    eps: float = 1e-6
-    backend: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name, allowed in CHOICES.items():
-            if (got := getattr(self, name)) not in allowed:
-                raise DistillError(
-                    f"hybridize: {name} must be one of {', '.join(allowed)}, got {got!r}"
-                )
-        for name, least in (("window", 1), ("sinks", 0)):
-            got = getattr(self, name)
-            if not isinstance(got, int) or got < least:
-                raise DistillError(
-                    f"hybridize: {name} must be a whole number of at least {least}, got {got!r}"
-                )
-
-    @classmethod
-    def from_dict(cls, values: Any) -> "HybridOptions":
-        """The inverse of `as_dict`; unknown names are refused."""
-        if not isinstance(values, dict):
-            raise DistillError(f"hybridize: options must be a dict, got {values!r}")
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(values.keys() - known):
-            raise DistillError(
-                f"hybridize: options must be among {', '.join(sorted(known))},"
-                f" got {', '.join(unknown)}"
-            )
-        layers = values.get("layers")
-        if layers is not None:
-            if not isinstance(layers, list | tuple | range):
-                raise DistillError(f"hybridize: layers must be None or a list, got {layers!r}")
-            layers = tuple(layers)
-        return cls(**values | {"layers": layers})
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON, which has no tuples."""
-        return asdict(self) | {"layers": None if self.layers is None else list(self.layers)}
-
-    def states(self, heads: int, kv_heads: int) -> int:
-        """Of the mLSTM, in a layer with so many heads of queries, and of keys and values."""
-        return kv_heads if self.grouped_heads == "share" else heads
-
-    def replaced(self, count: int) -> list[int]:
-        """Indices of the replaced layers of a model of `count`, rising."""
-        wanted = range(count) if self.layers is None else self.layers
-        if not wanted:
-            raise DistillError("hybridize: layers must be None or name a layer, got none")
-        for index in wanted:
-            if not isinstance(index, int) or not -count <= index < count:
-                raise DistillError(
-                    f"hybridize: layers must be indices of {count} layers, got {index!r}"
-                )
-        return sorted({index % count for index in wanted})
 
 
 class HybridState(NamedTuple):
@@ -154,8 +48,9 @@ class HybridMixer(nn.Module):
         if options.feature_map == "elu":
             self.feature_q = self.feature_k = None
         else:
-            self.feature_q = nn.Parameter(torch.empty(heads, head_dim, head_dim))
-            self.feature_k = nn.Parameter(torch.empty(self.states, head_dim, head_dim))
+            shape = head_dim, options.feature_dim or head_dim
+            self.feature_q = nn.Parameter(torch.empty(heads, *shape))
+            self.feature_k = nn.Parameter(torch.empty(self.states, *shape))
         self.gates = nn.Linear(width, 2 * self.states)  # i, f
         inputs = {"qkv": 3 * head_dim, "x": width}.get(options.output_gate)
         self.output_weight = None if inputs is None else nn.Parameter(torch.empty(heads, inputs))
@@ -165,14 +60,14 @@ class HybridMixer(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         options = self.options
-        for weight_HDE in (self.feature_q, self.feature_k):
-            if weight_HDE is None:
+        for weight_HDK in (self.feature_q, self.feature_k):
+            if weight_HDK is None:
                 continue
             if options.feature_init == "identity":
-                weight_HDE.copy_(torch.eye(self.head_dim).expand_as(weight_HDE))
+                weight_HDK.copy_(torch.eye(*weight_HDK.shape[1:]).expand_as(weight_HDK))
             else:
                 bound = self.head_dim**-0.5
-                nn.init.uniform_(weight_HDE, -bound, bound)
+                nn.init.uniform_(weight_HDK, -bound, bound)
         nn.init.zeros_(self.gates.weight)
         spread = 3.0 if options.gate_init == "spread" else 0.0
         first = options.forget_bias
@@ -192,15 +87,24 @@ class HybridMixer(nn.Module):
         *,
         scale: float | None = None,
         cu_seqlens: Tensor | None = None,
+        rotation: Rotation | None = None,
     ) -> Tensor:
-        """A whole sequence, or packed ones; `scale` is that of the softmax."""
-        return self._sequence(x_BTE, q_BTHD, k_BTGD, v_BTGD, scale, cu_seqlens)[0]
+        """A whole sequence, or packed ones; `scale` is that of the softmax, `rotation` what q and k
+        were turned by."""
+        return self._sequence(x_BTE, q_BTHD, k_BTGD, v_BTGD, scale, cu_seqlens, rotation)[0]
 
     def prefill(
-        self, x_BTE: Tensor, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, *, scale: float
+        self,
+        x_BTE: Tensor,
+        q_BTHD: Tensor,
+        k_BTGD: Tensor,
+        v_BTGD: Tensor,
+        *,
+        scale: float,
+        rotation: Rotation | None = None,
     ) -> tuple[Tensor, HybridState]:
         """`forward`, and the state after its last token."""
-        h_BTHD, mlstm = self._sequence(x_BTE, q_BTHD, k_BTGD, v_BTGD, scale, None)
+        h_BTHD, mlstm = self._sequence(x_BTE, q_BTHD, k_BTGD, v_BTGD, scale, None, rotation)
         return h_BTHD, HybridState(mlstm, xk.sliding_window_cache(k_BTGD, v_BTGD, **self._window))
 
     def _sequence(
@@ -211,12 +115,13 @@ class HybridMixer(nn.Module):
         v_BTGD: Tensor,
         scale: float | None,
         cu_seqlens: Tensor | None,
+        rotation: Rotation | None,
     ) -> tuple[Tensor, xk.MLSTMState]:
         where: dict[str, Any] = {"cu_seqlens": cu_seqlens, "backend": self.options.backend}
         window_BTHD = xk.sliding_window_attention(
             q_BTHD, k_BTGD, v_BTGD, scale=scale, **self._window, **where
         )
-        (phi_q_BTHK, *tokens), o_BTH1 = self._prepare(x_BTE, q_BTHD, k_BTGD, v_BTGD)
+        (phi_q_BTHK, *tokens), o_BTH1 = self._prepare(x_BTE, q_BTHD, k_BTGD, v_BTGD, rotation)
         shared = self.heads // self.states
         # Heads that share a state compute the same one here, each with its own queries.
         mlstm_inputs: Any = (phi_q_BTHK, *(_repeat(x, shared) for x in tokens))
@@ -236,10 +141,11 @@ class HybridMixer(nn.Module):
         state: HybridState,
         *,
         scale: float,
+        rotation: Rotation | None = None,
     ) -> tuple[Tensor, HybridState]:
         """`prefill` from a state; without gradients in the state's storage."""
         inplace = not torch.is_grad_enabled()
-        mlstm_inputs, o_BTH1 = self._prepare(x_BTE, q_BTHD, k_BTGD, v_BTGD)
+        mlstm_inputs, o_BTH1 = self._prepare(x_BTE, q_BTHD, k_BTGD, v_BTGD, rotation)
         h_BTHD, mlstm = self._steps(mlstm_inputs, state.mlstm, inplace)
         window, outputs = state.window, []
         for q_BHD, k_BGD, v_BGD in zip(
@@ -294,9 +200,16 @@ class HybridMixer(nn.Module):
         return [x.flatten(1, 2) for x in parts]
 
     def _prepare(
-        self, x_BTE: Tensor, q_BTHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor
+        self,
+        x_BTE: Tensor,
+        q_BTHD: Tensor,
+        k_BTGD: Tensor,
+        v_BTGD: Tensor,
+        rotation: Rotation | None,
     ) -> tuple[Any, Tensor]:
         """phi(q) of H heads, phi(k), v, i and f of S, and o of H."""
+        if self.options.rotary == "window" and rotation is not None:
+            q_BTHD, k_BTGD = (_turned_back(x, *rotation) for x in (q_BTHD, k_BTGD))
         repeats = self.heads // k_BTGD.shape[2]
         k_BTHD, v_BTHD = _repeat(k_BTGD, repeats), _repeat(v_BTGD, repeats)
         share = self.states < self.heads
@@ -347,3 +260,15 @@ class HybridMixer(nn.Module):
 def _repeat(x_BTG: Tensor, times: int) -> Tensor:
     """Heads in their order, each so many times."""
     return x_BTG if times == 1 else x_BTG.repeat_interleave(times, dim=2)
+
+
+def _turned_back(x_BTHD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:
+    """What x was before rotary position embedding of its first R dimensions."""
+    R = cos_BTR.shape[-1]
+    cos_BT1R, sin_BT1R = cos_BTR.unsqueeze(2), sin_BTR.unsqueeze(2)
+    turned_BTHR, rest = x_BTHD[..., :R], x_BTHD[..., R:]
+    first, second = turned_BTHR.chunk(2, dim=-1)
+    back_BTHR = turned_BTHR * cos_BT1R + torch.cat((second, -first), dim=-1) * sin_BT1R
+    # Embeddings for long contexts scale both.
+    back_BTHR = back_BTHR / (cos_BT1R.square() + sin_BT1R.square())
+    return torch.cat((back_BTHR.to(x_BTHD.dtype), rest), dim=-1)

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from distill.errors import DistillError
-from distill.hybrid.convert import HybridOptions
+from distill.hybrid.options import HybridOptions
 from distill.models.families import FAMILIES, Family, family_of
 from distill.models.selection import Selection, head_dim
 

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from distill.hybrid.convert import PREFIX, RECURRENT
-from distill.hybrid.mixer import HybridOptions
+from distill.hybrid.options import HybridOptions
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from distill.errors import DistillError
 from distill.evaluation.assessment import sizes
 from distill.hybrid.convert import FAMILIES as HYBRIDIZED
 from distill.hybrid.convert import PREFIX, RECURRENT, hybridize, student_classes
-from distill.hybrid.mixer import HybridOptions
+from distill.hybrid.options import HybridOptions
 from distill.models.compression import compress
 from distill.models.families import FAMILIES
 
@@ -189,7 +189,7 @@ def state_bytes(config: Any, context: int) -> int:
         return layers * each * context
     options = HybridOptions.from_dict(config.hybrid)
     mixers = len(options.replaced(layers))
-    K = 2 * D if options.feature_map == "softmax_pair" else D
+    K = options.features(D)
     state = options.states(heads, kv_heads) * (K * D + K + 1) * 4 + each * (
         options.window + options.sinks
     )

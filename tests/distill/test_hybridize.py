@@ -14,94 +14,10 @@ from safetensors.torch import load_file, save_file
 import distill
 from distill.__main__ import main
 from distill.errors import DistillError
-from distill.hybrid.mixer import CHOICES, HybridMixer, HybridOptions
+from distill.hybrid.options import CHOICES
 from xlstm_kernels.testing import relative_error
 
 NO_MLSTM = {"output_gate": "bias", "output_bias": -200.0}
-
-
-def mixer_loop(mixer, x, q, k, v, scale):
-    """The module's equations, a token and a head at a time."""
-    options, (B, T, H, D) = mixer.options, q.shape
-    h = torch.zeros_like(q)
-    i, f = mixer.gates(x).chunk(2, dim=-1)
-    i = i.exp() if options.input_gate == "exp" else i.sigmoid()
-    for b in range(B):
-        for head in range(H):
-            shared, own = head // (H // k.shape[2]), head // (H // mixer.states)
-            S, z = torch.zeros(1, D, dtype=q.dtype), torch.zeros(1, dtype=q.dtype)
-            for t in range(T):
-                q_t, k_t, v_t = q[b, t, head], k[b, t, shared], v[b, t, shared]
-                phi_q, phi_k = phi(mixer, "q", q_t, head), phi(mixer, "k", k_t, own)
-                S = f[b, t, own].sigmoid() * S + i[b, t, own] * torch.outer(phi_k, v_t)
-                z = f[b, t, own].sigmoid() * z + i[b, t, own] * phi_k
-                divisor = {"plain": phi_q @ z, "max": max(phi_q @ z, z.new_ones(())), "none": 1}
-                seen = [j for j in range(t + 1) if j > t - options.window or j < options.sinks]
-                weights = (scale * (k[b, seen, shared] @ q_t)).softmax(-1)
-                o = mixer.output_bias[head]
-                if options.output_gate != "bias":
-                    given = torch.cat((q_t, k_t, v_t)) if options.output_gate == "qkv" else x[b, t]
-                    o = o + mixer.output_weight[head] @ given
-                o = o.sigmoid()
-                h[b, t, head] = o * (phi_q @ S) / divisor[options.normalizer]
-                h[b, t, head] += (1 - o) * (weights @ v[b, seen, shared])
-    return h
-
-
-def phi(mixer, name, x, head):
-    if mixer.options.feature_map == "elu":
-        return torch.where(x > 0, x + 1, x.exp())
-    y = x @ getattr(mixer, f"feature_{name}")[head]
-    if mixer.options.feature_map == "softmax":
-        return y.softmax(-1)
-    return torch.cat((y.softmax(-1), (-y).softmax(-1)))
-
-
-VARIANTS = [
-    {},
-    *({name: value} for name, values in CHOICES.items() for value in values[1:]),
-    {"window": 1, "sinks": 0},
-    {"window": 100},
-    {"grouped_heads": "share", "feature_map": "softmax_pair", "input_gate": "sigmoid"},
-]
-
-
-@pytest.mark.parametrize("changes", VARIANTS, ids=str)
-def test_mixer_computes_its_equations(changes):
-    torch.manual_seed(0)
-    options = HybridOptions(**{"window": 3, "sinks": 2, "eps": 0.0} | changes)
-    mixer = stir(HybridMixer(8, 4, 2, 6, options).double())
-    inputs = [torch.randn(2, 11, 8), *(torch.randn(2, 11, heads, 6) for heads in (4, 2, 2))]
-    inputs = [part.double() for part in inputs]
-    with torch.no_grad():
-        want = mixer_loop(mixer, *inputs, scale=0.4)
-        assert relative_error(mixer(*inputs, scale=0.4), want) <= 1e-12
-        prompt, *pieces = zip(*(part.split((1, 9, 1), dim=1) for part in inputs), strict=True)
-        h, state = mixer.prefill(*prompt, scale=0.4)
-        got = [h]
-        for piece in pieces:
-            h, state = mixer.step(*piece, state, scale=0.4)
-            got.append(h)
-    assert relative_error(torch.cat(got, dim=1), want) <= 1e-12
-
-
-def test_gradients_of_decoding_are_those_of_a_sequence():
-    torch.manual_seed(0)
-    options = HybridOptions(window=3, sinks=1, grouped_heads="share")
-    mixer = stir(HybridMixer(8, 4, 2, 6, options).double())
-    inputs = [torch.randn(2, 7, 8), *(torch.randn(2, 7, heads, 6) for heads in (4, 2, 2))]
-    inputs = [part.double().requires_grad_() for part in inputs]
-    whole = mixer(*inputs, scale=0.4)
-    first, *rest = zip(*(part.split((3, 1, 3), dim=1) for part in inputs), strict=True)
-    h, state = mixer.prefill(*first, scale=0.4)
-    decoded = [h]
-    for piece in rest:
-        h, state = mixer.step(*piece, state, scale=0.4)
-        decoded.append(h)
-    weight, wanted = torch.randn_like(whole), [*inputs, *mixer.parameters()]
-    want = torch.autograd.grad(whole, wanted, weight)
-    got = torch.autograd.grad(torch.cat(decoded, dim=1), wanted, weight)
-    assert all(relative_error(a, b) <= 1e-10 for a, b in zip(got, want, strict=True))
 
 
 @torch.no_grad()
@@ -158,6 +74,32 @@ def test_decode_equals_prefill(family):
             cache = output.past_key_values
             got.append(output.logits)
         assert relative_error(torch.cat(got, dim=1), want) <= 1e-11
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "smollm3", "gpt2"])
+@torch.no_grad()
+def test_an_mlstm_without_rotary_position_embedding(family):
+    teacher, ids = make_teacher(family).double(), tokens(24)
+    student = stir(hybrid.hybridize(teacher, window=6, rotary="window", feature_map="elu"))
+    seen = {}
+    attention = (student.transformer.h if family == "gpt2" else student.model.layers)[1]
+    attention = attention.attn if family == "gpt2" else attention.self_attn
+    projection = {"gpt2": "c_attn", "phi3": "qkv_proj"}.get(family, "q_proj")
+    module = attention.get_submodule(projection)
+    hook = module.register_forward_hook(lambda _, args, output: seen.update(q=output))
+    attention.mixer.observer = lambda q, k, scale, inputs, o: seen.update(phi=inputs[0])
+    want = student(ids, use_cache=False).logits
+    q_BTHD = seen["q"][..., : attention.mixer.head_dim * 4].unflatten(-1, (4, -1))
+    assert relative_error(seen["phi"], torch.nn.functional.elu(q_BTHD) + 1) <= 1e-7
+    hook.remove()
+    attention.mixer.observer = None
+    cache = student(ids[:, :20]).past_key_values
+    got = [student(x, past_key_values=cache).logits for x in ids[:, 20:].split((1, 3), dim=1)]
+    assert relative_error(torch.cat(got, dim=1), want[:, 20:]) <= 1e-9
+    both = hybrid.hybridize(teacher, window=6, feature_map="elu")
+    both.load_state_dict(student.state_dict())
+    same = relative_error(both(ids, use_cache=False).logits, want) <= 1e-9
+    assert same == (family == "gpt2")
 
 
 @families
@@ -300,6 +242,32 @@ def test_save_and_load(family, tmp_path):
         assert tied == (family in ("gpt2", "qwen2", "smollm3"))
 
 
+@torch.no_grad()
+def test_another_window_than_in_training(tmp_path):
+    teacher = make_teacher()
+    student = stir(hybrid.hybridize(teacher, window=9))
+    student.save_pretrained(tmp_path)
+    loaded = hybrid.load_student(tmp_path, window=4).eval()
+    want = stir(hybrid.hybridize(teacher, window=4))
+    assert loaded.config.hybrid == want.config.hybrid
+    assert torch.equal(loaded(tokens(20)).logits, want(tokens(20)).logits)
+    with pytest.raises(DistillError, match="window must be a whole number of at least 1, got 0"):
+        hybrid.load_student(tmp_path, window=0)
+
+
+@torch.no_grad()
+def test_a_student_from_before_there_were_these_options(tmp_path):
+    student = stir(hybrid.hybridize(make_teacher(), window=6))
+    student.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    settings = json.loads(file.read_text())
+    for name in ("grouped_heads", "feature_dim", "rotary"):
+        del settings["hybrid"][name]
+    file.write_text(json.dumps(settings))
+    loaded = hybrid.load_student(tmp_path).eval()
+    assert torch.equal(loaded(tokens(9)).logits, student(tokens(9)).logits)
+
+
 def test_files_that_are_not_a_students(tmp_path):
     teacher = make_teacher()
     teacher.save_pretrained(tmp_path / "teacher")
@@ -334,6 +302,8 @@ def test_files_that_are_not_a_students(tmp_path):
         ({"layers": ["0"]}, "layers must be indices of 3 layers, got '0'"),
         ({"layers": 0}, "layers must be None or a list, got 0"),
         ({"layers": []}, "layers must be None or name a layer, got none"),
+        ({"feature_dim": 0}, "feature_dim must be a whole number of at least 1, got 0"),
+        ({"feature_dim": 4, "feature_map": "elu"}, "feature_dim must be None with .*'elu'.* got 4"),
         ({"windows": 8}, "options must be among .*got windows"),
     ],
 )

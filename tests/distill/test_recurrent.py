@@ -72,6 +72,8 @@ def test_save_and_load(tied, tmp_path):
     ):
         assert torch.equal(loaded.eval()(tokens(9)).logits, model(tokens(9)).logits)
         assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    with pytest.raises(DistillError, match="window must be None for a model of type slstm, got 4"):
+        distill.load_student(tmp_path, window=4)
 
 
 def test_recomputed_activations():
