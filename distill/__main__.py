@@ -4,7 +4,9 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 from distill.cli.flags import OneLineParser
 from distill.errors import DistillError, Interrupted
@@ -19,6 +21,9 @@ examples:
   python -m distill eval --teacher models/llama --student runs/run/student --out runs/run \
     --corpus ~/notes --pattern '*.md'
 """
+
+LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun")
+LAUNCHED = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}  # what they set
 
 # Modules of distill.cli, in the order of --help.
 COMMANDS = (
@@ -42,10 +47,28 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def resume_command(argv: list[str]) -> str:
-    """The command line that continues the one given by `argv`."""
+def resume_command(argv: list[str], launched: Sequence[str] = ()) -> str:
+    """The command line that continues the one given by `argv`, or the one that launched it."""
     flags = argv if "--resume" in argv or argv[0] not in ("run", "demo") else [*argv, "--resume"]
-    return "python -m distill " + shlex.join(flags)
+    if not launched:
+        return "python -m distill " + shlex.join(flags)
+    before = list(launched[: -len(argv)] if list(launched[-len(argv) :]) == argv else launched)
+    if len(before) > 1 and Path(before[1]).name in LAUNCHERS:
+        before[:2] = [Path(before[1]).name]
+    elif Path(before[0]).name.startswith("python"):
+        before[0] = "python"
+    return shlex.join([*before, *flags])
+
+
+def launch_command() -> list[str]:
+    """Of `accelerate launch` or torchrun, where they began this process."""
+    if not LAUNCHED & os.environ.keys():
+        return []
+    try:
+        whole = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+        return [word.decode() for word in whole.split(b"\0")[:-1]]
+    except OSError:  # no Linux
+        return ["accelerate", "launch", "-m", "distill"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,7 +78,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.command(args)
     except Interrupted as stop:
-        print(f"stopped; continue with: {resume_command(argv)}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            how = resume_command(argv, launch_command())
+            print(f"stopped; continue with: {how}", file=sys.stderr)
         return 128 + stop.signum
     except KeyboardInterrupt:
         print("stopped at once; the last checkpoint stands", file=sys.stderr)

@@ -25,6 +25,8 @@ from distill.files import replace_folder, require_place
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SHARD_BYTES = 2 << 30
+# Of the first expert beside its weights: configurations, tokenizers, templates; never a pickle.
+COPIED = {".json", ".txt", ".model", ".tiktoken", ".jinja"}
 # Of a configuration: these may differ between experts.
 UNSHAPED = {"_name_or_path", "dtype", "torch_dtype", "transformers_version", "layer_map"}
 
@@ -180,7 +182,10 @@ def _mean(name: str, read: Mapping[str, Weights], shares: Mapping[str, float]) -
 
 def _write(to: Path, read: Mapping[str, Weights], shares: Mapping[str, float]) -> None:
     first = next(iter(read.values()))
-    shutil.copytree(first.folder, to, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*"))
+    to.mkdir()
+    for file in sorted(first.folder.iterdir()):
+        if file.suffix in COPIED and not file.name.endswith(".index.json") and file.is_file():
+            shutil.copyfile(file, to / file.name)
     shards: list[dict[str, Tensor]] = [{}]
     placed: dict[str, int] = {}
     total = size = 0

@@ -137,6 +137,17 @@ def test_resume_command_repeats_the_flags():
     assert resume_command(["demo", "--resume"]) == "python -m distill demo --resume"
 
 
+def test_resume_command_is_the_launcher_s():
+    given = ["run", "my recipe.yaml"]
+    launch = ["launch", "--config_file", "8-gpus.yaml", "-m", "distill", *given]
+    want = "accelerate launch --config_file 8-gpus.yaml -m distill run 'my recipe.yaml' --resume"
+    for before in (["/v/bin/python", "/v/bin/accelerate"], ["/v/bin/python3.11", "accelerate"]):
+        assert resume_command(given, [*before, *launch]) == want
+    launch = ["/v/bin/python", "-m", "torch.distributed.run", "-m", "distill", *given]
+    want = "python -m torch.distributed.run -m distill run 'my recipe.yaml' --resume"
+    assert resume_command(given, launch) == want
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_signal_leaves_a_checkpoint_and_says_how_to_go_on(corpus_dir, tmp_path, signum):

@@ -1,6 +1,7 @@
 """Means of models on disk, and what is refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -42,6 +43,19 @@ def test_a_merged_model_is_the_mean(experts, shard_bytes, tmp_path, monkeypatch)
         assert torch.allclose(weight, 0.25 * a[name] + 0.75 * b[name], atol=1e-6), name
     assert merged(tokens(9)).logits.isfinite().all()
     assert distill.merge is merge
+
+
+def test_configuration_and_tokenizer_come_along_and_nothing_else(experts, tmp_path):
+    first = tmp_path / "first"
+    shutil.copytree(experts["math"], first)
+    kept = ("tokenizer.json", "merges.txt", "spiece.model", "chat_template.jinja")
+    other = ("optimizer.pt", "weights.pth", "x.pkl", "pytorch_model.bin", "model.py", "x.ckpt")
+    for name in (*kept, *other, "pytorch_model.bin.index.json", "checkpoints/a.json"):
+        (first / name).parent.mkdir(exist_ok=True)
+        (first / name).write_text("{}")
+    merge({"a": first, "b": experts["code"]}, out=tmp_path / "merged")
+    own = {path.name for path in experts["math"].iterdir()}
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == own | set(kept)
 
 
 def test_the_mean_of_one_model_is_the_model(experts, tmp_path):

@@ -213,17 +213,25 @@ def test_two_ranks_train_what_one_does(tmp_path, teacher, corpus_dir, parallel):
 
 
 @pytest.mark.slow
-def test_a_signal_leaves_a_checkpoint(tmp_path, teacher, corpus_dir):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_leaves_a_checkpoint(tmp_path, teacher, corpus_dir, ranks):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     given = [f"teacher.path={teacher}", f"data.corpus={corpus_dir}", "stages.0.steps=100000"]
-    process = tool(tmp_path, *given, "loop.checkpoint_every=0", "--run-dir", tmp_path / "run")
+    given += ["loop.checkpoint_every=0", "--run-dir", tmp_path / "run"]
+    process = tool(tmp_path, *given, ranks=ranks)
     for line in process.stdout:
         if line.startswith("align  "):
             break
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, err
-    assert "stopped; continue with: python -m distill run" in err and "--resume" in err
+    if ranks == 1:
+        process.send_signal(signal.SIGTERM)
+    else:  # as Ctrl-C of a terminal, to the launcher and its ranks
+        for each in [process, *psutil.Process(process.pid).children(recursive=True)]:
+            each.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == (128 + signal.SIGTERM if ranks == 1 else 1), err
+    launch = "-m torch.distributed.run --nproc_per_node=2 " if ranks == 2 else ""
+    assert err.count(f"stopped; continue with: python {launch}-m distill run") == 1
+    assert "--resume" in err
     assert len(list((tmp_path / "run/checkpoints/align").glob("step-*"))) == 1
 
 
