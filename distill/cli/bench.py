@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill.cli.flags import whole_number, whole_numbers
+from distill.cli.flags import add_folders, add_number, whole_numbers
 from distill.errors import DistillError
 
 if TYPE_CHECKING:
@@ -25,10 +25,9 @@ def add(commands: Commands) -> None:
         ),
         allow_abbrev=False,
     )
-    for role in ("teacher", "student"):
-        parser.add_argument(
-            f"--{role}", type=Path, metavar="DIR", required=True, help="what save_pretrained wrote"
-        )
+    add_folders(
+        parser, teacher="what `save_pretrained` wrote", student="what `save_pretrained` wrote"
+    )
     parser.add_argument(
         "--contexts",
         type=whole_numbers,
@@ -36,15 +35,9 @@ def add(commands: Commands) -> None:
         metavar="N,N",
         help="lengths of the prompt (default: 256,1024,4096,16384)",
     )
-    for flag, default, what in (
-        ("--steps", 16, "tokens written after each"),
-        ("--rows", 1, "sequences at once"),
-        ("--threads", None, "CPU threads (default: torch's choice)"),
-    ):
-        shown = "" if default is None else " (default: %(default)s)"
-        parser.add_argument(
-            flag, type=whole_number(1, 1 << 16), default=default, metavar="N", help=what + shown
-        )
+    add_number(parser, "--steps", "tokens written after each", 16, most=1 << 16)
+    add_number(parser, "--rows", "sequences at once", 1, most=1 << 16)
+    add_number(parser, "--threads", "CPU threads (default: torch's choice)", most=1 << 16)
     parser.add_argument("--device", default="cpu", help="as torch names it (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements there")
     parser.set_defaults(command=run)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill.cli.flags import add_folders, add_pattern, whole_number
+from distill.cli.flags import add_corpus, add_folders, add_number
 from distill.errors import DistillError
 
 if TYPE_CHECKING:
@@ -48,24 +47,15 @@ def add(commands: Commands) -> None:
         " (default: %(default)s)",
     )
     for name, what in SIZES.items():
-        compress.add_argument(f"--{name}", type=whole_number(1, 1 << 24), metavar="N", help=what)
+        add_number(compress, f"--{name}", what)
     compress.add_argument(
         "--method",
         metavar="HOW",
         help="what counts: weight, activation or svd (default: activation with --corpus, weight"
         " without)",
     )
-    compress.add_argument(
-        "--corpus", type=Path, metavar="DIR", help="text to look at: the files below DIR"
-    )
-    add_pattern(compress)
-    compress.add_argument(
-        "--tokens",
-        type=whole_number(1, 1 << 30),
-        default=8192,
-        metavar="N",
-        help="of the text, 512 at a time (default: %(default)s)",
-    )
+    add_corpus(compress, "text to look at: the files below DIR")
+    add_number(compress, "--tokens", "of the text, 512 at a time", 8192, most=1 << 30)
     compress.set_defaults(command=run)
 
 

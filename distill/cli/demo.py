@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill.cli.flags import scale, whole_number
+from distill.cli.flags import add_number, add_run_dir, scale
 from distill.errors import Interrupt
 
 if TYPE_CHECKING:
@@ -43,13 +43,7 @@ def add(commands: Commands) -> None:
         help="which files of the corpus to read (default: %(default)s)",
     )
     budget = demo.add_argument_group("run")
-    budget.add_argument(
-        "--run-dir",
-        type=Path,
-        default=Path("runs/demo"),
-        metavar="DIR",
-        help="where checkpoints, metrics and the report go (default: %(default)s)",
-    )
+    add_run_dir(budget, "runs/demo", "where checkpoints, metrics and the report go")
     budget.add_argument(
         "--resume",
         action="store_true",
@@ -67,19 +61,15 @@ def add(commands: Commands) -> None:
         metavar="X",
         help="multiply every step budget by X (default: 1)",
     )
-    budget.add_argument(
+    add_number(
+        budget,
         "--seed",
-        type=whole_number(0, 2**32 - 3),
-        default=1,
-        metavar="N",
-        help="the first of three, which decide the order of the text (default: %(default)s)",
+        "the first of three, which decide the order of the text",
+        1,
+        least=0,
+        most=2**32 - 3,
     )
-    budget.add_argument(
-        "--threads",
-        type=whole_number(1, 4096),
-        metavar="N",
-        help="CPU threads (default: torch's choice)",
-    )
+    add_number(budget, "--threads", "CPU threads (default: torch's choice)", most=4096)
     budget.add_argument(
         "--backend",
         choices=("auto", "cpu", "reference"),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill.cli.flags import whole_number, whole_numbers
+from distill.cli.flags import add_number, whole_numbers
 from distill.errors import DistillError
 
 if TYPE_CHECKING:
@@ -68,23 +68,11 @@ def _add_eval(commands: Commands) -> None:
         action="store_true",
         help="all of the corpus, not the test files that training on it would hold out",
     )
-    parser.add_argument(
-        "--length",
-        type=whole_number(1, 1 << 24),
-        metavar="N",
-        help="tokens that are read at once (default: the run's, or 512)",
+    add_number(parser, "--length", "tokens that are read at once (default: the run's, or 512)")
+    add_number(parser, "--rows", "how often at once", 8)
+    add_number(
+        parser, "--overlap", "of these tokens, how many the window before has too", 0, least=0
     )
-    for flag, default, what in (
-        ("--rows", 8, "how often at once"),
-        ("--overlap", 0, "of these tokens, how many the window before has too"),
-    ):
-        parser.add_argument(
-            flag,
-            type=whole_number(min(default, 1), 1 << 24),
-            default=default,
-            metavar="N",
-            help=f"{what} (default: %(default)s)",
-        )
     _add_more(parser)
     parser.set_defaults(command=run)
 
@@ -100,9 +88,7 @@ def _add_more(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--harness-folder", type=Path, metavar="DIR", help="of tasks of your own, as its YAML"
     )
-    parser.add_argument(
-        "--harness-limit", type=whole_number(1, 1 << 30), metavar="N", help="examples a task"
-    )
+    add_number(parser, "--harness-limit", "examples a task", most=1 << 30)
     for flag, what in (
         ("--needle", "look for a number in texts of so many tokens"),
         ("--contexts", "time teacher and student after prompts of so many tokens"),

@@ -73,6 +73,45 @@ def add_folders(parser: argparse.ArgumentParser, **what: str) -> None:
         parser.add_argument(f"--{name}", type=Path, metavar="DIR", required=True, help=text)
 
 
+def add_number(
+    parser: argparse._ActionsContainer,
+    flag: str,
+    what: str,
+    default: int | None = None,
+    *,
+    least: int = 1,
+    most: int = 1 << 24,
+) -> None:
+    """A flag for a whole number within two bounds."""
+    shown = "" if default is None else " (default: %(default)s)"
+    parser.add_argument(
+        flag, type=whole_number(least, most), default=default, metavar="N", help=what + shown
+    )
+
+
+def add_recipe(parser: OneLineParser) -> None:
+    """A recipe and changes to it, between any flags."""
+    parser.intermixed = True
+    parser.add_argument("recipe", metavar="RECIPE", help="name of a preset, or a file")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="changes to the recipe")
+
+
+def add_run_dir(parser: argparse._ActionsContainer, default: str, what: str) -> None:
+    parser.add_argument(
+        "--run-dir",
+        type=Path,
+        default=Path(default),
+        metavar="DIR",
+        help=f"{what} (default: %(default)s)",
+    )
+
+
+def add_corpus(parser: argparse.ArgumentParser, what: str) -> None:
+    """Text that a command can do without."""
+    parser.add_argument("--corpus", type=Path, metavar="DIR", help=what)
+    add_pattern(parser)
+
+
 def add_pattern(parser: argparse.ArgumentParser) -> None:
     """Which files of --corpus."""
     parser.add_argument(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill.cli.flags import add_folders, add_pattern, whole_number
+from distill.cli.flags import add_corpus, add_folders, add_number
 from distill.errors import DistillError
 
 if TYPE_CHECKING:
@@ -29,17 +28,8 @@ def add(commands: Commands) -> None:
         teacher="what `save_pretrained` wrote, tokenizer too",
         out="where the student goes",
     )
-    for flag, least, default, what in (
-        ("--window", 1, 512, "tokens that attention still sees"),
-        ("--sinks", 0, 4, "first tokens that it sees too"),
-    ):
-        parser.add_argument(
-            flag,
-            type=whole_number(least, 1 << 24),
-            default=default,
-            metavar="N",
-            help=f"{what} (default: %(default)s)",
-        )
+    add_number(parser, "--window", "tokens that attention still sees", 512)
+    add_number(parser, "--sinks", "first tokens that it sees too", 4, least=0)
     parser.add_argument(
         "--option",
         action="append",
@@ -47,14 +37,9 @@ def add(commands: Commands) -> None:
         metavar="NAME=VALUE",
         help="any of HybridOptions, as layers=[0,2] or feature_map=elu; may be repeated",
     )
-    parser.add_argument("--corpus", type=Path, metavar="DIR", help="text below DIR for the gates")
-    add_pattern(parser)
-    parser.add_argument(
-        "--length",
-        type=whole_number(2, 1 << 20),
-        default=2048,
-        metavar="N",
-        help="tokens of the text that are looked at (default: %(default)s)",
+    add_corpus(parser, "text below DIR for the gates")
+    add_number(
+        parser, "--length", "tokens of the text that are looked at", 2048, least=2, most=1 << 20
     )
     parser.set_defaults(command=run)
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill.cli.flags import add_heldout_fraction, add_pattern, whole_number
+from distill.cli.flags import add_corpus, add_heldout_fraction, whole_number
 from distill.errors import DistillError
 
 if TYPE_CHECKING:
@@ -33,8 +33,7 @@ def add(commands: Commands) -> None:
     how.add_argument(
         "--sweep", type=whole_number(1, 100), metavar="N", help="try all multiples of 1 / N"
     )
-    merge.add_argument("--corpus", type=Path, metavar="DIR", help="text that --sweep scores on")
-    add_pattern(merge)
+    add_corpus(merge, "text that --sweep scores on")
     add_heldout_fraction(merge)
     merge.set_defaults(command=run)
 

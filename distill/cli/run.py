@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distill.cli.flags import add_recipe, add_run_dir
 from distill.errors import Interrupt
 
 if TYPE_CHECKING:
@@ -27,16 +27,8 @@ def add(commands: Commands) -> None:
         ),
         allow_abbrev=False,
     )
-    run_.intermixed = True
-    run_.add_argument("recipe", metavar="RECIPE", help="name of a preset, or a file")
-    run_.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="changes to the recipe")
-    run_.add_argument(
-        "--run-dir",
-        type=Path,
-        default=Path("runs/run"),
-        metavar="DIR",
-        help="where everything goes (default: %(default)s)",
-    )
+    add_recipe(run_)
+    add_run_dir(run_, "runs/run", "where everything goes")
     run_.add_argument("--resume", action="store_true", help="go on with what RUN_DIR holds")
     run_.add_argument(
         "--dry-run",

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill.cli.flags import whole_number
+from distill.cli.flags import add_number
 from distill.errors import DistillError
 
 if TYPE_CHECKING:
@@ -32,10 +32,7 @@ def add(commands: Commands) -> None:
         ("--max-parameters", None, "of students"),
         ("--max-state-bytes", None, "of students"),
     ):
-        shown = "" if default is None else " (default: %(default)s)"
-        parser.add_argument(
-            flag, type=whole_number(1, 10**18), default=default, metavar="N", help=what + shown
-        )
+        add_number(parser, flag, what, default, most=10**18)
     parser.set_defaults(command=run)
 
 

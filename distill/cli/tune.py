@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill.cli.flags import whole_number
+from distill.cli.flags import add_number, add_recipe, add_run_dir, whole_number
 from distill.errors import DistillError, Interrupt
 
 if TYPE_CHECKING:
@@ -27,9 +26,7 @@ def add(commands: Commands) -> None:
         ),
         allow_abbrev=False,
     )
-    tune.intermixed = True
-    tune.add_argument("recipe", metavar="RECIPE", help="name of a preset, or a file")
-    tune.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="changes to the recipe")
+    add_recipe(tune)
     tune.add_argument(
         "--over",
         action="append",
@@ -45,27 +42,12 @@ def add(commands: Commands) -> None:
         metavar="N",
         help="that all trials train on together",
     )
-    tune.add_argument(
-        "--most",
-        type=whole_number(2, 10_000),
-        metavar="N",
-        help="try N combinations, drawn by --seed (default: all)",
+    add_number(
+        tune, "--most", "try N combinations, drawn by --seed (default: all)", least=2, most=10_000
     )
-    tune.add_argument(
-        "--keep",
-        type=whole_number(2, 100),
-        default=3,
-        metavar="N",
-        help="one trial in N goes on to the next round (default: %(default)s)",
-    )
-    tune.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=1, metavar="N")
-    tune.add_argument(
-        "--run-dir",
-        type=Path,
-        default=Path("runs/tune"),
-        metavar="DIR",
-        help="where the runs go (default: %(default)s)",
-    )
+    add_number(tune, "--keep", "one trial in N goes on to the next round", 3, least=2, most=100)
+    add_number(tune, "--seed", "of --most", 1, least=0, most=2**32 - 1)
+    add_run_dir(tune, "runs/tune", "where the runs go")
     tune.set_defaults(command=run)
 
 
