@@ -72,9 +72,14 @@ class Part:
         return int(self.inside_D.sum())
 
     def __iter__(self) -> Iterator[Document]:
-        for inside, document in zip(self.inside_D, self.source, strict=True):
-            if inside:
+        count = 0
+        for count, document in enumerate(self.source, start=1):
+            if count > len(self.inside_D):
+                break
+            if self.inside_D[count - 1]:
                 yield document
+        if count != len(self.inside_D):
+            raise DistillError(f"corpus: {self.source.root} has changed while it was read")
 
 
 class Halves(NamedTuple):
@@ -132,8 +137,9 @@ class Corpus:
     @cached_property
     def heldout(self) -> tuple[Document, ...]:
         """In the order of the hashes of their paths."""
-        wanted = set(self.chosen)
-        found = {at: document for at, document in enumerate(self.source) if at in wanted}
+        inside_D = np.zeros(len(self.train.inside_D), dtype=bool)
+        inside_D[list(self.chosen)] = True
+        found = dict(zip(sorted(self.chosen), Part(self.source, inside_D, 0), strict=True))
         return tuple(found[at] for at in self.chosen)
 
     @property

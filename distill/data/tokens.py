@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -153,8 +153,9 @@ class Plan:
         inner = getattr(tokenizer, "backend_tokenizer", None)
         words = sorted(tokenizer.get_vocab().items()) if inner is None else inner.to_str()
         ends = tokenizer.bos_token_id, tokenizer.eos_token_id
-        parts = FORMAT, asdict(self), files, type(tokenizer).__name__, words, ends
-        return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
+        how = str(source.root.resolve()), source.text_key, self.heldout_fraction, self.heldout_bytes
+        parts = FORMAT, how, files, type(tokenizer).__name__, words, ends
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def stored_text(

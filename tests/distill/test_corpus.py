@@ -33,6 +33,16 @@ def test_heldout_files_beyond_the_byte_limit_are_not_trained_on(corpus_dir):
     assert (len(corpus.train), len(corpus.heldout)) == (6, 1)
 
 
+def test_text_that_changes_meanwhile_is_refused(tmp_path):
+    for name in ("a.py", "b.py", "c.py"):
+        (tmp_path / name).write_text("x = 1\n")
+    for change in ("", "one more\n"):
+        corpus = load_corpus(tmp_path)
+        (tmp_path / "c.py").write_text(change)
+        with pytest.raises(DistillError, match="has changed while it was read"):
+            list(corpus.train)
+
+
 def test_the_order_of_documents_does_not_change_the_split():
     ranks, sizes = torch.randperm(40).numpy(), torch.randint(1, 9, (40,)).numpy()
     order = np.array(random.Random(1).sample(range(40), 40))

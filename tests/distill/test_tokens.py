@@ -66,6 +66,7 @@ def test_other_text_has_another_folder(corpus_dir, tmp_path):
     again, was_written = stored(root, folder)
     assert was_written and again.tokens.digest() == changed.tokens.digest()
     assert not stored(root, folder)[1]
+    assert not stored(root / ".." / root.name, folder)[1]
 
 
 @pytest.mark.parametrize(
