@@ -49,11 +49,10 @@ PRODUCTS = {
     "dstates_kernel",
     "keys_kernel",
 }
-# Bytes a thread (gfx942: registers), where not 0. ptxas stops at 128 or 168 registers, where one
-# block more fits, for one or two; a narrow head's dk and dv are one launch; and columns beyond a
-# width that is no power of two are masked one by one.
-SPILLS = {"narrow": 64, "odd": 512, "wide": 8}
-SPILLS |= dict.fromkeys(("sigmoid_none", "plain", "float32", "float16"), 16)
+# Bytes a thread (gfx942: registers), where not 0, in one kernel of one or two chips each: ptxas
+# stops at 128 registers, where one block more fits a multiprocessor, or has all 255 in use. For so
+# few bytes half as wide a block, or no loads ahead in a walk over time, would cost more.
+SPILLS = dict.fromkeys(("narrow", "odd", "sigmoid_none", "plain", "float32"), 8) | {"float16": 16}
 
 
 def compiled(chip: str, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -75,7 +74,7 @@ def check_budgets(chip: str, call: dict[str, Any], kernels: set[str], spills: in
         assert row["spills"] <= spills, row
         assert row["shared"] <= CHIPS[chip][1] * 1024, row
         if row["kernel"] in PRODUCTS and "dtype" not in call and "gfx" not in chip:
-            assert row["async"], f"no asynchronous copies: {row}"
+            assert row["async"] or row["flags"]["num_stages"] == 1, f"no asynchronous copies: {row}"
             # A warp group's product has 64 rows.
             if chip == "sm_90" and min(call.get("K", 64), call.get("V", 64)) >= 64:
                 assert row["wgmma"], f"no warp group products: {row}"

@@ -77,6 +77,12 @@ TABLE = {
         Blocks(128, 128, warps=8, c=16),
         Blocks(64, 32, warps=8, c=32),
     ),
+    # Its warps are twice as wide.
+    "hip": (
+        Blocks(64, 128, warps=8),
+        Blocks(128, 128, warps=8, c=16),
+        Blocks(64, 32, warps=4, c=32),
+    ),
 }
 # Products of float32 are sums of the threads, operands in their registers.
 FLOAT32 = Blocks(32, 32, warps=4, stages=1, c=16)
@@ -105,10 +111,16 @@ def choose(K: int, V: int, dtype: torch.dtype, chunk_size: int, chip: str) -> La
         k, v = block(K, blocks.k), block(V, blocks.v)
         return replace(blocks, k=k, v=v, c=min(blocks.c, max(k, v)))
 
+    if masked := dot == "bf16" and K & (K - 1) != 0:  # masks of odd widths take registers
+        outputs, grads = (replace(blocks, k=blocks.k // 2) for blocks in (outputs, grads))
     scan = Blocks(block(K, 32), block(V, 64))
-    walks, tiles = fit(states), fit(grads)
+    walks, queries, keys = fit(states), fit(grads), fit(grads)
+    if chip != "hopper":  # and so does what is read ahead, of which there is none in one block
+        one = keys.count(K, V) == 1
+        queries = replace(queries, stages=1 if one or masked else queries.stages)
+        keys = replace(keys, stages=1 if one else keys.stages)
     gates = Blocks(16, 16, stages=1)
-    return Launch(tile, dot, walks, fit(outputs), tiles, walks, tiles, scan, gates)
+    return Launch(tile, dot, walks, fit(outputs), queries, walks, keys, scan, gates)
 
 
 def current_chip(interpreted: bool) -> str:
@@ -118,7 +130,9 @@ def current_chip(interpreted: bool) -> str:
     from triton.runtime import driver
 
     target = driver.active.get_current_target()
-    return "hopper" if (target.backend, target.arch) == ("cuda", 90) else "any"
+    if target.backend == "hip":
+        return "hip"
+    return "hopper" if target.arch == 90 else "any"
 
 
 def block(width: int, largest: int) -> int:
