@@ -63,8 +63,8 @@ def _lines(file: Path, path: str, text_key: str) -> Iterator[Document]:
             if not isinstance(row, dict) or text_key not in row:
                 has = f"keys {', '.join(row)}" if isinstance(row, dict) else type(row).__name__
                 raise DistillError(
-                    f"corpus: {file}:{number} must be an object with {text_key!r}, got {has}; the"
-                    " text's key is another one's choice (text_key)"
+                    f"corpus: {file}:{number} must be an object with {text_key!r}, got {has};"
+                    " text_key is the name of what has the text"
                 )
             if text := _bytes(row[text_key], f"{file}:{number}", text_key):
                 yield Document(f"{path}:{number}", text)
@@ -83,8 +83,8 @@ def _rows(file: Path, path: str, text_key: str) -> Iterator[Document]:
             names = table.schema_arrow.names
             if text_key not in names:
                 raise DistillError(
-                    f"corpus: {file} must have a column {text_key!r}, got {', '.join(names)}; the"
-                    " text's key is another one's choice (text_key)"
+                    f"corpus: {file} must have a column {text_key!r}, got {', '.join(names)};"
+                    " text_key is the name of what has the text"
                 )
             number = 0
             for batch in table.iter_batches(PARQUET_ROWS, columns=[text_key]):
