@@ -213,6 +213,22 @@ def test_two_ranks_train_what_one_does(tmp_path, teacher, corpus_dir, parallel):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_two_ranks_go_on_bit_for_bit(tmp_path, teacher, corpus_dir, parallel):
+    make_recipe(tmp_path, teacher, corpus_dir)
+    given = [f"teacher.path={teacher}", f"data.corpus={corpus_dir}", f"loop.parallel={parallel}"]
+    given += ["stages.1.steps=15", "loop.checkpoint_every=4", "--resume", "--run-dir"]
+    for name, kills in (("whole", []), ("run", [8])):
+        for lines in [*kills, 10_000]:
+            process = tool(tmp_path, *given, tmp_path / name, ranks=2)
+            err = kill_after(process, tmp_path / name, lines)
+            assert process.returncode == (0 if lines == 10_000 else -signal.SIGKILL), err
+    assert_same(weights(tmp_path / "run/student"), weights(tmp_path / "whole/student"))
+    steps, want = (metrics(tmp_path / name)[0] for name in ("run", "whole"))
+    assert [x["losses"] for x in steps] == [x["losses"] for x in want]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_signal_leaves_a_checkpoint(tmp_path, teacher, corpus_dir, ranks):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
