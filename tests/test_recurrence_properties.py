@@ -190,7 +190,11 @@ def test_long_sequences_do_not_drift(case):
     assert all(result.isfinite().all() for result in got.values())
 
 
-@pytest.mark.parametrize("case", on_every_backend({"B": 13, "T": 40, "H": 3, "D": 24}))
+@pytest.mark.parametrize(
+    "case",
+    # The second has more heads than a task of `cpu` takes, and threads share them otherwise.
+    on_every_backend({"B": 13, "T": 40, "H": 3, "D": 24}, {"B": 2, "T": 20, "H": 11, "D": 5}),
+)
 def test_same_inputs_same_bits(case, threads):
     inputs = recurrence_inputs(case)
     runs = {}

@@ -15,6 +15,7 @@
 #include <cmath>
 #include <limits>
 
+#include "common/integers.h"
 #include "cpu/kernels.h"
 #include "cpu/kl_div_mixture.h"
 #include "cpu/kl_div_rows.h"
@@ -102,7 +103,7 @@ class Row {
   void read(const Logits& s, const Logits& t, const Logits& next_s, const Logits& next_t) {
     const std::int64_t V = s.V > t.V ? s.V : t.V;
     const int bytes_s = size_of(s.dtype), bytes_t = size_of(t.dtype);
-    count_ = (V + kBlock - 1) / kBlock;
+    count_ = ceil_div(V, kBlock);
     for (std::int64_t i = 0; i < count_; ++i) {
       const std::int64_t begin = i * kBlock;
       const int count = padded<C>(size_of_block(V - begin));

@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/integers.h"
 #include "common/parallel.h"
 #include "common/stream.h"
 #include "cpu/kl_div_stage.h"
@@ -63,7 +64,7 @@ class Rows {
         scale_(reduction_scale(args, function)) {}
 
   void run() {
-    const std::int64_t draws = (N_ + draw_ - 1) / draw_, threads = num_threads();
+    const std::int64_t draws = ceil_div(N_, draw_), threads = num_threads();
     parallel_for(threads < draws ? threads : draws, [this](std::int64_t) { work(); });
     if (args_.loss == nullptr) return;
     double sum = 0;  // in the order of rows, whatever the threads did
@@ -75,12 +76,12 @@ class Rows {
   std::int64_t rows_per_draw() const {
     const std::int64_t share = N_ / (kDrawsPerThread * num_threads());
     const std::int64_t rows = share < kDrawRows ? share : kDrawRows;
-    const std::int64_t shortest = (kDrawElements + widest_ - 1) / widest_;
+    const std::int64_t shortest = ceil_div(kDrawElements, widest_);
     return rows > shortest ? rows : shortest;
   }
 
   void work() {
-    Row row(args_, (widest_ + kBlock - 1) / kBlock);
+    Row row(args_, ceil_div(widest_, kBlock));
     for (;;) {
       const std::int64_t begin = __atomic_fetch_add(&next_, 1, __ATOMIC_RELAXED) * draw_;
       if (begin >= N_) break;

@@ -5,14 +5,12 @@
 #include <cstring>
 #include <type_traits>
 
+#include "common/integers.h"
 #include "common/scratch.h"
 #include "common/simd.h"
 #include "launch.h"
 
 namespace xlstm::XLSTM_ISA {
-
-inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
 
 // Rows and columns of scratch come in multiples of this: whole vectors, or whole tiles.
 #if defined(__AMX_TILE__)

@@ -35,7 +35,7 @@ struct Track {
         length(args.starts ? args.starts[sequence + 1] - start : args.T),
         // Row of the first of its checkpoints.
         checkpoint(args.starts ? start / kStateInterval + sequence
-                               : sequence * ((args.T + kStateInterval - 1) / kStateInterval)) {}
+                               : sequence * ceil_div(args.T, kStateInterval)) {}
   // Element of a (B, T, H, ...) tensor with strides `by`.
   std::int64_t at(const std::int64_t (&by)[3], std::int64_t t) const {
     return batch * by[0] + (start + t) * by[1] + head * by[2];

@@ -31,7 +31,7 @@ struct BackwardBuffers {
   // Of an interval, or of the longest sequence where that is shorter.
   static std::int64_t chunks(const MLSTM& args) {
     const std::int64_t longest = std::min<std::int64_t>(kStateInterval, args.T);
-    return std::max<std::int64_t>((longest + args.chunk - 1) / args.chunk, 1);
+    return std::max<std::int64_t>(ceil_div(longest, args.chunk), 1);
   }
   BackwardBuffers(const MLSTM& args, Scratch& scratch, std::int64_t L, std::int64_t chunks)
       : C(take_matrix<T>(scratch, args.V * chunks, args.K)),

@@ -1,11 +1,13 @@
 // How the recurrence is cut into tasks, and where a task finds its elements; forward and backward share
-// it. Tasks: (head, tile of sequences). A tile keeps its states in cache and walks all of time on one
-// core, so nothing is synchronised between steps.
+// it. Tasks: (some heads, tile of sequences). A tile keeps its states in cache and walks all of time on
+// one core, so nothing is synchronised between steps. Heads of a task walk side by side: their gates of
+// a token lie on the same pages, and every walk over time looks each page up again.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
+#include "common/integers.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "common/simd.h"
@@ -20,8 +22,8 @@ constexpr int kChunk = kCheckpointInterval;
 constexpr std::int64_t kStreamBytes = std::int64_t{24} << 20;
 // Products of one call up to which one thread does it sooner than several: about 10 us of them.
 constexpr std::int64_t kSerialProducts = std::int64_t{1} << 19;
-
-inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+// Heads of a task, at most, and bytes of their R: half of a core's second cache.
+constexpr std::int64_t kHeadsAtOnce = 8, kCachedBytes = std::int64_t{1} << 20;
 
 // Sequences per tile: the fewest rounds over the threads, where a tile costs its rows plus about two
 // rows' worth of streaming R. Outputs do not depend on it; the grouping of dR's sum does.
@@ -69,9 +71,22 @@ struct Sequences {
   std::int64_t* order = nullptr;
 };
 
-// Rows [first, first + count) of one head.
+// As many heads of a task as keep their R in cache and all threads as busy.
+inline std::int64_t heads_at_once(std::int64_t H, std::int64_t tiles, std::int64_t r_bytes) {
+  const std::int64_t threads = num_threads();
+  const auto rounds = [&](std::int64_t heads) {
+    return ceil_div(ceil_div(H, heads) * tiles, threads) * heads;
+  };
+  std::int64_t best = 1;
+  for (std::int64_t heads = 2; heads <= std::min(H, kHeadsAtOnce); ++heads) {
+    if (heads * r_bytes <= kCachedBytes && rounds(heads) <= rounds(1)) best = heads;
+  }
+  return best;
+}
+
+// Rows [first, first + count) of one head, the index-th of all tiles.
 struct Tile {
-  std::int64_t head, first, count;
+  std::int64_t head, first, count, index;
 };
 
 // What every loop below needs to find an element; T is the compute type.
@@ -84,15 +99,20 @@ struct Plan {
         padded(units * kLanes<T>),
         rows(tile_rows(args.B, args.H, most_rows)),
         tiles(ceil_div(args.B, rows)),
+        heads(heads_at_once(args.H, tiles, kGates * padded * args.D * std::int64_t{sizeof(T)})),
         stream(args.B * args.T * args.H * args.D * kGates * std::int64_t{sizeof(T)} >
                    kStreamBytes &&
                args.D % kLanes<T> == 0) {}
 
-  Tile tile(std::int64_t task) const {
-    const std::int64_t first = task % tiles * rows;
-    return {task / tiles, first, first + rows < args.B ? rows : args.B - first};
+  std::int64_t tasks() const { return ceil_div(args.H, heads) * tiles; }
+  std::int64_t heads_of(std::int64_t task) const {
+    return std::min(heads, args.H - task / tiles * heads);
   }
-  std::int64_t tasks() const { return tiles * args.H; }
+  // Of the n-th head of a task.
+  Tile tile(std::int64_t task, std::int64_t n) const {
+    const std::int64_t head = task / tiles * heads + n, first = task % tiles * rows;
+    return {head, first, std::min(rows, args.B - first), head * tiles + task % tiles};
+  }
   // Calls f(task) for each task; on this thread alone where waking the others takes longer.
   template <class F>
   void run(std::int64_t count, const F& f) const {
@@ -125,7 +145,7 @@ struct Plan {
 
   const Recurrence& args;
   Sequences sequences;
-  std::int64_t units, padded, rows, tiles;
+  std::int64_t units, padded, rows, tiles, heads;
   bool stream;  // write gate-sized tensors past the caches
 };
 

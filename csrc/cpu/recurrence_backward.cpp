@@ -63,8 +63,8 @@ struct BackwardTask {
   const RecurrenceBackward& args;
   const Plan<T>& plan;
   const T* packed;
-  T* dr_parts;  // [task][gate, unit (padded)][in (padded)] or null
-  T* db_parts;  // [task][gate][unit (padded)] or null
+  T* dr_parts;  // [tile][gate, unit (padded)][in (padded)] or null
+  T* db_parts;  // [tile][gate][unit (padded)] or null
   CellOptions options;
 
   // A row of draw is kGates * padded long and one line longer in memory: rows a power of two apart
@@ -185,63 +185,87 @@ struct BackwardTask {
     }
   }
 
-  void operator()(std::int64_t task) const {
-    const TaskScope scope;
-    const Tile tile = plan.tile(task);
-    const std::int64_t depth = kGates * plan.padded;
-    const std::int64_t state_size = kStates * (kChunk + 1) * plane();
-    const std::int64_t aux_size = kChunk * plane() * Cell::kAux;
-    const std::int64_t draw_size = kChunk * plan.rows * draw_row();
-    Scratch scratch(
-        static_cast<std::size_t>(state_size + aux_size + draw_size + kStates * plane()) * sizeof(T),
-        4);
-    const Buffers buffers{scratch.take<T>(state_size), scratch.take<T>(aux_size),
-                          scratch.take<T>(draw_size), scratch.take<T>(kStates * plane())};
-    T* dr = dr_parts ? dr_parts + task * depth * plan.padded : nullptr;
-    T* db = db_parts ? db_parts + task * depth : nullptr;
-    if (db) load_padded<T>(db, nullptr, 0, depth);
+  void load_last(const Tile& tile, T* d) const {
     const T* dlast = static_cast<const T*>(args.dlast);
     for (std::int64_t row = 0; row < tile.count; ++row) {
       const std::int64_t sequence = plan.sequences.sequence(tile.first + row);
       for (int s = 0; s < kStates; ++s) {
-        load_padded(buffers.d + s * plane() + row * plan.padded,
+        load_padded(d + s * plane() + row * plan.padded,
                     dlast ? dlast + plan.state_offset(s, sequence, tile.head) : nullptr, args.D,
                     plan.padded);
       }
     }
-    // The longest sequence comes first.
-    const std::int64_t longest = plan.sequences.length(tile.first);
-    bool first_chunk = true;
-    for (std::int64_t begin = (ceil_div(longest, kChunk) - 1) * kChunk; begin >= 0;
-         begin -= kChunk) {
-      const std::int64_t end = begin + kChunk < longest ? begin + kChunk : longest;
-      zero_idle_rows(tile, begin, end, buffers);
-      recompute(tile, begin, end, buffers);
-      for (std::int64_t t = end - 1; t >= begin; --t) {
-        const std::int64_t active = active_rows(tile, t);
-        point_grads(tile, t, t - begin, active, buffers, db);
-        gemm<kGradRows, kGradVectors>(
-            active, plan.units, depth, buffers.draw + (t - begin) * plan.rows * draw_row(),
-            draw_row(), 1, packed + tile.head * packed_size(plan), kGradVectors * kW,
-            kGradVectors * kW * depth, buffers.d, plan.padded, false);
-        clip(buffers.d, active);
-      }
-      if (dr) {
-        gemm<kOuterRows, kOuterVectors>(depth, plan.units, (end - begin) * plan.rows, buffers.draw,
-                                        1, draw_row(), buffers.state, plan.padded,
-                                        kOuterVectors * kW, dr, plan.padded, !first_chunk);
-      }
-      first_chunk = false;
-    }
-    if (dr && first_chunk) load_padded<T>(dr, nullptr, 0, depth * plan.padded);
-    if (!args.dstate) return;
+  }
+
+  void store_first(const Tile& tile, const T* d) const {
     for (std::int64_t row = 0; row < tile.count; ++row) {
       const std::int64_t sequence = plan.sequences.sequence(tile.first + row);
       for (int s = 0; s < kStates; ++s) {
-        const T* from = buffers.d + s * plane() + row * plan.padded;
+        const T* from = d + s * plane() + row * plan.padded;
         T* to = static_cast<T*>(args.dstate) + plan.state_offset(s, sequence, tile.head);
-        for (std::int64_t d = 0; d < args.D; ++d) to[d] = from[d];
+        for (std::int64_t e = 0; e < args.D; ++e) to[e] = from[e];
       }
+    }
+  }
+
+  // Steps [begin, end), a chunk or what there is of one, from the last to the first. `last`: the chunk
+  // is its tile's last, whose sums begin.
+  void chunk(const Tile& tile, std::int64_t begin, std::int64_t end, bool last,
+             const Buffers& buffers) const {
+    const std::int64_t depth = kGates * plan.padded;
+    T* db = db_parts ? db_parts + tile.index * depth : nullptr;
+    zero_idle_rows(tile, begin, end, buffers);
+    recompute(tile, begin, end, buffers);
+    for (std::int64_t t = end - 1; t >= begin; --t) {
+      const std::int64_t active = active_rows(tile, t);
+      point_grads(tile, t, t - begin, active, buffers, db);
+      gemm<kGradRows, kGradVectors>(active, plan.units, depth,
+                                    buffers.draw + (t - begin) * plan.rows * draw_row(), draw_row(),
+                                    1, packed + tile.head * packed_size(plan), kGradVectors * kW,
+                                    kGradVectors * kW * depth, buffers.d, plan.padded, false);
+      clip(buffers.d, active);
+    }
+    if (!dr_parts) return;
+    gemm<kOuterRows, kOuterVectors>(depth, plan.units, (end - begin) * plan.rows, buffers.draw, 1,
+                                    draw_row(), buffers.state, plan.padded, kOuterVectors * kW,
+                                    dr_parts + tile.index * depth * plan.padded, plan.padded,
+                                    !last);
+  }
+
+  void operator()(std::int64_t task) const {
+    const TaskScope scope;
+    const std::int64_t heads = plan.heads_of(task), depth = kGates * plan.padded;
+    const std::int64_t state_size = kStates * (kChunk + 1) * plane();
+    const std::int64_t aux_size = kChunk * plane() * Cell::kAux;
+    const std::int64_t draw_size = kChunk * plan.rows * draw_row();
+    const std::int64_t d_size = kStates * plane();
+    Scratch scratch(
+        static_cast<std::size_t>(state_size + aux_size + draw_size + heads * d_size) * sizeof(T),
+        4);
+    Buffers buffers{scratch.take<T>(state_size), scratch.take<T>(aux_size),
+                    scratch.take<T>(draw_size), nullptr};
+    T* d = scratch.take<T>(heads * d_size);
+    // The longest sequence comes first.
+    const std::int64_t longest = plan.sequences.length(plan.tile(task, 0).first);
+    const std::int64_t chunks = ceil_div(longest, kChunk);
+    for (std::int64_t n = 0; n < heads; ++n) {
+      const Tile tile = plan.tile(task, n);
+      load_last(tile, d + n * d_size);
+      if (db_parts) load_padded<T>(db_parts + tile.index * depth, nullptr, 0, depth);
+      if (dr_parts && chunks == 0) {
+        load_padded<T>(dr_parts + tile.index * depth * plan.padded, nullptr, 0,
+                       depth * plan.padded);
+      }
+    }
+    for (std::int64_t c = chunks - 1; c >= 0; --c) {
+      for (std::int64_t n = 0; n < heads; ++n) {
+        buffers.d = d + n * d_size;
+        chunk(plan.tile(task, n), c * kChunk, std::min((c + 1) * kChunk, longest), c + 1 == chunks,
+              buffers);
+      }
+    }
+    for (std::int64_t n = 0; args.dstate && n < heads; ++n) {
+      store_first(plan.tile(task, n), d + n * d_size);
     }
   }
 
@@ -285,8 +309,9 @@ void run_backward(const RecurrenceBackward& args) {
   using T = compute_t<Element>;
   const Plan<T> plan(args, args.D > 128 ? kGradRows : 2 * kGradRows);
   const std::int64_t depth = kGates * plan.padded, matrix = depth * plan.padded;
-  const std::int64_t dr_size = args.dr ? plan.tasks() * matrix : 0;
-  const std::int64_t db_size = args.db ? plan.tasks() * depth : 0;
+  const std::int64_t tiles = args.H * plan.tiles;
+  const std::int64_t dr_size = args.dr ? tiles * matrix : 0;
+  const std::int64_t db_size = args.db ? tiles * depth : 0;
   Scratch scratch(
       static_cast<std::size_t>(args.H * packed_size(plan) + dr_size + db_size) * sizeof(T), 3);
   T* packed = scratch.take<T>(args.H * packed_size(plan));

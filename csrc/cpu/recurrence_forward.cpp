@@ -70,6 +70,14 @@ struct ForwardTask {
     std::int64_t offset;
   };
 
+  // A tile, and its states: [rows][padded], [S][rows][padded].
+  struct Walk {
+    Tile tile;
+    T *h, *h_next, *state;
+    // A block prefetches for as many rows as its own, and the next may have fewer: spare ones follow.
+    Row rows[kForwardRows + kStepRows];
+  };
+
   Row row_at(const Tile& tile, std::int64_t row) const {
     const std::int64_t at = tile.first + row;
     const Element* x = static_cast<const Element*>(args.x) +
@@ -79,26 +87,30 @@ struct ForwardTask {
             args.raw ? static_cast<T*>(args.raw) + plan.gates_offset(at, 0, tile.head) : nullptr};
   }
 
-  // raw of kRows rows and one unit block, gates x lanes each. Asks for the next step's x on the way.
+  // raw of kRows rows and one unit block, gates x lanes each, without x and b. Asks for the next
+  // block's x on the way.
   template <int kRows>
   XLSTM_HD void product(const T* h, std::int64_t head, std::int64_t unit, const Ahead& ahead,
                         V (&raw)[kRows][kGates]) const {
-    const std::int64_t D = args.D;
-    if (packed) {
-      const T* b = packed + (head * plan.units + unit) * D * kGates * kW;
-      const std::int64_t part = D / kRows;
+    const std::int64_t D = args.D, part = D / kRows;
+    const T* b = packed + (head * plan.units + unit) * D * kGates * kW;
 #pragma GCC unroll 1
-      for (int i = 0; i < kRows; ++i) {
-        const Element* x = ahead.rows[i].x + ahead.offset;
+    for (int i = 0; i < kRows; ++i) {
+      const Element* x = ahead.rows[i].x + ahead.offset;
 #pragma GCC unroll 4
-        for (int g = 0; g < kGates; ++g) __builtin_prefetch(x + g * args.x_stride[2]);
-        const std::int64_t depth = i + 1 < kRows ? part : D - i * part;
-        multiply<kRows, kGates>(depth, h, plan.padded, 1, b, kGates * kW, raw);
-        h += depth;
-        b += depth * kGates * kW;
-      }
-      return;
+      for (int g = 0; g < kGates; ++g) __builtin_prefetch(x + g * args.x_stride[2]);
+      const std::int64_t depth = i + 1 < kRows ? part : D - i * part;
+      multiply<kRows, kGates>(depth, h, plan.padded, 1, b, kGates * kW, raw);
+      h += depth;
+      b += depth * kGates * kW;
     }
+  }
+
+  // The same from R in place, in memory: lane by lane it would keep vectors out of registers.
+  template <int kRows>
+  void product_in_place(const T* h, std::int64_t head, std::int64_t unit,
+                        T (&raw)[kRows][kGates][kW]) const {
+    const std::int64_t D = args.D;
     const T* r = static_cast<const T*>(args.r);
     for (int g = 0; g < kGates; ++g) {
       for (int lane = 0; lane < plan.lanes(unit); ++lane) {
@@ -109,10 +121,9 @@ struct ForwardTask {
           for (int i = 0; i < kRows; ++i) sum[i] += load(row + k) * load(h + i * plan.padded + k);
         }
         for (int i = 0; i < kRows; ++i) {
-          T total = horizontal_sum(sum[i]);
+          raw[i][g][lane] = horizontal_sum(sum[i]);
           for (std::int64_t rest = k; rest < D; ++rest)
-            total += row[rest] * h[i * plan.padded + rest];
-          raw[i][g][lane] += total;
+            raw[i][g][lane] += row[rest] * h[i * plan.padded + rest];
         }
       }
     }
@@ -126,8 +137,23 @@ struct ForwardTask {
     const int lanes = kFull ? kW : plan.lanes(unit);
     const std::int64_t column = unit * kW, gate = args.H * args.D, plane = plan.rows * plan.padded;
     // x comes last: a sum that starts at a large x would round every product to its last bit.
-    V raw[kRows][kGates]{};
-    product<kRows>(h, head, unit, ahead, raw);
+    V raw[kRows][kGates];
+    if (packed) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+        for (int g = 0; g < kGates; ++g) raw[i][g] = V{};
+      }
+      product<kRows>(h, head, unit, ahead, raw);
+    } else {
+      T sums[kRows][kGates][kW]{};
+      product_in_place<kRows>(h, head, unit, sums);
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+        for (int g = 0; g < kGates; ++g) raw[i][g] = load(static_cast<const T*>(sums[i][g]));
+      }
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       const Element* x = rows[i].x + t * args.x_stride[1] + column;
@@ -179,91 +205,101 @@ struct ForwardTask {
     }
   }
 
-  void save_checkpoint(const Tile& tile, std::int64_t active, std::int64_t chunk, const T* h,
-                       const T* state) const {
+  void save_checkpoint(const Walk& walk, std::int64_t active, std::int64_t chunk) const {
     const std::int64_t plane = plan.rows * plan.padded;
     for (std::int64_t row = 0; row < active; ++row) {
-      const std::int64_t n = plan.sequences.checkpoint(tile.first + row, chunk);
+      const std::int64_t n = plan.sequences.checkpoint(walk.tile.first + row, chunk);
       for (int s = 0; s < kStates; ++s) {
-        const T* from = (s == 0 ? h : state + s * plane) + row * plan.padded;
-        T* to =
-            static_cast<T*>(args.checkpoints) + plan.checkpoint_offset(n, kStates, s, tile.head);
+        const T* from = (s == 0 ? walk.h : walk.state + s * plane) + row * plan.padded;
+        T* to = static_cast<T*>(args.checkpoints) +
+                plan.checkpoint_offset(n, kStates, s, walk.tile.head);
         for (std::int64_t d = 0; d < args.D; ++d) to[d] = from[d];
       }
     }
   }
 
-  // One step of the tile's first `active` rows.
-  void step_all(const Tile& tile, const Row* rows, std::int64_t active, std::int64_t t, const T* h,
-                T* h_next, T* state) const {
+  // One step of the tile's first `active` rows; `after`: the x that is read next.
+  void step_all(Walk& walk, std::int64_t active, std::int64_t t, const Ahead& after) const {
     const std::int64_t block = ceil_div(active, ceil_div(active, kStepRows));
     for (std::int64_t unit = 0; unit < plan.units; ++unit) {
       for (std::int64_t row = 0; row < active; row += block) {
         const std::int64_t at = row * plan.padded;
-        Ahead ahead{rows + row + block, t * args.x_stride[1] + unit * kW};
+        const Row* rows = walk.rows + row;
+        Ahead ahead{rows + block, t * args.x_stride[1] + unit * kW};
         if (row + block >= active) {
-          const bool last = unit + 1 == plan.units;
-          ahead = {rows, (last ? t + 1 : t) * args.x_stride[1] + (last ? 0 : unit + 1) * kW};
+          ahead = unit + 1 == plan.units ? after
+                                         : Ahead{walk.rows, t * args.x_stride[1] + (unit + 1) * kW};
         }
         const int count = static_cast<int>(active - row < block ? active - row : block);
         with_constant<kStepRows>(count, [&](auto n) {
+          const T* h = walk.h + at;
+          T *h_next = walk.h_next + at, *state = walk.state + at;
           if (plan.lanes(unit) == kW) {
-            step<n(), true>(rows + row, t, tile.head, unit, ahead, h + at, h_next + at, state + at);
+            step<n(), true>(rows, t, walk.tile.head, unit, ahead, h, h_next, state);
           } else {
-            step<n(), false>(rows + row, t, tile.head, unit, ahead, h + at, h_next + at,
-                             state + at);
+            step<n(), false>(rows, t, walk.tile.head, unit, ahead, h, h_next, state);
           }
         });
       }
     }
+    std::swap(walk.h, walk.h_next);
   }
 
   // The last state of a row.
-  void save_last(const Tile& tile, std::int64_t row, const T* h, const T* state) const {
-    const std::int64_t sequence = plan.sequences.sequence(tile.first + row);
+  void save_last(const Walk& walk, std::int64_t row) const {
+    const std::int64_t sequence = plan.sequences.sequence(walk.tile.first + row);
     const std::int64_t plane = plan.rows * plan.padded;
     for (int s = 0; s < kStates; ++s) {
-      const T* from = (s == 0 ? h : state + s * plane) + row * plan.padded;
-      T* to = static_cast<T*>(args.last) + plan.state_offset(s, sequence, tile.head);
+      const T* from = (s == 0 ? walk.h : walk.state + s * plane) + row * plan.padded;
+      T* to = static_cast<T*>(args.last) + plan.state_offset(s, sequence, walk.tile.head);
       for (std::int64_t d = 0; d < args.D; ++d) to[d] = from[d];
+    }
+  }
+
+  void start(const Tile& tile, Scratch& scratch, Walk& walk) const {
+    const std::int64_t plane = plan.rows * plan.padded;
+    walk.tile = tile;
+    walk.h = scratch.take<T>(plane);
+    walk.h_next = scratch.take<T>(plane);
+    walk.state = scratch.take<T>(kStates * plane);
+    const T* given = static_cast<const T*>(args.state);
+    for (std::int64_t row = 0; row < tile.count; ++row) {
+      const std::int64_t sequence = plan.sequences.sequence(tile.first + row);
+      for (int s = 0; s < kStates; ++s) {
+        T* to = (s == 0 ? walk.h : walk.state + s * plane) + row * plan.padded;
+        load_padded(to, given ? given + plan.state_offset(s, sequence, tile.head) : nullptr, args.D,
+                    plan.padded);
+      }
+    }
+    for (std::int64_t row = 0; row < kForwardRows + kStepRows; ++row) {
+      walk.rows[row] = row_at(tile, row < tile.count ? row : 0);
     }
   }
 
   void operator()(std::int64_t task) const {
     const TaskScope scope;
-    const Tile tile = plan.tile(task);
-    const std::int64_t plane = plan.rows * plan.padded;
-    Scratch scratch(static_cast<std::size_t>((kStates + 2) * plane) * sizeof(T), 3);
-    T* h = scratch.take<T>(plane);
-    T* h_next = scratch.take<T>(plane);
-    T* state = scratch.take<T>(kStates * plane);
-    const T* given = static_cast<const T*>(args.state);
-    for (std::int64_t row = 0; row < tile.count; ++row) {
-      const std::int64_t sequence = plan.sequences.sequence(tile.first + row);
-      for (int s = 0; s < kStates; ++s) {
-        T* to = (s == 0 ? h : state + s * plane) + row * plan.padded;
-        load_padded(to, given ? given + plan.state_offset(s, sequence, tile.head) : nullptr, args.D,
-                    plan.padded);
-      }
+    const std::int64_t count = plan.heads_of(task);
+    Scratch scratch(
+        static_cast<std::size_t>(count * (kStates + 2) * plan.rows * plan.padded) * sizeof(T),
+        3 * static_cast<int>(count));
+    Walk walks[kHeadsAtOnce];
+    for (std::int64_t n = 0; n < count; ++n) {
+      start(plan.tile(task, n), scratch, walks[n]);
     }
-    // A block prefetches for as many rows as its own, and the next may have fewer: spare ones follow.
-    Row rows[kForwardRows + kStepRows];
-    for (std::int64_t row = 0; row < kForwardRows + kStepRows; ++row) {
-      rows[row] = row_at(tile, row < tile.count ? row : 0);
-    }
+    const Tile& tile = walks[0].tile;
     std::int64_t active = tile.count;
     for (std::int64_t t = 0;; ++t) {
       while (active > 0 && plan.sequences.length(tile.first + active - 1) == t) {
-        save_last(tile, --active, h, state);
+        --active;
+        for (std::int64_t n = 0; n < count; ++n) save_last(walks[n], active);
       }
       if (active == 0) return;
-      if (args.checkpoints && t % kChunk == 0) {
-        save_checkpoint(tile, active, t / kChunk, h, state);
+      for (std::int64_t n = 0; n < count; ++n) {
+        if (args.checkpoints && t % kChunk == 0) save_checkpoint(walks[n], active, t / kChunk);
+        const bool last = n + 1 == count;
+        step_all(walks[n], active, t,
+                 {walks[last ? 0 : n + 1].rows, (last ? t + 1 : t) * args.x_stride[1]});
       }
-      step_all(tile, rows, active, t, h, h_next, state);
-      T* swap = h;
-      h = h_next;
-      h_next = swap;
     }
   }
 };

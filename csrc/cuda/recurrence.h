@@ -16,6 +16,7 @@
 #include <type_traits>
 
 #include "common/host_device.h"
+#include "common/integers.h"
 #include "cuda/element.h"
 #include "cuda/mma.h"
 #include "cuda/shared.h"
@@ -27,8 +28,6 @@ constexpr int kGates = 4;
 constexpr int kColumns = 8;    // sequences of a block
 constexpr int kTileWords = 8;  // of a row of a product's operands
 constexpr int kPadWords = 4;   // rows of shared memory start four banks apart
-
-XLSTM_HD std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // The launch shapes: for operands of kPerWord elements a word, and heads of up to kWidth units.
 template <bool kForward, int kPerWord, int kWidth>
@@ -282,7 +281,7 @@ struct Sequence {
   }
   // The row before step `t` among the checkpoints.
   __device__ __forceinline__ std::int64_t checkpoint(const Recurrence& args, int t) const {
-    const std::int64_t chunks = (args.T + kCheckpointInterval - 1) / kCheckpointInterval;
+    const std::int64_t chunks = ceil_div(args.T, kCheckpointInterval);
     return (args.starts ? start / kCheckpointInterval + b : b * chunks) + t / kCheckpointInterval;
   }
 

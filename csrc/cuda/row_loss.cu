@@ -3,6 +3,8 @@
 // Tensors: launch.h, RowLoss. Grid: one block; sums float64, in an order that never changes.
 #include "cuda/row_loss.h"
 
+#include "common/integers.h"
+
 namespace xlstm {
 namespace {
 
@@ -68,11 +70,11 @@ void sum_rows(const RowLoss& args, RowScale scale, void* stream) {
 }
 
 RowShape row_shape(const RowLimits& limits, std::int64_t columns, int per_vector, RowBytes bytes) {
-  const std::int64_t vectors = (columns + per_vector - 1) / per_vector;
+  const std::int64_t vectors = ceil_div(columns, per_vector);
   const std::int64_t kept_bytes = bytes.rows * kVectorBytes;
   RowShape shape{};
   shape.blocks = 1;
-  const auto slice = [&] { return (vectors + shape.blocks - 1) / shape.blocks; };
+  const auto slice = [&] { return ceil_div(vectors, shape.blocks); };
   const std::int64_t share = limits.shared_bytes / kRowsAtOnce - kReservedBytes - bytes.other;
   while (limits.clusters && shape.blocks < RowGroup::kMaxBlocks &&
          slice() * (kept_bytes + bytes.beside) > share) {

@@ -3,6 +3,7 @@
 // Source: chain rule of a loss whose forward has computed the gradient of each row.
 // Tensors: launch.h, ScaleRows. A row whose factor is 1 is neither read nor written.
 // Grid: (rows, column blocks); product in the compute type; nothing saved.
+#include "common/integers.h"
 #include "cuda/element.h"
 #include "cuda/kernel_launch.h"
 #include "launch.h"
@@ -14,8 +15,6 @@ constexpr int kThreads = 256;
 constexpr int kColumnsPerThread = 8;
 constexpr std::int64_t kMaxRowBlocks = 0x7fffffff;
 constexpr std::int64_t kMaxColumnBlocks = 65535;
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
