@@ -87,12 +87,16 @@ struct ForwardTask {
             args.raw ? static_cast<T*>(args.raw) + plan.gates_offset(at, 0, tile.head) : nullptr};
   }
 
-  // raw of kRows rows and one unit block, gates x lanes each, without x and b. Asks for the next
-  // block's x on the way.
+  // R h from packed R. Asks for the next block's x on the way.
   template <int kRows>
-  XLSTM_HD void product(const T* h, std::int64_t head, std::int64_t unit, const Ahead& ahead,
-                        V (&raw)[kRows][kGates]) const {
+  XLSTM_HD void product_packed(const T* h, std::int64_t head, std::int64_t unit, const Ahead& ahead,
+                               V (&raw)[kRows][kGates]) const {
     const std::int64_t D = args.D, part = D / kRows;
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+      for (int g = 0; g < kGates; ++g) raw[i][g] = V{};
+    }
     const T* b = packed + (head * plan.units + unit) * D * kGates * kW;
 #pragma GCC unroll 1
     for (int i = 0; i < kRows; ++i) {
@@ -106,7 +110,7 @@ struct ForwardTask {
     }
   }
 
-  // The same from R in place, in memory: lane by lane it would keep vectors out of registers.
+  // R h from R in place; to memory, since lane by lane it would keep vectors out of registers.
   template <int kRows>
   void product_in_place(const T* h, std::int64_t head, std::int64_t unit,
                         T (&raw)[kRows][kGates][kW]) const {
@@ -129,6 +133,20 @@ struct ForwardTask {
     }
   }
 
+  // R h of kRows rows and one unit block, gates x lanes each.
+  template <int kRows>
+  XLSTM_HD void product(const T* h, std::int64_t head, std::int64_t unit, const Ahead& ahead,
+                        V (&raw)[kRows][kGates]) const {
+    if (packed) return product_packed<kRows>(h, head, unit, ahead, raw);
+    T sums[kRows][kGates][kW]{};
+    product_in_place<kRows>(h, head, unit, sums);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+      for (int g = 0; g < kGates; ++g) raw[i][g] = load(static_cast<const T*>(sums[i][g]));
+    }
+  }
+
   // One step of kRows rows and one unit block; kFull: the block has no lanes beyond D. state is
   // [S][rows][padded]; h apart, since every unit block of the step reads it.
   template <int kRows, bool kFull>
@@ -138,22 +156,7 @@ struct ForwardTask {
     const std::int64_t column = unit * kW, gate = args.H * args.D, plane = plan.rows * plan.padded;
     // x comes last: a sum that starts at a large x would round every product to its last bit.
     V raw[kRows][kGates];
-    if (packed) {
-#pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-        for (int g = 0; g < kGates; ++g) raw[i][g] = V{};
-      }
-      product<kRows>(h, head, unit, ahead, raw);
-    } else {
-      T sums[kRows][kGates][kW]{};
-      product_in_place<kRows>(h, head, unit, sums);
-#pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-        for (int g = 0; g < kGates; ++g) raw[i][g] = load(static_cast<const T*>(sums[i][g]));
-      }
-    }
+    product<kRows>(h, head, unit, ahead, raw);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       const Element* x = rows[i].x + t * args.x_stride[1] + column;
