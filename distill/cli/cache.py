@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from distill.cli.flags import add_folders, add_heldout_fraction, add_pattern, whole_number
+from distill.cli.flags import add_folders, add_heldout_fraction, add_number, add_pattern
 from distill.errors import Interrupt
 
 if TYPE_CHECKING:
@@ -54,28 +54,17 @@ def add(commands: Commands) -> None:
 
 
 def _add_sizes(cache: argparse.ArgumentParser) -> None:
-    cache.add_argument(
+    add_number(
+        cache,
         "--samples",
-        type=whole_number(1, (1 << 16) - 1),
-        metavar="N",
-        help="instead of the K likeliest words, N drawn for each token, as --seed has it",
+        "instead of the K likeliest words, N drawn for each token, as --seed has it",
+        most=(1 << 16) - 1,
     )
-    for flag, most, default, what in (
-        ("-k", 1 << 20, 256, "words of each token"),
-        ("--seed", 1 << 32, 0, "of --samples"),
-        ("--length", 1 << 24, 512, "tokens that the teacher reads at once"),
-        ("--rows", 1 << 16, 4, "how often at once"),
-    ):
-        cache.add_argument(
-            flag,
-            type=whole_number(0 if flag == "--seed" else 1, most),
-            default=default,
-            metavar="N",
-            help=f"{what} (default: %(default)s)",
-        )
-    cache.add_argument(
-        "--max-tokens", type=whole_number(1, 1 << 40), metavar="N", help="stop after N tokens"
-    )
+    add_number(cache, "-k", "words of each token", 256, most=1 << 20)
+    add_number(cache, "--seed", "of --samples", 0, least=0, most=1 << 32)
+    add_number(cache, "--length", "tokens that the teacher reads at once", 512)
+    add_number(cache, "--rows", "how often at once", 4, most=1 << 16)
+    add_number(cache, "--max-tokens", "stop after N tokens", most=1 << 40)
 
 
 def run(args: argparse.Namespace) -> None:

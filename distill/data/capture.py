@@ -198,10 +198,8 @@ def capture(
                 inputs = {} if packed is None else packed_inputs(packed, batch.input_ids)
                 run = Run(model, batch.input_ids, inputs)
                 words = run.words(config.kind, batch.positions)
-                if words.logprobs.isnan().any():
-                    require_finite(
-                        model, rows.plain(torch.arange(begin, end)).split(1)
-                    )  # says where
+                if words.logprobs.isnan().any():  # the error says where that begins
+                    require_finite(model, rows.plain(torch.arange(begin, end)).split(1))
                 writer.append(words)
                 meter.update(end, tokens=batch.input_ids.numel())
                 if interrupt.requested is not None:

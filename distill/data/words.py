@@ -149,14 +149,14 @@ class Drawn:
         packed = slice(begin // ROW_IDS, -(-end // ROW_IDS))
         inside = slice(begin % ROW_IDS, begin % ROW_IDS + end - begin)
         there = np.arange(self.samples) < words_N[rows.start :, None]
+
+        def numbers(name: str, bits: int) -> np.ndarray:
+            return unpack_ids(part(name, packed), ROW_IDS, bits).reshape(-1)[inside]
+
         ids = np.full(there.shape, -1)
+        ids[there] = numbers("ids", id_bits(vocabulary))
         counts = np.zeros(there.shape)
-        for into, name, bits in (
-            (ids, "ids", id_bits(vocabulary)),
-            (counts, "counts", id_bits(self.samples)),
-        ):
-            found = unpack_ids(part(name, packed), ROW_IDS, bits).reshape(-1)[inside]
-            into[there] = found + (name == "counts")
+        counts[there] = numbers("counts", id_bits(self.samples)) + 1
         shares = torch.from_numpy(counts).float() / self.samples
         return Samples(shares.log(), torch.from_numpy(ids))
 

@@ -219,16 +219,16 @@ class HybridMixer(nn.Module):
         o_BTH = self._output_gate(x_BTE, q_BTHD, k_BTHD, v_BTHD)
         return (phi_q, phi_k, v_BTSD, i_BTS, f_BTS), o_BTH.unsqueeze(-1)
 
-    def _map(self, x_BTHD: Tensor, weight_HDE: Tensor | None) -> Tensor:
-        if weight_HDE is None:
+    def _map(self, x_BTHD: Tensor, weight_HDK: Tensor | None) -> Tensor:
+        if weight_HDK is None:
             return F.elu(x_BTHD) + 1
         # What einsum computes, in a third of its time for one token.
-        y_HNE = torch.bmm(x_BTHD.flatten(0, 1).transpose(0, 1), weight_HDE)
-        y_BTHE = y_HNE.transpose(0, 1).unflatten(0, x_BTHD.shape[:2])
-        phi_BTHE = y_BTHE.softmax(dim=-1)
+        y_HNK = torch.bmm(x_BTHD.flatten(0, 1).transpose(0, 1), weight_HDK)
+        y_BTHK = y_HNK.transpose(0, 1).unflatten(0, x_BTHD.shape[:2])
+        phi_BTHK = y_BTHK.softmax(dim=-1)
         if self.options.feature_map == "softmax_pair":
-            phi_BTHE = torch.cat((phi_BTHE, (-y_BTHE).softmax(dim=-1)), dim=-1)
-        return phi_BTHE.to(x_BTHD.dtype)  # autocast's softmax is float32
+            phi_BTHK = torch.cat((phi_BTHK, (-y_BTHK).softmax(dim=-1)), dim=-1)
+        return phi_BTHK.to(x_BTHD.dtype)  # autocast's softmax is float32
 
     def _output_gate(self, x_BTE: Tensor, q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:
         logit_H = self.output_bias

@@ -119,7 +119,8 @@ def tune(
         Recipe.load(source, [*overrides, *(f"{k}={v}" for k, v in trial.choices.items())])
         for trial in trials
     ]
-    halves = {plan: plan.corpus().halves for plan in {recipe.data.plan() for recipe in recipes}}
+    texts = {recipe.data.plan() for recipe in recipes}
+    halves = {text: text.corpus().halves for text in texts}
     for heldout in halves.values():
         heldout.require_validation("tune")
     left = list(range(len(trials)))

@@ -176,11 +176,11 @@ def _exchange(way: Direction, launch: Launch, operands: int) -> tuple[int, float
     """Bytes that a team's block reads from its shared memory at each step, and the cycles that its
     exchange takes; `operands`: bytes of all warps' right operands."""
     own = way is BACKWARD or launch.is_cluster  # they are in shared memory
-    shared_read = launch.threads * 16 * launch.near + (operands if own else 0)
+    shared_read = launch.threads * FRAGMENT_BYTES * launch.near + (operands if own else 0)
     exchanged = 4 * COLUMNS * launch.units * launch.parts
     if launch.is_cluster:
         return shared_read, BARRIER + CLUSTER_EXCHANGE + exchanged / CLUSTER_RATE
-    read = (exchanged if own else operands) + launch.far * launch.threads * 16
+    read = (exchanged if own else operands) + launch.threads * FRAGMENT_BYTES * launch.far
     return shared_read, BARRIER + EXCHANGE + read / L2_RATE
 
 
@@ -203,7 +203,11 @@ def _teams(
                 own += 2 * 4 * slot_words + BARRIER_BYTES
             near = min(spare, max(0, chip.shared_bytes - own) // (FRAGMENT_BYTES * TEAM_THREADS))
             deal = Launch(
-                *(units, parts, teams, _ceil_div(items, teams), TEAM_THREADS),
+                units,
+                parts,
+                teams,
+                rounds=_ceil_div(items, teams),
+                threads=TEAM_THREADS,
                 shared_bytes=own + FRAGMENT_BYTES * TEAM_THREADS * near,
                 tiles=tiles,
                 near=near,
