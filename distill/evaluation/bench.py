@@ -23,6 +23,7 @@ from distill.machine import describe_machine
 
 # What transformers' models call what they remember.
 CACHES = ("past_key_values", "cache_params")
+STEPS = 16  # tokens written after a prompt
 
 
 @torch.no_grad()
@@ -30,7 +31,7 @@ def bench(
     models: Mapping[str, Any],
     contexts: Sequence[int],
     *,
-    steps: int = 16,
+    steps: int = STEPS,
     rows: int = 1,
     after_case: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def bench(
     if not contexts or min(contexts) < 1:
         raise DistillError(f"bench: contexts must be at least 1, got {list(contexts)}")
     for model in models.values():
-        require_positions("bench", model, max(contexts) + steps)
+        require_contexts(model, contexts, steps)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
     warmed = min(contexts)
     for model in models.values():
@@ -71,6 +72,13 @@ def bench(
         "models": found,
         "crossover": crossover(*list(found.values())[:2]) if len(found) > 1 else None,
     }
+
+
+def require_contexts(model: Any, contexts: Sequence[int], steps: int = STEPS) -> None:
+    """Raises DistillError unless a model, or one of this configuration, which has learned its
+    positions, has enough for each context and what is written after it."""
+    if contexts:
+        require_positions("bench", model, max(contexts) + steps)
 
 
 def crossover(teacher: list[dict[str, Any]], student: list[dict[str, Any]]) -> int | None:

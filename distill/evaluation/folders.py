@@ -9,6 +9,7 @@ from typing import Any
 from distill.data.capture import load_config, load_model, load_tokenizer
 from distill.errors import DistillError
 from distill.evaluation.assessment import Plan
+from distill.evaluation.bench import require_contexts
 from distill.evaluation.probes import require_needles
 from distill.evaluation.scores import require_positions
 
@@ -56,4 +57,4 @@ class Models(Mapping[str, Any]):
         for config in self.configs.values():
             require_positions("evaluate", config, plan.length)
             require_positions("needle", config, max(plan.needle_lengths, default=0))
-            require_positions("bench", config, max(plan.contexts, default=0))
+            require_contexts(config, plan.contexts)

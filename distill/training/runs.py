@@ -26,6 +26,7 @@ from distill.data.teacher import TeacherCache, model_digest, require_same
 from distill.data.tokens import TOKENS, Text, Tokens, stored_text
 from distill.data.words import Drawn, settings
 from distill.errors import DistillError, Interrupt
+from distill.evaluation.bench import require_contexts
 from distill.evaluation.probes import require_needles
 from distill.evaluation.scores import evaluate, require_positions
 from distill.files import replace_folder, write_atomically
@@ -63,10 +64,11 @@ class Run:
         self.teacher, self.tokenizer = self._read_teacher()
         # Other weights in the same folder show in a part of them, which takes no time to read.
         self.weights = None if self.teacher is None else model_digest(self.teacher, stride=61)
-        data, lengths = recipe.data, recipe.evaluation.needle
+        data, evaluation = recipe.data, recipe.evaluation
         require_positions("data", self.teacher, data.length)
-        require_needles(self.tokenizer, lengths)
-        require_positions("needle", self.teacher, max(lengths, default=0))
+        require_needles(self.tokenizer, evaluation.needle)
+        require_positions("needle", self.teacher, max(evaluation.needle, default=0))
+        require_contexts(self.teacher, evaluation.contexts)
         if self.accelerator.num_processes > 1:
             parallel.alone(self.accelerator, self._read_text)  # the first may have to write it
         self.tokens, self.heldout = self._read_text()

@@ -103,17 +103,34 @@ def test_what_cannot_be_scored_is_not_trained(tmp_path, teacher, corpus_dir, cha
     assert not (tmp_path / "run").exists()
 
 
-def test_lengths_are_looked_at_before_models(tmp_path, teacher, corpus_dir, capsys, monkeypatch):
+@pytest.fixture(scope="module")
+def short(tmp_path_factory, teacher):
+    """A teacher of 32 positions."""
+    folder = tmp_path_factory.mktemp("short") / "teacher"
+    shutil.copytree(teacher, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"n_positions": 32}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_contexts_that_the_teacher_has_no_positions_for_are_not_trained(
+    tmp_path, short, corpus_dir
+):
+    recipe = make_recipe(tmp_path, short, corpus_dir, "evaluation.contexts=[17]")
+    with pytest.raises(DistillError, match="bench: length must be at most 32, the positions"):
+        do(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_lengths_are_looked_at_before_models(
+    tmp_path, teacher, short, corpus_dir, capsys, monkeypatch
+):
     monkeypatch.setattr("distill.evaluation.folders.load_model", None)
-    short = tmp_path / "short"
-    shutil.copytree(teacher, short)
-    config = json.loads((short / "config.json").read_text()) | {"n_positions": 32}
-    (short / "config.json").write_text(json.dumps(config))
     given = ["eval", "--out", str(tmp_path / "x"), "--corpus", str(corpus_dir), "--length", "16"]
     for student, flags, why in (
         (teacher, ["--needle", "9,99"], "needle: lengths must be at least 58, which the question"),
         (short, ["--needle", "99"], "needle: length must be at most 32, the positions of the mod"),
-        (short, ["--contexts", "33"], "bench: length must be at most 32, the positions"),
+        (short, ["--contexts", "17"], "bench: length must be at most 32, the positions"),
     ):
         models = ["--teacher", str(teacher), "--student", str(student)]
         assert main([*given, *models, *flags]) == 1
