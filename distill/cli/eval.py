@@ -56,7 +56,7 @@ def _add_eval(commands: Commands) -> None:
         default=[],
         metavar="NAME=DIR",
         help="a model to show beside them, as 'hard labels=runs/ce/student'; may be repeated"
-        " (default: those below OUT/controls)",
+        " (those below OUT/controls are shown anyway)",
     )
     for flag, name, what in (
         ("--pattern", "GLOB", "which files (default: the run's, or *.txt)"),
@@ -163,7 +163,9 @@ def _complete(args: argparse.Namespace) -> dict[str, Any]:
         args.pattern = args.pattern or data.pattern
         args.text_key = args.text_key or data.text_key
         args.length = args.length or data.length
-        args.control = args.control or [f"{n}={f}" for n, f in control_students(args.out).items()]
+        given = {text.partition("=")[0] for text in args.control}
+        there = control_students(args.out).items()
+        args.control = [f"{n}={f}" for n, f in there if n not in given] + args.control
     args.pattern, args.length = args.pattern or "*.txt", args.length or 512
     args.text_key = args.text_key or "text"
     for name in ("teacher", "student", "corpus"):

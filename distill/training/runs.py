@@ -42,6 +42,9 @@ from distill.training.controls import controls_of
 from distill.training.recipe import Recipe, StageConfig
 from distill.training.trainer import Metrics, Stage
 
+# What a run writes besides its recipe, which is there before.
+RESULTS = ("student", "checkpoints", "metrics.jsonl", *scoring.OUTCOME)
+
 
 @dataclass
 class Run:
@@ -238,14 +241,20 @@ def run(
     """
     folder, reporter = Path(folder), reporter or Reporter(Console(highlight=False))
     for path in (folder, *(folder / CONTROLS / name for name in recipe.controls)):
-        if (path / "recipe.yaml").exists() and not resume:
-            raise DistillError(f"run: {path} holds a run; pass --resume, or another --run-dir")
+        if (path / "recipe.yaml").exists():
+            if not resume:
+                raise DistillError(f"run: {path} holds a run; pass --resume, or another --run-dir")
+        elif others := [name for name in RESULTS if (path / name).exists()]:
+            raise DistillError(
+                f"run: {path / others[0]} is of no run and would be replaced; move it, or pass"
+                " another --run-dir"
+            )
     shared = Run(recipe, folder, reporter, interrupt or Interrupt(), tokens)
     accelerator = shared.accelerator
     if not accelerator.is_main_process:
         shared.reporter = Reporter(Console(quiet=True))
     with _claimed(folder, accelerator):
-        trained = _run_stages(shared, resume)
+        trained = _run_stages(shared, resume, reported=folder)
         shared.reporter.say(f"student  {folder / 'student'}")
         shared.teacher = None  # which may be sharded, and is read again
         for name in shared.controls:
@@ -271,13 +280,14 @@ def _run_control(shared: Run, name: str, resume: bool) -> bool:
     text = shared.tokens, shared.heldout
     control = Run(shared.controls[name], folder, reporter, shared.interrupt, *text)
     with _claimed(folder, control.accelerator):
-        trained = _run_stages(control, resume)
+        trained = _run_stages(control, resume, reported=shared.folder)
     shared.reporter.say(f"control  {folder / 'student'}")
     return trained
 
 
-def _run_stages(shared: Run, resume: bool) -> bool:
-    """Whether there was something left to train."""
+def _run_stages(shared: Run, resume: bool, reported: Path) -> bool:
+    """Whether there was something left to train; `reported` is the folder of the report that tells
+    of it."""
     recipe, folder, accelerator = shared.recipe, shared.folder, shared.accelerator
     if accelerator.is_main_process and not (folder / "recipe.yaml").exists():
         environment = describe_machine() | {"ranks": accelerator.num_processes}
@@ -295,12 +305,13 @@ def _run_stages(shared: Run, resume: bool) -> bool:
         else:
             trained = True
             if accelerator.is_main_process:
-                scoring.forget(folder)
+                scoring.forget(reported)
             stage = shared.stage(config, start())
             checks.say(shared.reporter, stage)
             _train(stage, done, shared, resume)
         start = partial(load_model, done, torch.float32)
     if accelerator.is_main_process:
+        recipe.save(folder / "recipe.yaml")  # what decides no weights may have changed
         replace_folder(folder / "student", lambda to: shutil.copytree(done, to))
     accelerator.wait_for_everyone()
     # Not `end_training`, which ends what the ranks have in common as well.

@@ -101,3 +101,30 @@ def test_a_stopped_control_goes_on_bit_for_bit(tmp_path, teacher, corpus_dir):
     for name in CONTROLS:
         ours, want = (weights(x / "controls" / name / "student") for x in (run, tmp_path / "whole"))
         assert_same(ours, want)
+
+
+@pytest.mark.medium
+def test_a_control_that_comes_later_is_in_the_report_after_a_stop(tmp_path, teacher, corpus_dir):
+    given = [*SHORT, "evaluation.report=true"]
+    run, later = tmp_path / "run", "controls=[hard-labels]"
+    do(make_recipe(tmp_path, teacher, corpus_dir, *given), run)
+    recipe = make_recipe(tmp_path, teacher, corpus_dir, *given, later)
+    # Two looks a step at the signal, and the next one is of the scores.
+    with pytest.raises(Interrupted):
+        do(recipe, run, resume=True, interrupt=StopAt(2 * (1 + 2)))
+    assert (run / "controls/hard-labels/student").exists()
+    assert not (run / "report.html").exists()
+    do(recipe, run, resume=True)
+    assert "hard-labels" in json.loads((run / "scores.json").read_text())["models"]
+    assert "controls:\n- hard-labels\n" in (run / "recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize("name", ["student", "report.html", "controls/hard-labels/student"])
+def test_what_no_run_has_written_stays(tmp_path, teacher, corpus_dir, name):
+    place = tmp_path / "run" / name
+    place.mkdir(parents=True)
+    recipe = make_recipe(tmp_path, teacher, corpus_dir, "controls=[hard-labels]")
+    for resume in (False, True):
+        with pytest.raises(DistillError, match=f"{place} is of no run and would be replaced"):
+            do(recipe, tmp_path / "run", resume)
+    assert place.exists() and not (tmp_path / "run/recipe.yaml").exists()

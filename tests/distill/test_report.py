@@ -200,8 +200,10 @@ def test_the_commands(tmp_path, capsys, corpus_dir):
     recipe += "stages: [{name: kd, losses: [{name: ce}], steps: 1}]\n"
     (tmp_path / "recipe.yaml").write_text(recipe)
     shutil.copytree(tmp_path / "student", tmp_path / "controls" / "twin" / "student")
-    assert main(["eval", "--out", str(tmp_path), "--length", "64"]) == 0
-    assert "Control 'twin' takes" in capsys.readouterr().out
+    given = ["eval", "--out", str(tmp_path), "--length", "64", "--control", f"labels={teacher}"]
+    assert main(given) == 0
+    said = capsys.readouterr().out
+    assert "Control 'twin' takes" in said and "Control 'labels' takes" in said
     file = tmp_path / "speed.json"
     capsys.readouterr()
     assert main(["bench", *pair, "--contexts", "32,8", "--steps", "2", "--json", str(file)]) == 0
