@@ -95,6 +95,18 @@ def test_packed_sequences(case):
     check_recurrence(case)
 
 
+@pytest.mark.parametrize(
+    "case",
+    on_every_backend(
+        {"H": 11, "D": 5}, {"lengths": (0, 5, 0, 33), "H": 11, "D": 5}, backends=["cpu"]
+    ),
+)
+def test_heads_side_by_side(case, threads):
+    """On two threads a task of six heads and one of five."""
+    threads(2)
+    check_recurrence(case)
+
+
 @pytest.mark.parametrize("case", on_every_backend(*OPTIONS))
 def test_absent_arguments(case):
     check_recurrence(case)
