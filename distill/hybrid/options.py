@@ -84,7 +84,7 @@ class HybridOptions:
             got = getattr(self, name)
             if name == "feature_dim" and got is None:
                 continue
-            if not isinstance(got, int) or got < least:
+            if not isinstance(got, int) or isinstance(got, bool) or got < least:
                 raise DistillError(
                     f"hybridize: {name} must be a whole number of at least {least}, got {got!r}"
                 )

@@ -296,6 +296,7 @@ def test_files_that_are_not_a_students(tmp_path):
     ("changes", "message"),
     [
         ({"window": 0}, "window must be a whole number of at least 1, got 0"),
+        ({"window": True}, "window must be a whole number of at least 1, got True"),
         ({"sinks": -1}, "sinks must be a whole number of at least 0, got -1"),
         ({"feature_map": "relu"}, "feature_map must be one of softmax, .*got 'relu'"),
         ({"layers": [3]}, "layers must be indices of 3 layers, got 3"),
