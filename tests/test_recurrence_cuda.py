@@ -213,7 +213,7 @@ def test_a_cluster_holds_r_where_a_chip_has_clusters(way, operand):
         for chip in launch.CHIPS.values():
             deal = launch_shape(way, D, operand, 16, 1, chip)
             if D <= 256:
-                assert deal.is_cluster == chip.has_clusters
+                assert deal.is_cluster == (chip in (launch.CHIPS["9.0"], launch.CHIPS["10.0"]))
             if deal.is_cluster:
                 assert deal.far == 0 and deal.parts <= launch.CLUSTER and chip.has_clusters
 

@@ -22,7 +22,7 @@ constexpr int kChunk = kCheckpointInterval;
 constexpr std::int64_t kStreamBytes = std::int64_t{24} << 20;
 // Products of one call up to which one thread does it sooner than several: about 10 us of them.
 constexpr std::int64_t kSerialProducts = std::int64_t{1} << 19;
-// Heads of a task, at most, and bytes of their R: half of a core's second cache.
+// Heads of a task, at most, and bytes of their R: half of a second cache of 2 MiB.
 constexpr std::int64_t kHeadsAtOnce = 8, kCachedBytes = std::int64_t{1} << 20;
 
 // Sequences per tile: the fewest rounds over the threads, where a tile costs its rows plus about two
@@ -71,15 +71,19 @@ struct Sequences {
   std::int64_t* order = nullptr;
 };
 
-// As many heads of a task as keep their R in cache and all threads as busy.
+// As many heads of a task as keep their R in cache and give no thread more of them.
 inline std::int64_t heads_at_once(std::int64_t H, std::int64_t tiles, std::int64_t r_bytes) {
   const std::int64_t threads = num_threads();
-  const auto rounds = [&](std::int64_t heads) {
-    return ceil_div(ceil_div(H, heads) * tiles, threads) * heads;
+  // Of the thread with most; what is left of H is drawn last, first by threads that have one task less.
+  const auto most = [&](std::int64_t heads) {
+    const std::int64_t whole = H / heads * tiles, left = H % heads;
+    const std::int64_t idle = whole % threads > 0 ? threads - whole % threads : 0;
+    const std::int64_t later = left > 0 ? std::max<std::int64_t>(tiles - idle, 0) : 0;
+    return ceil_div(whole, threads) * heads + ceil_div(later, threads) * left;
   };
   std::int64_t best = 1;
   for (std::int64_t heads = 2; heads <= std::min(H, kHeadsAtOnce); ++heads) {
-    if (heads * r_bytes <= kCachedBytes && rounds(heads) <= rounds(1)) best = heads;
+    if (heads * r_bytes <= kCachedBytes && most(heads) <= most(1)) best = heads;
   }
   return best;
 }
@@ -100,8 +104,8 @@ struct Plan {
         rows(tile_rows(args.B, args.H, most_rows)),
         tiles(ceil_div(args.B, rows)),
         heads(heads_at_once(args.H, tiles, kGates * padded * args.D * std::int64_t{sizeof(T)})),
-        stream(args.B * args.T * args.H * args.D * kGates * std::int64_t{sizeof(T)} >
-                   kStreamBytes &&
+        tokens(args.starts ? args.T : args.B * args.T),
+        stream(tokens * args.H * args.D * kGates * std::int64_t{sizeof(T)} > kStreamBytes &&
                args.D % kLanes<T> == 0) {}
 
   std::int64_t tasks() const { return ceil_div(args.H, heads) * tiles; }
@@ -116,7 +120,7 @@ struct Plan {
   // Calls f(task) for each task; on this thread alone where waking the others takes longer.
   template <class F>
   void run(std::int64_t count, const F& f) const {
-    if (args.B * args.T * args.H * args.D * args.D * kGates > kSerialProducts) {
+    if (tokens * args.H * args.D * args.D * kGates > kSerialProducts) {
       parallel_for(count, f);
     } else {
       for (std::int64_t task = 0; task < count; ++task) f(task);
@@ -143,9 +147,12 @@ struct Plan {
     return (token * args.H + head) * args.D;
   }
 
+  // Elements of a tile's state.
+  std::int64_t plane() const { return rows * padded; }
+
   const Recurrence& args;
   Sequences sequences;
-  std::int64_t units, padded, rows, tiles, heads;
+  std::int64_t units, padded, rows, tiles, heads, tokens;
   bool stream;  // write gate-sized tensors past the caches
 };
 

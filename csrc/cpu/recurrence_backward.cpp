@@ -70,7 +70,7 @@ struct BackwardTask {
   // A row of draw is kGates * padded long and one line longer in memory: rows a power of two apart
   // would all fall into the same few sets of the L1 cache.
   std::int64_t draw_row() const { return kGates * plan.padded + kW; }
-  std::int64_t plane() const { return plan.rows * plan.padded; }
+  std::int64_t plane() const { return plan.plane(); }
 
   struct Buffers {
     T* state;  // [S][kChunk + 1][rows][padded]
@@ -208,8 +208,8 @@ struct BackwardTask {
     }
   }
 
-  // Steps [begin, end), a chunk or what there is of one, from the last to the first. `last`: the chunk
-  // is its tile's last, whose sums begin.
+  // Steps [begin, end), a chunk or what there is of one, from the last to the first. `last`: no later
+  // chunk has begun the tile's sums.
   void chunk(const Tile& tile, std::int64_t begin, std::int64_t end, bool last,
              const Buffers& buffers) const {
     const std::int64_t depth = kGates * plan.padded;

@@ -153,7 +153,7 @@ struct ForwardTask {
   void step(const Row* rows, std::int64_t t, std::int64_t head, std::int64_t unit,
             const Ahead& ahead, const T* h, T* h_next, T* state) const {
     const int lanes = kFull ? kW : plan.lanes(unit);
-    const std::int64_t column = unit * kW, gate = args.H * args.D, plane = plan.rows * plan.padded;
+    const std::int64_t column = unit * kW, gate = args.H * args.D, plane = plan.plane();
     // x comes last: a sum that starts at a large x would round every product to its last bit.
     V raw[kRows][kGates];
     product<kRows>(h, head, unit, ahead, raw);
@@ -209,7 +209,7 @@ struct ForwardTask {
   }
 
   void save_checkpoint(const Walk& walk, std::int64_t active, std::int64_t chunk) const {
-    const std::int64_t plane = plan.rows * plan.padded;
+    const std::int64_t plane = plan.plane();
     for (std::int64_t row = 0; row < active; ++row) {
       const std::int64_t n = plan.sequences.checkpoint(walk.tile.first + row, chunk);
       for (int s = 0; s < kStates; ++s) {
@@ -251,7 +251,7 @@ struct ForwardTask {
   // The last state of a row.
   void save_last(const Walk& walk, std::int64_t row) const {
     const std::int64_t sequence = plan.sequences.sequence(walk.tile.first + row);
-    const std::int64_t plane = plan.rows * plan.padded;
+    const std::int64_t plane = plan.plane();
     for (int s = 0; s < kStates; ++s) {
       const T* from = (s == 0 ? walk.h : walk.state + s * plane) + row * plan.padded;
       T* to = static_cast<T*>(args.last) + plan.state_offset(s, sequence, walk.tile.head);
@@ -260,7 +260,7 @@ struct ForwardTask {
   }
 
   void start(const Tile& tile, Scratch& scratch, Walk& walk) const {
-    const std::int64_t plane = plan.rows * plan.padded;
+    const std::int64_t plane = plan.plane();
     walk.tile = tile;
     walk.h = scratch.take<T>(plane);
     walk.h_next = scratch.take<T>(plane);
@@ -282,9 +282,8 @@ struct ForwardTask {
   void operator()(std::int64_t task) const {
     const TaskScope scope;
     const std::int64_t count = plan.heads_of(task);
-    Scratch scratch(
-        static_cast<std::size_t>(count * (kStates + 2) * plan.rows * plan.padded) * sizeof(T),
-        3 * static_cast<int>(count));
+    Scratch scratch(static_cast<std::size_t>(count * (kStates + 2) * plan.plane()) * sizeof(T),
+                    3 * static_cast<int>(count));
     Walk walks[kHeadsAtOnce];
     for (std::int64_t n = 0; n < count; ++n) {
       start(plan.tile(task, n), scratch, walks[n]);

@@ -24,7 +24,7 @@ from distill.data.corpus import Document, halves_of
 from distill.data.rows import Rows
 from distill.data.teacher import TeacherCache, model_digest, require_same
 from distill.data.tokens import TOKENS, Text, Tokens, stored_text
-from distill.data.words import Drawn, settings
+from distill.data.words import Drawn, Kind, Likeliest, settings
 from distill.errors import DistillError, Interrupt
 from distill.evaluation.bench import require_contexts
 from distill.evaluation.probes import require_needles
@@ -121,9 +121,9 @@ class Run:
                 expected["model"] = model_digest(load_model(Path(self.recipe.teacher.path or "")))
         require_same(cache.folder, cache.index.fingerprint, expected)
         for spec in chain(*self.specs.values()):
-            if spec.options.get("samples") is not None:
-                drawn = Drawn(spec.options["samples"], spec.options["seed"])
-                require_same(cache.folder, settings(cache.kind), settings(drawn))
+            asked = asked_words(spec)
+            if asked is not None:
+                require_same(cache.folder, settings(cache.kind), settings(asked))
         return cache
 
     def first_student(self) -> Any:
@@ -367,6 +367,13 @@ def _train(stage: Stage, done: Path, shared: Run, resume: bool) -> None:
         save_model(done, stage.module.student, shared.tokenizer, state_dict=weights)
     shared.accelerator.wait_for_everyone()
     shared.accelerator.free_memory()
+
+
+def asked_words(spec: LossSpec) -> Kind | None:
+    """The teacher's words that a loss's own arguments name; None: those that a cache has."""
+    if spec.args.get("samples") is not None:
+        return Drawn(spec.options["samples"], spec.options["seed"])
+    return Likeliest(spec.args["k"]) if "k" in spec.args else None
 
 
 def loss_specs(stage: StageConfig) -> list[LossSpec]:

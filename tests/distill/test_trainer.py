@@ -84,6 +84,7 @@ def test_a_cache_is_the_teacher(tmp_path, teacher, corpus_dir, boundaries, words
     out = tmp_path / "cache"
     assert main([str(x) for x in ("cache", *where, *sizes, "--out", out)]) == 0
     changes = ["stages.0.trainable=['*']", "stages.0.lr=1e-3", f"data.boundaries={boundaries}"]
+    changes.append("stages.1.losses=[{name: ce}]")  # the stage to come would want other words
     of = "stages.0.losses=[{{name: ce}}, {{name: topk_kl, args: {{{}}}}}]".format
     changes.append(of(words))
 
@@ -103,6 +104,8 @@ def test_a_cache_is_the_teacher(tmp_path, teacher, corpus_dir, boundaries, words
         losses(f"teacher.cache={out}", "data.length=23")
     with pytest.raises(DistillError, match=r"samples is (12|None) there and 13 here"):
         losses(f"teacher.cache={out}", of("samples: 13, seed: 3"))
+    with pytest.raises(DistillError, match=r"(k is 32|words is drawn) there and \S+ here"):
+        losses(f"teacher.cache={out}", of("k: 31"))
     if drawn:
         with pytest.raises(DistillError, match=r"support must be 'sampled' .* got 'tail'"):
             losses(f"teacher.cache={out}", of("support: tail"))

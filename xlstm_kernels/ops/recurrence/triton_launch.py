@@ -62,7 +62,7 @@ def choose(D: int, r_dtype: torch.dtype, chip: str, backward: bool) -> Launch:
             ahead = 1
         elif backward and width == 64 and dot != "bf16":
             ahead, registers = min(ahead, 2), 255  # such a matrix leaves no room for two programs
-        elif backward and width == 64 and "sm_8" in chip:
+        elif backward and width == 64 and chip.startswith("sm_8"):
             ahead = min(ahead, 2)
     return Launch(dot, rows, width, warps, held, ahead if held else 1, registers=registers)
 
