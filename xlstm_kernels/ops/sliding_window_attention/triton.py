@@ -1,8 +1,8 @@
 """Sliding-window attention in Triton on CUDA and HIP tensors: check, allocate, launch, return.
 
-Kernels of our own rather than torch's FlexAttention, which is compiled anew for each mask and takes
-packed sequences with first tokens only as a mask of blocks made for each batch. No GPU has timed the
-two beside each other yet.
+Kernels of our own rather than torch's FlexAttention, which has to be compiled in the user's process
+and wants a mask of blocks made anew for each batch of packed sequences. No GPU has timed the two
+beside each other yet.
 """
 
 from __future__ import annotations
