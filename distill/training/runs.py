@@ -371,6 +371,8 @@ def _train(stage: Stage, done: Path, shared: Run, resume: bool) -> None:
 
 def asked_words(spec: LossSpec) -> Kind | None:
     """The teacher's words that a loss's own arguments name; None: those that a cache has."""
+    if "words" not in spec.needs:
+        return None
     if spec.args.get("samples") is not None:
         return Drawn(spec.options["samples"], spec.options["seed"])
     return Likeliest(spec.args["k"]) if "k" in spec.args else None

@@ -57,6 +57,17 @@ VARIANTS = [
 ]
 
 
+def decoded(mixer, inputs, lengths, *, scale):
+    """What comes of tokens in pieces, the first of which is the prompt."""
+    prompt, *pieces = zip(*(part.split(lengths, dim=1) for part in inputs), strict=True)
+    h, state = mixer.prefill(*prompt, scale=scale)
+    found = [h]
+    for piece in pieces:
+        h, state = mixer.step(*piece, state, scale=scale)
+        found.append(h)
+    return torch.cat(found, dim=1)
+
+
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_mixer_computes_its_equations(changes):
     torch.manual_seed(0)
@@ -67,13 +78,8 @@ def test_mixer_computes_its_equations(changes):
     with torch.no_grad():
         want = mixer_loop(mixer, *inputs, scale=0.4)
         assert relative_error(mixer(*inputs, scale=0.4), want) <= 1e-12
-        prompt, *pieces = zip(*(part.split((1, 9, 1), dim=1) for part in inputs), strict=True)
-        h, state = mixer.prefill(*prompt, scale=0.4)
-        got = [h]
-        for piece in pieces:
-            h, state = mixer.step(*piece, state, scale=0.4)
-            got.append(h)
-    assert relative_error(torch.cat(got, dim=1), want) <= 1e-12
+        got = decoded(mixer, inputs, (1, 9, 1), scale=0.4)
+    assert relative_error(got, want) <= 1e-12
 
 
 def test_gradients_of_decoding_are_those_of_a_sequence():
@@ -83,13 +89,7 @@ def test_gradients_of_decoding_are_those_of_a_sequence():
     inputs = [torch.randn(2, 7, 8), *(torch.randn(2, 7, heads, 6) for heads in (4, 2, 2))]
     inputs = [part.double().requires_grad_() for part in inputs]
     whole = mixer(*inputs, scale=0.4)
-    first, *rest = zip(*(part.split((3, 1, 3), dim=1) for part in inputs), strict=True)
-    h, state = mixer.prefill(*first, scale=0.4)
-    decoded = [h]
-    for piece in rest:
-        h, state = mixer.step(*piece, state, scale=0.4)
-        decoded.append(h)
     weight, wanted = torch.randn_like(whole), [*inputs, *mixer.parameters()]
     want = torch.autograd.grad(whole, wanted, weight)
-    got = torch.autograd.grad(torch.cat(decoded, dim=1), wanted, weight)
+    got = torch.autograd.grad(decoded(mixer, inputs, (3, 1, 3), scale=0.4), wanted, weight)
     assert all(relative_error(a, b) <= 1e-10 for a, b in zip(got, want, strict=True))
