@@ -44,11 +44,15 @@ class Backend(str, Enum):
 
     @classmethod
     def parse(cls, op: str, name: str) -> Backend:
-        for member in cls:
+        for member in BACKENDS:
             if member.value == name:
                 return member
-        known = ", ".join(repr(member.value) for member in cls)
+        known = ", ".join(repr(member.value) for member in BACKENDS)
         raise ValueError(f"{op}: backend must be one of {known}, got {name!r}")
+
+
+# torch.compile walks an enumeration's class itself only from torch 2.13 on.
+BACKENDS = tuple(Backend)
 
 
 def _missing(extension: str, why: str) -> str | None:
@@ -161,7 +165,7 @@ def available_backends() -> dict[str, dict[str, str]]:
     return {
         function: {
             backend.value: op.why_not(backend) or broken.get(backend) or "ok"
-            for backend in Backend
+            for backend in BACKENDS
             if backend is not Backend.AUTO
         }
         for op in OPS.values()

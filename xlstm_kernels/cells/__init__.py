@@ -48,10 +48,19 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+# Asked here, since torch.compile cannot trace the question before torch 2.13. The meta device has none.
+AUTOCASTS = frozenset(
+    kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind)
+)
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for tensors of `device`."""
+    return device.type in AUTOCASTS and torch.is_autocast_enabled(device.type)
+
+
 def no_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Autocast switched off where it is on; the meta device has none."""
-    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(
-        device.type
-    ):
+    """Autocast switched off where it is on."""
+    if not autocasts(device):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

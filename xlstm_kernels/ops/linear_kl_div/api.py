@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ...cells import autocasts
 from ..kl_div.options import Options
 from . import op, reference
 from .arguments import check_inputs, find_shard
@@ -230,9 +231,9 @@ def _linear_loss(
 
 def _cast(inputs: Inputs) -> Inputs:
     """Hidden states as autocast has them for a linear layer."""
-    kind = inputs.hidden.device.type
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+    if not autocasts(inputs.hidden.device):
         return inputs
+    kind = inputs.hidden.device.type
     return inputs._replace(
         hidden=_autocast(inputs.hidden, kind),
         teacher_hidden=None
