@@ -218,7 +218,7 @@ def mixed_terms(z_s, z_t, sums, weights, by, scale, HOW: tl.constexpr):
     p = e_t * weights.t[:, None]
     q = e_s * weights.s[:, None]
     d = (e_t - e_s) * weights.t[:, None] - e_s * weights.apart[:, None]
-    return terms(p, q, d, by, HOW.divergence)
+    return terms(p, q, d, by, HOW)
 
 
 @triton.jit

@@ -37,9 +37,9 @@ def mixture(mix, far):
 
 
 @triton.jit
-def terms(p, q, d, by, DIVERGENCE: tl.constexpr):
+def terms(p, q, d, by, HOW: tl.constexpr):
     """(loss, slope) of elements whose rows `by` is of."""
-    if DIVERGENCE == "tv":
+    if HOW.divergence == "tv":
         half = q * 0.5
         slope = tl.where(d > 0.0, -half, tl.where(d < 0.0, half, 0.0))
         return tl.abs(d) * 0.5, slope
@@ -54,17 +54,17 @@ def terms(p, q, d, by, DIVERGENCE: tl.constexpr):
     inverse = 1.0 / tl.maximum(m, LEAST_MASS)
     loss = m * 0.0
     slope = m * 0.0
-    if DIVERGENCE != "skew_reverse":
+    if HOW.divergence != "skew_reverse":
         _, cost_p = log_of_ratio(tl.maximum(p * inverse, LEAST_RATIO), d * inverse * by.rest)
         loss = m * cost_p
-    if DIVERGENCE == "skew":
+    if HOW.divergence == "skew":
         slope = q * inverse * tl.where(by.far, -by.rest * p, -by.rest * by.rest * d)
     else:
         less_one = -by.mix * inverse * tl.where(by.far, p, d)
         ratio = q * inverse * tl.where(by.far, by.rest, 1.0)
         log_q, cost_q = log_of_ratio(tl.maximum(ratio, LEAST_RATIO), less_one)
         kl_q = tl.where(by.far, q * (log_q - by.log_rest) + (m - q), m * cost_q)
-        if DIVERGENCE == "js":
+        if HOW.divergence == "js":
             loss = by.mix * loss + by.rest * kl_q
             slope = by.rest * q * log_q
         else:

@@ -149,7 +149,7 @@ def outcome_terms(o, by, HOW: tl.constexpr):
         slope = product(o.q, o.log_q - o.log_p)
         loss = slope + (o.p - o.q)
     else:
-        loss, slope = terms(o.p, o.q, o.p - o.q, by, HOW.divergence)
+        loss, slope = terms(o.p, o.q, o.p - o.q, by, HOW)
     return loss, slope
 
 
