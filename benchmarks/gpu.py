@@ -4,15 +4,20 @@
 
 builds, runs every operation's tests natively, then small ones under compute-sanitizer where that is
 installed, and times the cases of operations whose tests pass. A step that is done is not done again
-for the same commit: a call that runs out of its budget says so and exits with 75, and the next goes
-on from there. Results: benchmarks/results/<gpu>/<op>.csv and summary.md.
+for the same sources: a call that runs out of its budget says so and exits with 75, and the next
+goes on from there. A step for which all of a call's budget is too little has failed: it may hang.
+Results: benchmarks/results/<gpu>/<op>.csv and summary.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import importlib.util
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -25,16 +30,23 @@ import torch
 
 from . import gpu_cases, machine, rows
 from .gpu_cases import GpuCase
+from .timing import Summary
 
 OK, RED, USAGE, GO_ON = 0, 1, 2, 75
 NOTHING_TO_RUN = 5  # pytest's
 # What a step may take where there is no budget; a hang would otherwise be for ever.
 STEP_S = 1800.0
+ALL_OF_IT = 0.9  # of a call's budget: more than that is what a step may have in any call
+# After so many seconds in one test pytest says where it stands.
+FAULT_HANDLER = ("-o", "faulthandler_timeout=120")
 OPS = sorted(path.parent.name for path in machine.ROOT.glob("xlstm_kernels/ops/*/op.py"))
 # The operation whose tests a case's speed waits for, where it has another name.
 TESTED_AS = {"slstm": "recurrence", "lstm": "recurrence"}
 TESTED_AS |= dict.fromkeys(gpu_cases.LINEAR_LOSSES, "linear_kl_div")
 SMALL_TESTS = "on_a_device or scale_rows"
+# What a step's outcome depends on.
+SOURCES = ("setup.py", "csrc", "xlstm_kernels", "benchmarks", "tests")
+SUFFIXES = (".py", ".h", ".cpp", ".cu")
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 
 
@@ -75,30 +87,54 @@ class Outcome:
 @dataclass(frozen=True)
 class Step:
     """`run` gets the seconds that it may take; TimeoutExpired when they were not enough. It waits
-    until `after`, another step, has passed, and is skipped where that failed."""
+    for the steps `after`, and is skipped where one of them failed or none passed. `always`: also
+    where it is done, as what it made need not be on this machine."""
 
     name: str
     run: Callable[[float], Outcome]
-    after: str = ""
+    after: tuple[str, ...] = ()
+    always: bool = False
 
 
 class Ledger:
-    """Outcomes of steps by name, on disk after each. Those of another commit are left behind."""
+    """Outcomes of steps by name, on disk after each. Those of other sources are left behind."""
 
-    def __init__(self, path: Path, commit: str) -> None:
-        self.path, self.commit = path, commit
+    def __init__(self, path: Path, sources: str) -> None:
+        self.path, self.sources = path, sources
         self.outcomes: dict[str, Outcome] = {}
         if path.exists():
             known = json.loads(path.read_text())
-            if known["commit"] == commit:
+            if known.get("sources") == sources:
                 self.outcomes = {n: Outcome(**o) for n, o in known["steps"].items()}
 
     def add(self, name: str, outcome: Outcome) -> None:
         self.outcomes[name] = outcome
         self.path.parent.mkdir(parents=True, exist_ok=True)
         steps = {name: asdict(outcome) for name, outcome in self.outcomes.items()}
-        text = json.dumps({"commit": self.commit, "steps": steps}, indent=1)
+        text = json.dumps({"sources": self.sources, "steps": steps}, indent=1)
         self.path.write_text(text + "\n")
+
+
+def finished(
+    arguments: Sequence[str], seconds: float, stderr: int = subprocess.STDOUT
+) -> subprocess.CompletedProcess[str]:
+    """A program's end and output. Where its time is up its children are ended too, which would hold
+    the GPU or go on compiling, and what it had said is shown: that tells where it hangs."""
+    with subprocess.Popen(
+        arguments,
+        cwd=machine.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=seconds)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            print(process.communicate()[0], flush=True)
+            raise
+    return subprocess.CompletedProcess(arguments, process.returncode, output, errors)
 
 
 def command(*arguments: str, ok: Sequence[int] = (0,)) -> Callable[[float], Outcome]:
@@ -106,19 +142,15 @@ def command(*arguments: str, ok: Sequence[int] = (0,)) -> Callable[[float], Outc
 
     def run(seconds: float) -> Outcome:
         began = time.monotonic()
-        done = subprocess.run(
-            arguments,
-            cwd=machine.ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=seconds,
-        )
-        lines = done.stdout.strip().splitlines() or [""]
-        passed = done.returncode in ok
-        if not passed:
+        done = finished(arguments, seconds)
+        last = (done.stdout.strip().splitlines() or [""])[-1]
+        status = "passed"
+        if done.returncode not in ok:
+            status = "failed"
             print(done.stdout, flush=True)
-        return Outcome("passed" if passed else "failed", lines[-1], time.monotonic() - began)
+        elif done.returncode == NOTHING_TO_RUN or ("skipped" in last and "passed" not in last):
+            status = "skipped"  # pytest is content when there was nothing that it could run
+        return Outcome(status, last, time.monotonic() - began)
 
     return run
 
@@ -129,23 +161,35 @@ def skipped(reason: str) -> Callable[[float], Outcome]:
 
 def steps(ops: Sequence[str], folder: Path, here: machine.Machine) -> Iterator[Step]:
     """In the order in which they are done: first what is quick to fail."""
-    yield Step("build", command(sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"))
-    pytest = ("env", "TRITON_INTERPRET=0", sys.executable, "-m", "pytest", "-q")
-    ok = (0, NOTHING_TO_RUN)
+    build = command(sys.executable, "setup.py", "--quiet", "build_ext", "--inplace")
+    yield Step("build", build, always=True)
+    pytest = ("env", "TRITON_INTERPRET=0", sys.executable, "-m", "pytest", "-q", *FAULT_HANDLER)
+    alone, pytest = pytest, (*pytest, *_side_by_side())
+    ok, built = (0, NOTHING_TO_RUN), ("build",)
     for op in ops:
-        files = [str(path) for path in sorted(machine.ROOT.glob(f"tests/test_{op}*.py"))]
+        files = [
+            str(path)
+            for path in sorted(machine.ROOT.glob(f"tests/test_{op}*.py"))
+            if not path.stem.endswith("_compile")  # for chips that are not here
+        ]
         marked = command(*pytest, "-m", "gpu", *files, ok=ok)
-        yield Step(f"tests {op}", marked, "build")
-        yield Step(f"tests {op} triton", command(*pytest, "-k", "triton", *files, ok=ok), "build")
+        yield Step(f"tests {op}", marked, built)
+        yield Step(f"tests {op} triton", command(*pytest, "-k", "triton", *files, ok=ok), built)
     if "recurrence" in ops:
-        yield Step(
-            "tests cuda", command(*pytest, "-m", "gpu", "tests/test_cuda.py", ok=ok), "build"
-        )
+        yield Step("tests cuda", command(*pytest, "-m", "gpu", "tests/test_cuda.py", ok=ok), built)
         for tool in SANITIZERS:
-            yield Step(f"compute-sanitizer {tool}", _sanitized(tool, pytest), "tests recurrence")
+            yield Step(f"compute-sanitizer {tool}", _sanitized(tool, alone), ("tests recurrence",))
     for case in gpu_cases.gpu_cases():
         if (op := TESTED_AS.get(case.op, case.op)) in ops:
-            yield Step(f"speed {case.id}", _timed(case, folder, here), f"tests {op}")
+            tests = (f"tests {op}", f"tests {op} triton")
+            yield Step(f"speed {case.id}", _timed(case, folder, here), tests)
+
+
+def _side_by_side() -> tuple[str, ...]:
+    """Options of pytest: most of the time goes into compiling Triton's kernels, one at a time."""
+    if importlib.util.find_spec("xdist") is None:
+        return ()
+    return "-n", str(max(1, min(8, (os.cpu_count() or 1) // 2))), "--dist", "loadgroup"
 
 
 def _sanitized(tool: str, pytest: Sequence[str]) -> Callable[[float], Outcome]:
@@ -158,9 +202,19 @@ def _sanitized(tool: str, pytest: Sequence[str]) -> Callable[[float], Outcome]:
 
 
 def _timed(case: GpuCase, folder: Path, here: machine.Machine) -> Callable[[float], Outcome]:
+    """In a process of its own: this one was there before what the build made, and a kernel that
+    faults or hangs takes no other case along."""
+
     def run(seconds: float) -> Outcome:
         began = time.monotonic()
-        found = gpu_cases.measure(case)
+        program = (sys.executable, "-m", "benchmarks.gpu_cases", case.id)
+        done = finished(program, seconds, subprocess.PIPE)
+        if done.returncode:
+            print(done.stderr, flush=True)
+            last = (done.stderr.strip().splitlines() or [""])[-1]
+            return Outcome("failed", last, time.monotonic() - began)
+        answer = json.loads(done.stdout.splitlines()[-1])
+        found = {k: v if isinstance(v, str) else Summary(**v) for k, v in answer.items()}
         measured = [_row(case, variant, summary, here) for variant, summary in found.items()]
         rows.append(folder / f"{case.op}.csv", measured)
         note = ", ".join(
@@ -194,22 +248,21 @@ def run_steps(todo: Sequence[Step], ledger: Ledger, budget_s: float | None) -> i
     when the budget ran out before."""
     deadline = None if budget_s is None else time.monotonic() + budget_s
     for number, step in enumerate(todo, 1):
-        if step.name in ledger.outcomes:
+        if step.name in ledger.outcomes and not step.always:
             continue
-        before = ledger.outcomes.get(step.after)
         left_s = STEP_S if deadline is None else min(STEP_S, deadline - time.monotonic())
         if left_s <= 0:
             print(f"{number - 1} of {len(todo)} steps are done; run it again for the others")
             return GO_ON
         print(f"[{number}/{len(todo)}] {step.name} ...", flush=True)
-        if step.after and (before is None or before.status == "failed"):
-            outcome = Outcome("skipped", f"{step.after!r} failed", 0.0)
+        if why := _waits_in_vain(step, ledger):
+            outcome = Outcome("skipped", why, 0.0)
         else:
             try:
                 outcome = step.run(left_s)
             except subprocess.TimeoutExpired:
-                if left_s < STEP_S:
-                    print(f"  not done in {left_s:.0f} s; run it again, with a larger budget")
+                if budget_s is not None and left_s < ALL_OF_IT * min(STEP_S, budget_s):
+                    print(f"  not done in {left_s:.0f} s; run it again for this and the others")
                     return GO_ON
                 outcome = Outcome("failed", f"not done in {left_s:.0f} s", left_s)
         print(f"  {outcome.status} in {outcome.seconds:.1f} s: {outcome.note}", flush=True)
@@ -217,6 +270,14 @@ def run_steps(todo: Sequence[Step], ledger: Ledger, budget_s: float | None) -> i
     failed = [s.name for s in todo if ledger.outcomes[s.name].status == "failed"]
     print("failed: " + ", ".join(failed) if failed else f"all {len(todo)} steps are done")
     return RED if failed else OK
+
+
+def _waits_in_vain(step: Step, ledger: Ledger) -> str:
+    """Why the step cannot be done, or ""."""
+    before = {name: ledger.outcomes[name].status for name in step.after if name in ledger.outcomes}
+    if failed := [name for name, status in before.items() if status == "failed"]:
+        return f"{failed[0]!r} failed"
+    return "" if not step.after or "passed" in before.values() else f"no {step.after[0]!r} passed"
 
 
 def summary(ledger: Ledger, here: machine.Machine) -> str:
@@ -246,8 +307,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USAGE
     here = machine.describe(torch.cuda.get_device_name())
     folder = rows.RESULTS / here.folder
-    ledger = Ledger(folder / "progress.json", "" if options.again else _state(here))
-    ledger.commit = _state(here)
+    ledger = Ledger(folder / "progress.json", "" if options.again else sources())
+    ledger.sources = sources()
     ops = sorted({TESTED_AS.get(op, op) for op in options.op or OPS})
     result = run_steps(list(steps(ops, folder, here)), ledger, options.budget_s)
     if ledger.outcomes:
@@ -256,8 +317,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return result
 
 
-def _state(here: machine.Machine) -> str:
-    return here.commit + "+" * here.dirty
+def sources() -> str:
+    """A digest of them: where there is no git, or what is tried is not committed yet, the commit
+    says too little."""
+    digest = hashlib.sha256()
+    for top in map(machine.ROOT.joinpath, SOURCES):
+        for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
+            if path.suffix in SUFFIXES:
+                digest.update(f"{path.relative_to(machine.ROOT)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What is timed on a GPU: calls by case and variant, on tensors of the device.
+"""What is timed on a GPU: calls by case and variant, on tensors of the device. As a program it
+times the case whose id it is given, and prints `measure`'s answer as JSON.
 
 A case is timed when the tests of its operation have passed there (`gpu.py`), so it has no gate of
 its own. Inputs rotate through more than the chip's L2, so that a call reads memory.
@@ -8,8 +9,10 @@ from __future__ import annotations
 
 import gc
 import importlib
+import json
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -258,3 +261,9 @@ def _eager_kl_div(student: Tensor, teacher: Tensor) -> Tensor:
 def _liger(layer: str, **options: object) -> Callable[..., Tensor]:
     """A loss of Liger Kernel, where that is installed."""
     return getattr(importlib.import_module("liger_kernel.transformers"), layer)(**options)
+
+
+if __name__ == "__main__":
+    [chosen] = [case for case in gpu_cases() if case.id == sys.argv[1]]
+    found = measure(chosen)
+    print(json.dumps({k: v if isinstance(v, str) else asdict(v) for k, v in found.items()}))

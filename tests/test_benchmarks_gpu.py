@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +29,7 @@ if why := UNAVAILABLE[Backend.TRITON]:
 HERE = Machine("GPU", "NVIDIA H200", 2, "avx2", "2.13.0", "3.12.0", "abc", False, 0.1)
 
 
-def step(name: str, done: list[str], status: str = "passed", after: str = "") -> Step:
+def step(name: str, done: list[str], status: str = "passed", after: tuple[str, ...] = ()) -> Step:
     def run(seconds: float) -> Outcome:
         done.append(name)
         return Outcome(status, "", 0.0)
@@ -46,27 +50,121 @@ def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
     assert run_steps(todo[:1], Ledger(tmp_path / "p.json", "abc"), None) == OK
     assert run_steps(todo, Ledger(tmp_path / "p.json", "abc"), 60.0) == OK
     assert done == ["a", "b"]
-    assert run_steps(todo[:1], Ledger(tmp_path / "p.json", "another commit"), None) == OK
+    assert run_steps(todo[:1], Ledger(tmp_path / "p.json", "other sources"), None) == OK
     assert done == ["a", "b", "a"]
 
 
 def test_what_waits_for_a_failure_is_skipped(tmp_path: Path) -> None:
     done: list[str] = []
-    todo = [step("a", done, "failed"), step("b", done, after="a"), step("c", done)]
+    todo = [step("a", done, "failed"), step("b", done, after=("c", "a")), step("c", done)]
+    todo += [step("d", done, "skipped"), step("e", done, after=("d",))]
+    todo += [step("f", done, after=("d", "c"))]
     ledger = Ledger(tmp_path / "p.json", "abc")
     assert run_steps(todo, ledger, None) == RED
-    assert done == ["a", "c"] and ledger.outcomes["b"] == Outcome("skipped", "'a' failed", 0.0)
+    assert done == ["a", "c", "d", "f"]
+    assert ledger.outcomes["b"] == Outcome("skipped", "'a' failed", 0.0)
+    assert ledger.outcomes["e"] == Outcome("skipped", "no 'd' passed", 0.0)
     text = gpu.summary(ledger, HERE)
     assert "NVIDIA H200" in text and "| b | skipped |" in text
 
 
+def test_what_is_built_is_built_in_every_call(tmp_path: Path) -> None:
+    """What is remembered may come from a machine that is gone."""
+    done: list[str] = []
+    todo = [replace(step("build", done), always=True), step("a", done)]
+    for _ in range(2):
+        assert run_steps(todo, Ledger(tmp_path / "p.json", "abc"), None) == OK
+    assert done == ["build", "a", "build"]
+    built = [each.name for each in gpu.steps(["recurrence"], tmp_path, HERE) if each.always]
+    assert built == ["build"]
+
+
 def test_a_program_that_takes_too_long_is_done_later(tmp_path: Path) -> None:
-    todo = [Step("sleep", command(sys.executable, "-c", "import time; time.sleep(60)"))]
+    def wait(seconds: float) -> Outcome:
+        time.sleep(0.3)
+        return Outcome("passed", "", 0.3)
+
+    slow = command(sys.executable, "-c", "import time; time.sleep(60)")
+    todo = [
+        Step("first", wait),
+        Step("sleep", slow),
+        Step("last", lambda s: Outcome("passed", "", s)),
+    ]
     ledger = Ledger(tmp_path / "p.json", "abc")
-    assert run_steps(todo, ledger, 0.2) == GO_ON
-    assert not ledger.outcomes
-    [outcome] = [command(sys.executable, "-c", "print('a'); raise SystemExit(3)")(9.0)]
-    assert (outcome.status, outcome.note) == ("failed", "a")
+    assert run_steps(todo, ledger, 0.6) == GO_ON
+    assert list(ledger.outcomes) == ["first"]
+    # All of a call was not enough: the next has to be spared it.
+    assert run_steps(todo, ledger, 0.4) == GO_ON
+    assert ledger.outcomes["sleep"].status == "failed"
+    assert run_steps(todo, ledger, 60.0) == RED
+    assert list(ledger.outcomes) == ["first", "sleep", "last"]
+
+
+def test_a_programs_children_end_with_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    child = f"import time; time.sleep(1); open({str(tmp_path / 'alive')!r}, 'w')"
+    parent = (
+        "import subprocess, sys; print('begun', flush=True);"
+        f" subprocess.run([sys.executable, '-c', {child!r}])"
+    )
+    with pytest.raises(subprocess.TimeoutExpired):
+        command(sys.executable, "-c", parent)(0.5)
+    assert "begun" in capsys.readouterr().out
+    time.sleep(1.2)
+    assert not (tmp_path / "alive").exists()
+
+
+def test_what_a_program_says_at_its_end() -> None:
+    def outcome(text: str, code: int) -> tuple[str, str]:
+        program = f"print('a'); print({text!r}); raise SystemExit({code})"
+        done = command(sys.executable, "-c", program, ok=(0, gpu.NOTHING_TO_RUN))(9.0)
+        return done.status, done.note
+
+    assert outcome("b", 3) == ("failed", "b")
+    assert outcome("2 passed, 1 skipped in 3s", 0)[0] == "passed"
+    assert outcome("3 skipped, 4 deselected in 5s", 0)[0] == "skipped"
+    assert outcome("4 deselected in 5s", gpu.NOTHING_TO_RUN)[0] == "skipped"
+
+
+def test_sources_are_known_by_what_is_in_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu.machine, "ROOT", tmp_path)
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "setup.py").write_text("a")
+    before = gpu.sources()
+    (tmp_path / "csrc" / "progress.json").write_text("{}")
+    assert gpu.sources() == before
+    (tmp_path / "csrc" / "kernel.cu").write_text("b")
+    assert gpu.sources() != before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.medium
+def test_a_case_is_timed_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """This one may have been there before what is timed was built."""
+    case = gpu_cases._recurrence("lstm", torch.float32, 1, 2, 1, 4, False)
+    known = next(c for c in gpu_cases.gpu_cases() if c.op == "lstm")
+    outcome = gpu._timed(known, tmp_path, HERE)(60.0)
+    assert outcome.status == "failed" and "CUDA" in outcome.note
+    assert gpu._timed(case, tmp_path, HERE)(60.0).note.startswith("ValueError")  # it is not known
+
+
+def test_times_are_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(c for c in gpu_cases.gpu_cases() if c.op == "lstm")
+    times = {"time_us": 3.0, "p20_us": 2.0, "p80_us": 4.0, "samples": 30}
+    said = "a warning\n" + json.dumps({"cuda": times, "nn.LSTM": "ImportError: none"})
+
+    def finished(arguments, *_: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(arguments, 0, said, "")
+
+    monkeypatch.setattr(gpu, "finished", finished)
+    outcome = gpu._timed(case, tmp_path, HERE)(9.0)
+    assert outcome.status == "passed"
+    ours, peer = gpu.rows.read(tmp_path / "lstm.csv", gpu.GpuRow)
+    assert (ours.time_us, ours.samples, ours.reason) == (3.0, 30, "")
+    assert peer.reason == "ImportError: none"
 
 
 def test_every_case_waits_for_tests_that_are_there(tmp_path: Path) -> None:
@@ -74,7 +172,7 @@ def test_every_case_waits_for_tests_that_are_there(tmp_path: Path) -> None:
     names = [step.name for step in todo]
     assert len(set(names)) == len(names)
     for at, each in enumerate(todo):
-        assert not each.after or each.after in names[:at], each.name
+        assert set(each.after) <= set(names[:at]), each.name
     ops = {case.op for case in gpu_cases.gpu_cases()}
     assert ops >= {"slstm", "lstm", "mlstm", "kl_div", "topk_kl_div", *gpu_cases.LINEAR_LOSSES}
 
