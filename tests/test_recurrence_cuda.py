@@ -268,6 +268,15 @@ def test_what_is_refused_has_a_reason(D, dtype, text):
     xk.lstm(x, r)
 
 
+@emulated
+def test_an_older_chip_is_refused(monkeypatch):
+    """Kernels are compiled from sm_80 on; `auto` goes on to a backend that runs there."""
+    monkeypatch.setattr(cuda, "EMULATED", Chip("7.5", 40, 64 << 10))
+    x, r = torch.zeros(1, 3, 4, 1, 2), torch.zeros(4, 1, 2, 2)
+    with pytest.raises(NotImplementedError, match=r"compute capability 8.0, x's has 7.5$"):
+        xk.lstm(x, r, backend="cuda")
+
+
 @pytest.mark.parametrize("case", on_every_backend({"T": 35, "B": 9}, backends=["cuda"]))
 def test_forward_and_backward_on_different_backends(case):
     """What forward saves is the operation's: the other backend's backward gives the same."""

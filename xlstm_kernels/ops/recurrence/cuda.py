@@ -36,6 +36,8 @@ def supports(x_BTGHD: Tensor, r_GHDE: Tensor, cell: str, save: bool = True) -> s
     if x_BTGHD.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"x must be float32, bfloat16 or float16, got {x_BTGHD.dtype}"
     chip = _chip(x_BTGHD.device)
+    if int(chip.capability.split(".")[0]) < 8:
+        return f"it needs a device of compute capability 8.0, x's has {chip.capability}"
     if x_BTGHD.shape[-1] > widest(chip):
         has = f"it has {chip.multiprocessors} multiprocessors"
         return f"D must be at most {widest(chip)} on this device, {has}"
