@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from recurrence_cases import check_replayed, on_every_backend
+from recurrence_cases import all_results, check_replayed, on_every_backend
 
 import xlstm_kernels as xk
 from xlstm_kernels.backends import CUDA_EMULATOR, load_cuda
@@ -316,6 +316,29 @@ def test_on_a_device(cell, variant):
         1.5,
         None if case.dtype is torch.float32 else torch.float16,
     )
+
+
+@pytest.mark.parametrize("device", [pytest.param(device, marks=gpu) for device in (0, 1)])
+@pytest.mark.parametrize(("T", "D"), [(20, 64), (20, 256), (20, 1000), (1, 64)])
+def test_on_each_device_and_on_a_stream_of_its_own(device, T, D):
+    """Where the first device is the current one, tensors say on which a kernel runs."""
+    if device >= torch.cuda.device_count():
+        pytest.skip(f"there is no device {device}")
+    case = RecurrenceCase("slstm", "cuda", B=9, T=T, H=2, D=D)
+    inputs = {name: t.cuda(device) for name, t in recurrence_inputs(case).items()}
+    want = all_results(case, inputs)
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        late = {name: torch.zeros_like(t) for name, t in inputs.items()}
+        torch.cuda._sleep(50_000_000)  # who does not wait for it reads zeros
+        for name, t in late.items():
+            t.copy_(inputs[name])
+        got = all_results(case, late)
+    stream.synchronize()
+    assert torch.cuda.current_device() == 0
+    for result, expected in zip(got, want, strict=True):
+        assert result.device.index == device and torch.equal(result, expected)
 
 
 # A block's head, a cluster's where the chip has clusters, a team's, and one step.
