@@ -75,7 +75,7 @@ def measure(case: GpuCase) -> dict[str, Summary | str]:
     for variant in case.calls():
         try:
             found[variant] = _time(case, variant)
-        except (RuntimeError, NotImplementedError, ImportError) as error:
+        except Exception as error:  # a peer's may be of any kind
             found[variant] = f"{type(error).__name__}: {error}".splitlines()[0]
     return found
 
@@ -126,19 +126,39 @@ def _recurrence(
         x = _draw(B, T, 4, H, D, dtype=dtype, grad=backward)
         r = (_draw(4, H, D, D, dtype=dtype) / D**0.5).requires_grad_(backward)
         b = _draw(4, H, D, dtype=dtype, grad=backward)
-        function = getattr(xk, op)
-        ours = _call(lambda: function(x, r, b, backend="cuda")[0], [x, r, b])
-        if op != "lstm" or H > 1:
-            return {"cuda": ours}
-        # cuDNN's has the input's projection as well: D to 4 D.
-        layer = torch.nn.LSTM(D, D, batch_first=True, device="cuda", dtype=dtype)
-        given = _draw(B, T, D, dtype=dtype, grad=backward)
-        leaves = [given, *layer.parameters()]
-        layer.requires_grad_(backward)
-        return {"cuda": ours, "nn.LSTM": _call(lambda: layer(given)[0], leaves)}
+        leaves = [x, r, b]
+
+        def ours(backend: str) -> Callable[[], Tensor]:
+            return lambda: getattr(xk, op)(x, r, b, backend=backend)[0]
+
+        found = {"cuda": _call(ours("cuda"), leaves)}
+        if D <= 128:  # a program runs a whole head
+            found["triton"] = _call(ours("triton"), leaves)
+        if B == 16 and dtype == torch.bfloat16:
+            for kernel in ("cuda_fused", "cuda"):
+                found[f"flashrnn {kernel}"] = _call(_flashrnn(op, kernel, x, r, b), leaves)
+        if op == "lstm" and H == 1:
+            # cuDNN's has the input's projection as well: D to 4 D.
+            layer = torch.nn.LSTM(D, D, batch_first=True, device=DEVICE, dtype=dtype)
+            given = _draw(B, T, D, dtype=dtype, grad=backward)
+            layer.requires_grad_(backward)
+            found["nn.LSTM"] = _call(lambda: layer(given)[0], [given, *layer.parameters()])
+        return found
 
     shape = f"B{B} T{T} H{H} D{D}"
     return GpuCase(op, _direction(backward), dtype, shape, T, calls)
+
+
+def _flashrnn(op: str, kernel: str, x: Tensor, r: Tensor, b: Tensor) -> Callable[[], Tensor]:
+    """h of the package flashrnn, where that is installed. It compiles itself, for minutes, for each
+    B, H and D, which is why one B has it."""
+
+    def run() -> Tensor:
+        flashrnn = importlib.import_module("flashrnn").flashrnn
+        states, _ = flashrnn(x, r, b, function=op, backend=kernel, dtype="bfloat16")
+        return states[0]
+
+    return run
 
 
 def _mlstm(B: int, T: int, H: int, K: int, V: int, backward: bool) -> GpuCase:

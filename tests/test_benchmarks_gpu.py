@@ -15,6 +15,7 @@ import torch
 
 pytest.importorskip("rich", reason="the extra `bench` is not installed")
 
+import xlstm_kernels.compat.flashrnn
 from benchmarks import gpu, gpu_cases
 from benchmarks.gpu import GO_ON, OK, RED, USAGE, Ledger, Outcome, Step, command, run_steps
 from benchmarks.machine import Machine
@@ -194,3 +195,22 @@ def test_calls_of_the_losses_run(backward: bool, monkeypatch: pytest.MonkeyPatch
             else:
                 with pytest.raises((ImportError, NotImplementedError), match=why):
                     call()
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("op", ["slstm", "lstm"])
+def test_calls_of_the_recurrence_run(
+    op: str, backward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In small, on the CPU; flashrnn's place is taken by our stand-in for it."""
+    monkeypatch.setattr(gpu_cases, "DEVICE", "cpu")
+    monkeypatch.setitem(sys.modules, "flashrnn", xlstm_kernels.compat.flashrnn)
+    calls = gpu_cases._recurrence(op, torch.bfloat16, 16, 2, 1, 4, backward).calls()
+    peers = ["flashrnn cuda_fused", "flashrnn cuda", *["nn.LSTM"] * (op == "lstm")]
+    assert list(calls) == ["cuda", "triton", *peers]
+    for variant, call in calls.items():
+        if (why := WHY_NOT.get(variant)) is None:
+            call()
+        else:
+            with pytest.raises(NotImplementedError, match=why):
+                call()
