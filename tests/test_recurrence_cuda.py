@@ -138,6 +138,17 @@ def test_more_steps(case, monkeypatch):
     check_step(case, monkeypatch)
 
 
+@emulated
+@pytest.mark.slow
+@torch.no_grad()
+def test_one_step_of_more_tiles_than_the_second_axis_of_a_grid_has():
+    x, r = torch.randn(8 * 65535 + 1, 1, 4, 1, 1), torch.randn(4, 1, 1, 1)
+    for got, want in zip(
+        *(xk.lstm(x, r, backend=name)[1] for name in ("cuda", "cpu")), strict=True
+    ):
+        torch.testing.assert_close(got, want)
+
+
 def check_step(case, monkeypatch):
     monkeypatch.setattr(cuda, "launch_shape", None)  # the kernels that loop ask it
     inputs = recurrence_inputs(case)
