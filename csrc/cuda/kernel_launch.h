@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <mutex>
 #include <utility>
 
 #include "cuda/check.h"
@@ -23,6 +24,9 @@ struct LaunchShape {
 template <class... Params, class... Args>
 void launch(const char* what, const LaunchShape& shape, void* stream, void (*kernel)(Params...),
             Args&&... args) {
+  // What is set is the kernel's: another thread's launch may ask for less in between.
+  static std::mutex one_at_a_time;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(shape.shared_bytes)),
         what);
