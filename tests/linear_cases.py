@@ -23,7 +23,7 @@ HEAD = ("hidden", "weight", "bias")
 @dataclass(frozen=True)
 class Case:
     """One call over (2, N) rows; `str` names it and seeds its inputs. weight_dtype None: `dtype`;
-    teacher_V None: V."""
+    teacher_V None: V; teacher_dtype None: those of the student."""
 
     backend: str = "cpu"
     function: str = "linear_kl_div"
@@ -43,6 +43,7 @@ class Case:
     bias: bool = False
     chunk_rows: int | None = None
     layout: str = "contiguous"
+    teacher_dtype: torch.dtype | None = None
 
     def __str__(self) -> str:
         said = [self.backend, self.function, short(self.dtype), f"N{self.N}", f"E{self.E}"]
@@ -72,9 +73,10 @@ def inputs(case: Case) -> dict[str, Tensor]:
         found["bias"] = normal(V).to(weight_dtype)
     if case.function == "linear_kl_div":
         wide = case.teacher_V or V
-        found["teacher_hidden"] = normal(2, N, case.teacher_E).to(case.dtype)
+        teacher_dtype = case.teacher_dtype or case.dtype
+        found["teacher_hidden"] = normal(2, N, case.teacher_E).to(teacher_dtype)
         weight = 3 * normal(wide, case.teacher_E) / case.teacher_E**0.5
-        found["teacher_weight"] = weight.to(weight_dtype)
+        found["teacher_weight"] = weight.to(case.teacher_dtype or weight_dtype)
         if case.bias:
             found["teacher_bias"] = normal(wide).to(weight_dtype)
     if case.function == "linear_topk_kl_div":

@@ -48,6 +48,7 @@ ACCURACY = [
     *cases(function=["linear_topk_kl_div"], dtype=DTYPES, support=SUPPORTS, chunk_rows=[5],
            weighted=[True], ce_weight=[0.4], temperature=[1.0, 2.0]),
     *cases(dtype=DTYPES, weight_dtype=DTYPES),
+    *cases(dtype=DTYPES, teacher_dtype=DTYPES),
     *cases(dtype=DTYPES, divergence=["reverse"], V=[324], teacher_V=[348], bias=[True]),
     *cases(dtype=DTYPES, V=[324], teacher_V=[300], bias=[True]),
     *cases(dtype=DTYPES, V=[1, 15], E=[1, 33], N=[1]),

@@ -61,7 +61,7 @@ def _run(inputs: Inputs, settings: Settings, wanted: list[bool], kernels: Kernel
     weight = weigh_rows(inputs.row_weight, options.reduction, valid, dtype)
     weight_N = None if weight is None else weight.reshape(N)
     labels_N = None if inputs.labels is None else inputs.labels.reshape(N)
-    student = Head(inputs.hidden, inputs.weight, inputs.bias, N)
+    student = Head(inputs.hidden, inputs.weight, inputs.bias, N, dtype)
     kept = None
     if kernels.on_host:
         kept = _kept(valid.reshape(N), weight_N)
@@ -95,16 +95,20 @@ def _run(inputs: Inputs, settings: Settings, wanted: list[bool], kernels: Kernel
 
 
 class Head:
-    """Hidden states and the matrix that turns them into logits."""
+    """Hidden states and the matrix that turns them into logits of `dtype`."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, N: int):
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, N: int, dtype: torch.dtype
+    ):
         self.hidden_NE = hidden.reshape(N, hidden.shape[-1])
         # As autocast does: one copy for a call, where the dtypes differ.
         self.weight_VE = weight.to(hidden.dtype)
         self.bias = bias
         self.dropped_N1: Tensor | None = None
         self.V, self.E = weight.shape
-        self.dtype = gemm.product_dtype(hidden.dtype, hidden.device)
+        self.dtype = dtype  # a teacher's of another precision than the student's
+        if compute_dtype(hidden.dtype) == dtype:
+            self.dtype = gemm.product_dtype(hidden.dtype, hidden.device)
 
     def drop(self, valid_N: Tensor, weight_N: Tensor | None) -> None:
         """Rows that do not count count as zeros: NaN there would meet the zeros of dz."""
@@ -146,7 +150,7 @@ class Target:
             return
         if inputs.teacher_hidden is not None and inputs.teacher_weight is not None:
             teacher = inputs.teacher_hidden, inputs.teacher_weight, inputs.teacher_bias
-            self.head = Head(*teacher, N)
+            self.head = Head(*teacher, N, compute_dtype(inputs.hidden.dtype))
             self.kernel, self.options = kernels.kl_div, tuple(options)
         elif inputs.topk_logprobs is not None and inputs.topk_ids is not None:
             self.options = *options, settings.support
