@@ -15,7 +15,7 @@ from topk_cases import BACKENDS, KINDS, check_topk, gradient, inputs
 from torch.testing import assert_close
 
 import xlstm_kernels as xk
-from xlstm_kernels.ops.kl_div.options import Options
+from xlstm_kernels.ops.kl_div.options import DIVERGENCES, Options
 from xlstm_kernels.ops.topk_kl_div import op
 from xlstm_kernels.ops.topk_kl_div.support import SUPPORTS, WITH_TAIL
 
@@ -180,6 +180,24 @@ def test_masked_and_missing(backend, support):
     assert loss == 0 and (grad == 0).all()
     loss, grad = gradient(student[:0], logprobs[:0], ids[:0], backend=backend)
     assert loss == 0 and grad.shape == (0, 400)
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("far", [120.0, 1e3, 1e6])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_words_inside_far_below_those_outside(backend, far, divergence):
+    """The student's softmax over them alone does not care how far."""
+    student, logprobs, ids = inputs(dtype=torch.float32)
+    outside = torch.ones_like(student).scatter(-1, ids, 0.0)
+    labels = outside.argmax(-1)
+    how = {"support": "both", "divergence": divergence, "reduction": "none", "ce_weight": 0.1}
+    far_away = student.round() + far * outside  # exact in float32
+    far_away[1] = -far - outside[1]
+    far_away[1, ids[1]] = -INF
+    want = gradient(far_away.double(), logprobs, ids, labels, backend="reference", **how)
+    got = gradient(far_away, logprobs, ids, labels, backend=backend, **how)
+    for part, exact in zip(got, want, strict=True):
+        assert_close(part.double(), exact, rtol=1e-4, atol=1e-5)
 
 
 @EVERYWHERE

@@ -200,26 +200,30 @@ class Row {
   void total(const RowSums& sums) {
     shift_ = tail_shift_ = sums.shift_s, tail_sum_ = sums.sum_s;
     const double scale = static_cast<double>(scale_);
+    double shift_inside = -kInfinity;
     for (const Word& o : inside_) {
-      if (o.z != -kInfinity) shift_ = std::fmax(shift_, o.z * scale);
+      if (o.z != -kInfinity) shift_inside = std::fmax(shift_inside, o.z * scale);
     }
+    shift_ = std::fmax(shift_, shift_inside);
+    // Of the distribution that is compared: the whole row, or what is inside, however far below.
+    const bool closed = args_.support == Support::kBoth;
+    const double shift = closed && shift_inside != -kInfinity ? shift_inside : shift_;
     double inside = 0;
     for (Word& o : inside_) {
-      o.log_q = o.z == -kInfinity ? -kInfinity : kLn2 * (o.z * scale - shift_);
+      o.log_q = o.z == -kInfinity ? -kInfinity : kLn2 * (o.z * scale - shift);
       inside += o.q = std::exp(o.log_q);
     }
+    const double inside_of_row = shift == shift_ ? inside : inside * std::exp2(shift - shift_);
     sum_ = tail_sum_ > 0 || std::isnan(tail_sum_)
-               ? inside + tail_sum_ * std::exp2(tail_shift_ - shift_)
-               : inside;
-    // Of the distribution that is compared: the whole row, or what is inside.
-    const bool closed = args_.support == Support::kBoth;
+               ? inside_of_row + tail_sum_ * std::exp2(tail_shift_ - shift_)
+               : inside_of_row;
     const double compared = closed ? inside : sum_, log_sum = std::log(compared);
     for (Word& o : inside_) {
       if (o.z == -kInfinity) continue;
       o.log_q -= log_sum;
       o.q /= compared;
     }
-    part_ = compared / sum_;
+    part_ = closed ? inside_of_row / sum_ : 1;
     tail_.log_q = closed || tail_sum_ == 0
                       ? -kInfinity
                       : std::log(tail_sum_) + kLn2 * (tail_shift_ - shift_) - log_sum;

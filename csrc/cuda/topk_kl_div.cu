@@ -90,6 +90,9 @@ class TopkRow {
     return args_.support == Support::kTail || args_.support == Support::kTruncated;
   }
 
+  // Whether the student's softmax goes over the words inside alone.
+  __device__ __forceinline__ bool closed() const { return args_.support == Support::kBoth; }
+
   template <class F>
   __device__ __forceinline__ void each_word(F f) const {
     for (int k = group_.thread(); k < words_.K; k += group_.threads()) {
@@ -182,13 +185,15 @@ class TopkRow {
   __device__ __forceinline__ Plan<C> total(const RowTask& task, const Tops& tops) {
     most_ = static_cast<C>(finite(tops.largest()));
     outside_ = static_cast<C>(finite(tops.outside));
+    const bool apart = closed() && tops.inside != kMasked<double>;
+    most_inside_ = apart ? static_cast<C>(tops.inside) : most_;
     most_log_p_ = finite(tops.log_p / p_temperature_);
     constexpr int kSums = 5 + HardLabel<C>::kSums;
     double all[kSums] = {sums_given(args_) ? C(0) : sum_outside()};
     each_word([&](int k) {
       if (group_.block() != 0) return;  // every block has these
       hard_.add(static_cast<C>(words_.z[k]) - most_);
-      all[1] += ::exp(log_e(words_.z[k]));
+      all[1] += ::exp(log_e(words_.z[k], most_inside_));
       all[2] += ::exp(words_.log_p[k]);
       all[3] += ::exp(words_.log_p[k] / p_temperature_ - most_log_p_);
       all[4] += 1;
@@ -221,15 +226,15 @@ class TopkRow {
   __device__ __forceinline__ C e_outside(C z) const {
     return XLSTM_ISA::exp2((z - outside_) * scale_);
   }
-  // The logarithm of what e is relative to the largest of the row.
-  __device__ __forceinline__ double log_e(double z) const {
-    return kLn2 * ((z - most_) * static_cast<double>(scale_));
+  // The logarithm of what e is relative to `most`.
+  __device__ __forceinline__ double log_e(double z, double most) const {
+    return kLn2 * ((z - most) * static_cast<double>(scale_));
   }
 
   __device__ __forceinline__ Plan<C> plan(const RowTask& task, const Tops& tops, const RowSums& row,
                                           const double (&of)[8]) const {
-    const bool closed = args_.support == Support::kBoth;
-    const double raise = ::exp(log_e(outside_)), inside = of[1], outside = row.sum_s;
+    const double raise = ::exp(log_e(outside_, most_)), outside = row.sum_s;
+    const double inside = of[1] * ::exp(log_e(most_inside_, most_));
     const double sum = inside + (outside > 0 || outside != outside ? outside * raise : 0);
     Plan<C> plan{};
     const bool known = teacher(of[2], of[3], of[4], plan);
@@ -239,13 +244,14 @@ class TopkRow {
                                        : Fate::kComputed;
     if (plan.fate == Fate::kNaN) plan.hard.loss = kNaN;
     if (plan.fate != Fate::kComputed) return plan;
-    const double compared = closed ? inside : sum;
-    plan.q_shift = ::log(compared);
-    plan.part = compared / sum;
+    // What is inside may be far below the row's largest, and is compared all the same.
+    plan.q_shift = ::log(closed() ? of[1] : sum);
+    plan.part = closed() ? inside / sum : 1;
     plan.outside = raise / sum;
     plan.tail = outside > 0 ? 1 / outside : 0;
-    plan.rest.log_q =
-        closed || outside == 0 ? -kInfinity : ::log(outside) + log_e(outside_) - plan.q_shift;
+    plan.rest.log_q = closed() || outside == 0
+                          ? -kInfinity
+                          : ::log(outside) + log_e(outside_, most_) - plan.q_shift;
     plan.rest.q = ::exp(plan.rest.log_q);
     plan.hard = HardPart<C>(args_, row, sum, most_, task.scale);
     return plan;
@@ -279,7 +285,8 @@ class TopkRow {
     each_word([&](int k) {
       Outcome o;
       o.log_p = words_.log_p[k] / p_temperature_ - plan.p_shift;
-      o.log_q = words_.z[k] == kMasked<double> ? -kInfinity : log_e(words_.z[k]) - plan.q_shift;
+      o.log_q = words_.z[k] == kMasked<double> ? -kInfinity
+                                               : log_e(words_.z[k], most_inside_) - plan.q_shift;
       o.p = ::exp(o.log_p), o.q = ::exp(o.log_q);
       double loss;
       if (truncated) {
@@ -354,6 +361,7 @@ class TopkRow {
   const double p_temperature_;
   const int vectors_;
   C most_ = 0, outside_ = 0;  // the largest logit of all, and of those outside
+  C most_inside_ = 0;         // what is inside is relative to it
   double most_log_p_ = 0;
 };
 

@@ -127,15 +127,20 @@ def word_places(words, rows, TOPK: tl.constexpr):
 
 @triton.jit
 def student_of(outside, z, inside, factors, HOW: tl.constexpr, TOPK: tl.constexpr):
-    most = tl.maximum(outside.most, tl.max(tl.where(inside.first, z, -INFINITY), 1))
-    x = z - finite(most)[:, None]
+    most_in = tl.max(tl.where(inside.first, z, -INFINITY), 1)
+    most = tl.maximum(outside.most, most_in)
+    if TOPK.support != "both":
+        most_in = most
+    most_in = tl.where(most_in == -INFINITY, most, most_in)
+    x = z - finite(most_in)[:, None]
     e = tl.where(inside.first, tl.exp2(x * factors.scale), 0.0)
     x_out = outside.most - finite(most)
     e_out = tl.where(outside.sum == 0.0, 0.0, outside.sum * tl.exp2(x_out * factors.scale))
     e_in = tl.sum(e, 1)
     sum = e_in + e_out
     compared = sum
-    if TOPK.support == "both":
+    if TOPK.support == "both":  # what is inside may be far below the row's largest
+        sum = e_in * tl.exp2((finite(most_in) - finite(most)) * factors.scale) + e_out
         compared = e_in
     whole = tl.where(compared > 0.0, compared, 1.0)
     log_whole = ln(whole)
