@@ -181,6 +181,21 @@ def test_infinite_where_the_other_is_masked(backend, divergence, mass):
 @EVERYWHERE_TOO
 @EVERY_DIVERGENCE
 @pytest.mark.parametrize("where", ["student", "teacher"])
+def test_a_divergence_of_weight_0_has_no_say(backend, divergence, where):
+    """Not even an infinite one, as at the begin of a schedule."""
+    student, teacher = normal(3, 50), normal(3, 50, seed=1)
+    labels = torch.tensor([0, 1, 2])
+    (student if where == "student" else teacher)[:, 40:] = -INF
+    how = {"divergence": divergence, "ce_weight": 1.0, "kl_weight": 0.0, "backend": backend}
+    leaf = student.clone().requires_grad_()
+    want = F.cross_entropy(leaf, labels)
+    got = gradient(student, teacher, labels, **how)
+    assert_close(got, (want.detach(), torch.autograd.grad(want, leaf)[0]))
+
+
+@EVERYWHERE_TOO
+@EVERY_DIVERGENCE
+@pytest.mark.parametrize("where", ["student", "teacher"])
 @pytest.mark.parametrize("value", [float("nan"), INF])
 def test_nan_and_inf_stay_in_their_row(backend, divergence, where, value):
     for dtype, V in ((torch.float32, 50), (torch.bfloat16, 5000)):

@@ -39,9 +39,10 @@ class Options(NamedTuple):
 
     def checked(self, function: str) -> Options:
         """Within their ranges, the divergence being the one that it is at `beta`: at its ends a
-        mixture is no mixture."""
+        mixture is no mixture. Of weight 0 any is the forward one, whose gradient is never NaN."""
         _check(function, self)
         divergence = _LIMITS.get((self.divergence, self.beta), self.divergence)
+        divergence = "forward" if self.kl_weight == 0 else divergence
         return self._replace(divergence=divergence)
 
 
