@@ -211,6 +211,17 @@ def test_nan_and_inf_stay_in_their_row(backend, divergence, where, value):
         assert loss.isfinite().all() and (grad[1] == 0).all()
 
 
+@EVERYWHERE_TOO
+@pytest.mark.parametrize("weight", [float("nan"), INF])
+def test_an_ignored_row_counts_nothing_whatever_its_weight(backend, weight):
+    student, teacher = normal(4, 50), normal(4, 50, seed=1)
+    labels, weights = torch.tensor([0, -100, 2, 3]), torch.tensor([1.0, weight, 1.0, 1.0])
+    for reduction in ("none", "mean"):
+        how = {"ce_weight": 0.5, "reduction": reduction, "backend": backend}
+        want = gradient(student, teacher, labels, **how)
+        assert_close(gradient(student, teacher, labels, row_weight=weights, **how), want)
+
+
 @EVERY_BACKEND
 def test_nan_of_every_payload_stays(backend):
     weight = torch.tensor([0x7FFFFFFF, 0x7F800001], dtype=torch.int32).view(torch.float32)

@@ -40,6 +40,7 @@ struct RowTask {
     scale = weight * (by.counted ? *by.counted : by.number);
     const bool ignored = args.labels && label == args.ignore_index;
     skipped = ignored || weight == 0;
+    if (skipped) weight = 0;  // whatever it was: a loss of 0 times NaN would be none
     // A negative one of a split row is another process's.
     labelled_wrong = label >= args.V_student || (label < 0 && args.phase == Phase::kWhole);
     if (labelled_wrong) label = 0;
