@@ -254,6 +254,9 @@ def test_no_row_left_is_zero(backend, reduction):
     assert loss == 0 and (grad == 0).all()
     loss, grad = gradient(normal(0, 9), normal(0, 9), **how)
     assert loss == 0 and grad.shape == (0, 9)
+    student, none = normal(3, 9).requires_grad_(), normal(0, 9)
+    loss = xk.kl_div(student[:0] * 1, none, inplace_grad=True, **how)
+    assert loss == 0 and (torch.autograd.grad(loss, student)[0] == 0).all()
     for shape in ((2, 0), (2, 0, 2, 0)):
         logits = normal(*shape, 9)
         loss, grad = gradient(logits, logits, reduction="none", backend=backend)
