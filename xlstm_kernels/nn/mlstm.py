@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..arguments import check_is_number, check_is_positive, check_is_tensor, check_layer_sizes
 from ..backends import Backend
-from ..cells import MLSTMState, compute_dtype
+from ..cells import MLSTMState, compute_dtype, no_autocast
 from ..ops.mlstm.api import mlstm
 from ..ops.mlstm.arguments import check_options
 from ..ops.mlstm_step.api import mlstm_step
@@ -33,7 +33,8 @@ _USUAL = {
 class MLSTM(nn.Module):
     """mLSTM over sequences, as in xLSTM-7B: projections, `xk.mlstm`, a norm per head, output gate.
 
-    y = W_out (sigmoid(W_o x) * norm(h)), gates i and f soft-capped: cap tanh((W x + b) / cap).
+    y = W_out (sigmoid(W_o x) * norm(h)), gates i and f soft-capped: cap tanh((W x + b) / cap), in
+    float32 at least, whatever dtype the layer has and autocast says.
 
     Args:
         input_size: features of the input.
@@ -106,7 +107,7 @@ class MLSTM(nn.Module):
         made: Any = {"device": device, "dtype": dtype}
         sizes = 2 * num_heads * self.qk_dim + 2 * hidden_size
         self.qkvo = nn.Linear(input_size, sizes, bias, **made)
-        self.gates = nn.Linear(input_size, 2 * num_heads, **made)
+        self.gates = GateProjection(input_size, 2 * num_heads, **made)
         self.norm = HeadNorm(num_heads, self.head_dim, **made)
         self.out = nn.Linear(hidden_size, hidden_size, bias, **made)
         self.reset_parameters()
@@ -203,6 +204,18 @@ class MLSTM(nn.Module):
         shown = [f"{self.input_size}, {self.hidden_size}, {self.num_heads}"]
         given = {key: getattr(self, key) for key in _USUAL}
         return ", ".join(shown + [f"{k}={v!r}" for k, v in given.items() if v != _USUAL[k]])
+
+
+class GateProjection(nn.Linear):
+    """A linear layer in float32, float64 for float64 x, whatever dtype it has and autocast says.
+
+    Gates are exponents: near -10, where input gates start, bfloat16 has steps of 1/16.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = compute_dtype(x.dtype)
+        with no_autocast(x.device):
+            return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
 
 class HeadNorm(nn.Module):
