@@ -97,6 +97,7 @@ LONG_FUNCTIONS = {
         for kernel in (
             "triton_dkeys.py:gates_kernel",
             "triton_dkeys.py:keys_kernel",
+            "triton_dstates.py:dstates_kernel",
             "triton_gradients.py:queries_kernel",
             "triton_outputs.py:outputs_kernel",
             "triton_states.py:states_kernel",

@@ -90,3 +90,13 @@ def test_kernels_stay_within_the_chip(chip: str, call: str) -> None:
 @pytest.mark.medium
 def test_forward_compiles_for_hopper() -> None:
     check_budgets("sm_90", {"backward": False, "K": 64, "V": 64}, {"states_kernel"})
+
+
+@pytest.mark.slow
+def test_one_compilation_serves_every_length() -> None:
+    """Heads are 16: gates' strides between sequences are then multiples of 16 at any length."""
+    sizes = ({"B": 1, "T": 40}, {"B": 1, "T": 600}, {"B": 3, "T": 601}, {"B": 4, "T": 1024})
+    for split in (False, True):
+        calls = [{"K": 16, "V": 16, "H": 16, "split": split, **size} for size in sizes[split:]]
+        kernels = [row["kernel"] for row in compiled("sm_90", calls)]
+        assert len(kernels) == len(set(kernels)), kernels

@@ -52,7 +52,7 @@ def forward(
     states = State(*parts)
     given = [_plain(part) for part in (c_BHKV, n_BHK, m_BH) if part is not None]
     initial = State(*given) if given else last
-    key_log = call.empty(call.H, call.sizes.tokens)
+    key_log = call.empty(call.H, call.sizes.BT)
     decay, tile_m = (call.empty(call.H, call.sizes.slots) for _ in range(2))
     blocks, dot = call.launch.states, call.launch.dot
     split = call.split(blocks)
@@ -120,7 +120,7 @@ def backward(
         dlast=State(*dlast),
         dinitial=State(*dinitial),
         dstates=State(*(call.empty(*part.shape) for part in states)),
-        tokens=TokenScratch(*call.empty(9, call.H, call.sizes.tokens)),
+        tokens=TokenScratch(*call.empty(9, call.H, call.sizes.BT)),
         tiles=TileScratch(*call.empty(5, call.H, call.sizes.slots)),
         crossings=call.empty(call.intervals, call.H, *[2 * STATE_INTERVAL // call.launch.tile] * 2),
     )

@@ -21,6 +21,7 @@ import triton.language as tl
 from ...cells.triton_products import dot
 from .triton_gradients import takes
 from .triton_tiles import (
+    Sizes,
     load_block,
     load_gate,
     load_log_f,
@@ -34,7 +35,7 @@ from .triton_tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["gates", "packing", "sizes", "scale"])
+@triton.jit(do_not_specialize=["T", "BT", "slots", "scale"])
 def keys_kernel(
     q,
     k,
@@ -50,7 +51,10 @@ def keys_kernel(
     crossings,
     scale,
     packing,
-    sizes,
+    T,
+    BT,
+    slots,
+    H,
     K: tl.constexpr,
     V: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -66,7 +70,8 @@ def keys_kernel(
 ):
     """dk if DK, with what pairs of a column give the gates, and dv if DV. Both, where one block is
     all keys and one all values, share the products."""
-    head, block, H = tl.program_id(1), tl.program_id(2), sizes.H
+    sizes = Sizes(T, BT, slots, H)
+    head, block = tl.program_id(1), tl.program_id(2)
     here = locate(packing, sizes, TILE, PACKED)
     at, own, tokens, tiles, row = here.at, here.own, here.tokens, here.tiles, here.interval
     if own * TILE >= at.length:
@@ -201,7 +206,7 @@ def arriving_m(tile_scratch, tiles, own, count, last):
     return m + tl.where(is_open, last, 0.0)
 
 
-@triton.jit(do_not_specialize=["gates", "packing", "sizes"])
+@triton.jit(do_not_specialize=["T", "BT", "slots"])
 def gates_kernel(
     gates,
     row_m,
@@ -214,7 +219,10 @@ def gates_kernel(
     crossings,
     carry,
     packing,
-    sizes,
+    T,
+    BT,
+    slots,
+    H,
     TILE: tl.constexpr,
     PER: tl.constexpr,
     CARRIES: tl.constexpr,
@@ -225,7 +233,8 @@ def gates_kernel(
 ):
     """di, df and, from the first tile, dm of the initial state. CARRIES: parts of carry; PARTS: the
     power of two that holds them."""
-    head, H = tl.program_id(1), sizes.H
+    sizes = Sizes(T, BT, slots, H)
+    head = tl.program_id(1)
     here = locate(packing, sizes, TILE, PACKED)
     at, own, tokens, tiles, row = here.at, here.own, here.tokens, here.tiles, here.interval
     if own * TILE >= at.length:

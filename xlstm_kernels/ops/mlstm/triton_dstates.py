@@ -16,7 +16,15 @@ import triton.language as tl
 
 from ...cells.triton_products import dot
 from .triton_states import walk
-from .triton_tiles import INTERVAL, first_slot, indices, load_block, load_tile, store_block
+from .triton_tiles import (
+    INTERVAL,
+    Sizes,
+    first_slot,
+    indices,
+    load_block,
+    load_tile,
+    store_block,
+)
 
 
 @triton.jit
@@ -54,7 +62,7 @@ def finish_interval(
     store_block(dstates, row, head, H, k, v, dc, dn, K, V)
 
 
-@triton.jit(do_not_specialize=["packing", "sizes", "scale"])
+@triton.jit(do_not_specialize=["T", "BT", "slots", "scale"])
 def dstates_kernel(
     q,
     dh,
@@ -67,7 +75,10 @@ def dstates_kernel(
     tile_scratch,
     scale,
     packing,
-    sizes,
+    T,
+    BT,
+    slots,
+    H,
     K: tl.constexpr,
     V: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -81,11 +92,12 @@ def dstates_kernel(
 ):
     """With SPLIT, dstates are the intervals' own: what they add before them."""
     BLOCKS: tl.constexpr = tl.cdiv(K, BLOCK_K) * tl.cdiv(V, BLOCK_V)
-    head, H, block = tl.program_id(1), sizes.H, tl.program_id(0) % BLOCKS
+    sizes = Sizes(T, BT, slots, H)
+    head, block = tl.program_id(1), tl.program_id(0) % BLOCKS
     kk, vv = indices(block, V, BLOCK_K, BLOCK_V)
     at, slot, first, end = walk(tl.program_id(0) // BLOCKS, packing, sizes, TILE, PACKED, SPLIT)
     tiles = head.to(tl.int64) * sizes.slots + first_slot(at, sizes, TILE, PACKED)
-    tokens = head.to(tl.int64) * sizes.tokens + at.token
+    tokens = head.to(tl.int64) * sizes.BT + at.token
 
     c = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
     n = tl.zeros((BLOCK_K,), tl.float32)
@@ -118,7 +130,7 @@ def dstates_kernel(
         store_block(dinitial, at.sequence, head, H, kk, vv, c, n, K, V)
 
 
-@triton.jit(do_not_specialize=["packing", "sizes"])
+@triton.jit(do_not_specialize=["T", "BT", "slots"])
 def dscan_kernel(
     states,
     dlast,
@@ -127,7 +139,10 @@ def dscan_kernel(
     carry,
     tile_scratch,
     packing,
-    sizes,
+    T,
+    BT,
+    slots,
+    H,
     K: tl.constexpr,
     V: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -139,7 +154,8 @@ def dscan_kernel(
 ):
     """In place, from what the intervals add the gradients after them, and carry."""
     BLOCKS: tl.constexpr = tl.cdiv(K, BLOCK_K) * tl.cdiv(V, BLOCK_V)
-    head, H, block = tl.program_id(1), sizes.H, tl.program_id(0) % BLOCKS
+    sizes = Sizes(T, BT, slots, H)
+    head, block = tl.program_id(1), tl.program_id(0) % BLOCKS
     kk, vv = indices(block, V, BLOCK_K, BLOCK_V)
     at, slot, _, end = walk(tl.program_id(0) // BLOCKS, packing, sizes, TILE, PACKED, False)
     tiles = head.to(tl.int64) * sizes.slots + first_slot(at, sizes, TILE, PACKED)

@@ -22,6 +22,7 @@ import triton.language as tl
 from ...cells.triton_products import dot
 from .triton_tiles import (
     INTERVAL,
+    Sizes,
     load_block,
     load_key_log,
     load_log_f,
@@ -62,7 +63,7 @@ class TileScratch(NamedTuple):
     through: Any
 
 
-@triton.jit(do_not_specialize=["gates", "packing", "sizes", "eps"])
+@triton.jit(do_not_specialize=["T", "BT", "slots", "eps"])
 def prepare_kernel(
     gates,
     states,
@@ -72,7 +73,10 @@ def prepare_kernel(
     tile_scratch,
     eps,
     packing,
-    sizes,
+    T,
+    BT,
+    slots,
+    H,
     TILE: tl.constexpr,
     PER: tl.constexpr,
     INPUT_GATE: tl.constexpr,
@@ -80,7 +84,8 @@ def prepare_kernel(
     PACKED: tl.constexpr,
 ):
     """What a tile's gates and divisors make, for the kernels that meet it many times."""
-    head, H = tl.program_id(1), sizes.H
+    sizes = Sizes(T, BT, slots, H)
+    head = tl.program_id(1)
     here = locate(packing, sizes, TILE, PACKED)
     at, own = here.at, here.own
     if own * TILE >= at.length:
@@ -117,7 +122,7 @@ def takes(gates, row_m, tile_m, here, head, H, t, TILE: tl.constexpr, INPUT_GATE
     return (load_log_i(gates, at, head, t, at.length, INPUT_GATE) > kept).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["gates", "packing", "sizes", "scale", "eps"])
+@triton.jit(do_not_specialize=["T", "BT", "slots", "scale", "eps"])
 def queries_kernel(
     q,
     k,
@@ -134,7 +139,10 @@ def queries_kernel(
     scale,
     eps,
     packing,
-    sizes,
+    T,
+    BT,
+    slots,
+    H,
     K: tl.constexpr,
     V: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -148,7 +156,8 @@ def queries_kernel(
     PACKED: tl.constexpr,
 ):
     """dq, dden, and what pairs of a row give the gates."""
-    head, block, H = tl.program_id(1), tl.program_id(2), sizes.H
+    sizes = Sizes(T, BT, slots, H)
+    head, block = tl.program_id(1), tl.program_id(2)
     here = locate(packing, sizes, TILE, PACKED)
     at, own, tokens, tiles, row = here.at, here.own, here.tokens, here.tiles, here.interval
     if own * TILE >= at.length:

@@ -223,7 +223,7 @@ class Call:
         tile = self.launch.tile
         flags = flags | {"TILE": tile, "PER": STATE_INTERVAL // tile, "PACKED": self.packed}
         options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
-        kernel[grid](*args, packing=self.packing, sizes=self.sizes, **flags, **options)
+        kernel[grid](*args, packing=self.packing, **self.sizes._asdict(), **flags, **options)
 
 
 def _owners(starts: Tensor, span: int, slots: int) -> Tensor:

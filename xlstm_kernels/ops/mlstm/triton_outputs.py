@@ -15,6 +15,7 @@ import triton.language as tl
 
 from ...cells.triton_products import dot
 from .triton_tiles import (
+    Sizes,
     load_block,
     load_log_f,
     load_log_i,
@@ -27,7 +28,7 @@ from .triton_tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["gates", "packing", "sizes", "scale", "eps"])
+@triton.jit(do_not_specialize=["T", "BT", "slots", "scale", "eps"])
 def outputs_kernel(
     q,
     k,
@@ -43,7 +44,10 @@ def outputs_kernel(
     scale,
     eps,
     packing,
-    sizes,
+    T,
+    BT,
+    slots,
+    H,
     K: tl.constexpr,
     V: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -57,7 +61,8 @@ def outputs_kernel(
     PACKED: tl.constexpr,
     SAVE: tl.constexpr,
 ):
-    head, block, H = tl.program_id(1), tl.program_id(2), sizes.H
+    sizes = Sizes(T, BT, slots, H)
+    head, block = tl.program_id(1), tl.program_id(2)
     here = locate(packing, sizes, TILE, PACKED)
     at, own, tokens, tiles, row = here.at, here.own, here.tokens, here.tiles, here.interval
     if own * TILE >= at.length:

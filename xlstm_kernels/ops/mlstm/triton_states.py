@@ -17,6 +17,7 @@ import triton.language as tl
 from ...cells.triton_products import dot
 from .triton_tiles import (
     INTERVAL,
+    Sizes,
     first_slot,
     indices,
     load_block,
@@ -42,7 +43,7 @@ def walk(row, packing, sizes, TILE: tl.constexpr, PACKED: tl.constexpr, SPLIT: t
         return at, first_slot(at, sizes, INTERVAL, PACKED), 0, tl.cdiv(at.length, TILE)
 
 
-@triton.jit(do_not_specialize=["gates", "packing", "sizes"])
+@triton.jit(do_not_specialize=["T", "BT", "slots"])
 def states_kernel(
     k,
     v,
@@ -54,7 +55,10 @@ def states_kernel(
     decay,
     tile_m,
     packing,
-    sizes,
+    T,
+    BT,
+    slots,
+    H,
     K: tl.constexpr,
     V: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -70,11 +74,12 @@ def states_kernel(
     """Also key_log of every token, and decay and m before every tile; with SPLIT, m from nothing,
     and an interval's own state in place of the one before it."""
     BLOCKS: tl.constexpr = tl.cdiv(K, BLOCK_K) * tl.cdiv(V, BLOCK_V)
-    head, H, block = tl.program_id(1), sizes.H, tl.program_id(0) % BLOCKS
+    sizes = Sizes(T, BT, slots, H)
+    head, block = tl.program_id(1), tl.program_id(0) % BLOCKS
     kk, vv = indices(block, V, BLOCK_K, BLOCK_V)
     at, slot, first, end = walk(tl.program_id(0) // BLOCKS, packing, sizes, TILE, PACKED, SPLIT)
     tiles = head.to(tl.int64) * sizes.slots + first_slot(at, sizes, TILE, PACKED)
-    tokens = head.to(tl.int64) * sizes.tokens + at.token
+    tokens = head.to(tl.int64) * sizes.BT + at.token
 
     c = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
     n = tl.zeros((BLOCK_K,), tl.float32)
@@ -114,7 +119,7 @@ def states_kernel(
             tl.store(last.m + row * H + head, m)
 
 
-@triton.jit(do_not_specialize=["packing", "sizes"])
+@triton.jit(do_not_specialize=["T", "BT", "slots"])
 def scan_kernel(
     initial,
     states,
@@ -123,7 +128,10 @@ def scan_kernel(
     decay,
     tile_m,
     packing,
-    sizes,
+    T,
+    BT,
+    slots,
+    H,
     K: tl.constexpr,
     V: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -138,7 +146,8 @@ def scan_kernel(
     before every tile. m' = max(decay + m, own m), c' = exp(decay + m - m') c + exp(own m - m') own
     c."""
     BLOCKS: tl.constexpr = tl.cdiv(K, BLOCK_K) * tl.cdiv(V, BLOCK_V)
-    head, H, block = tl.program_id(1), sizes.H, tl.program_id(0) % BLOCKS
+    sizes = Sizes(T, BT, slots, H)
+    head, block = tl.program_id(1), tl.program_id(0) % BLOCKS
     kk, vv = indices(block, V, BLOCK_K, BLOCK_V)
     at, slot, _, end = walk(tl.program_id(0) // BLOCKS, packing, sizes, TILE, PACKED, False)
     tiles = head.to(tl.int64) * sizes.slots + first_slot(at, sizes, TILE, PACKED)

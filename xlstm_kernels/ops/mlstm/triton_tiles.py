@@ -36,7 +36,7 @@ class Rows(NamedTuple):
 
 
 class GateRows(NamedTuple):
-    """i and f, (B, T, H), and their strides. Not specialised: theirs vary with T."""
+    """i and f, (B, T, H), and their strides."""
 
     i: Any
     f: Any
@@ -65,10 +65,11 @@ class Packing(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Lengths that vary from call to call: tokens is B T, slots the number of tiles."""
+    """Lengths that vary from call to call: BT is B times T, slots the number of tiles. Kernels take
+    them apart: within a tuple Triton specialises on each, whatever `do_not_specialize` says."""
 
     T: Any
-    tokens: Any
+    BT: Any
     slots: Any
     H: Any
 
@@ -130,7 +131,7 @@ def locate(packing, sizes, TILE: tl.constexpr, PACKED: tl.constexpr):
     slot = first_slot(at, sizes, TILE, PACKED)
     own = (tl.program_id(0) - slot).to(tl.int32)
     interval = first_slot(at, sizes, INTERVAL, PACKED) + own // (INTERVAL // TILE)
-    tokens = head * sizes.tokens + at.token
+    tokens = head * sizes.BT + at.token
     return Tile(at, own, tokens, head * sizes.slots + slot, interval)
 
 
