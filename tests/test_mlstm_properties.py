@@ -283,6 +283,9 @@ BAD = {
     r"chunk_size must be at least 1 or None, got 0": lambda: xk.mlstm(
         Q, Q, V, GATE, GATE, chunk_size=0
     ),
+    r"chunk_size must be an integer, got bool": lambda: xk.mlstm(
+        Q, Q, V, GATE, GATE, chunk_size=True
+    ),
     r"q must have B = 1 with cu_seqlens, got B = 2": lambda: xk.mlstm(
         Q, Q, V, GATE, GATE, cu_seqlens=torch.tensor([0, 5], dtype=torch.int32)
     ),

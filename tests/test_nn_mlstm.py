@@ -241,6 +241,10 @@ def test_compiles_without_a_recompile_per_shape():
             lambda: make()(torch.zeros(6)),
             "x must be (B, T, input_size) or (T, input_size), got (6,)",
         ),
+        (
+            lambda: make(qk_ratio=float("nan")),
+            "qk_ratio must be above 0 and finite, got nan",
+        ),
         (lambda: make().step(torch.zeros(6)), "x must be (B, input_size), got (6,)"),
     ],
 )
@@ -273,8 +277,10 @@ def test_block():
     torch.compiler.reset()
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     assert_near(compiled(x)[0], y)
-    with pytest.raises(ValueError, match=r"^XLSTMBlock: ffn_ratio must be above 0, got 0$"):
-        xk.nn.XLSTMBlock(8, 2, ffn_ratio=0)
+    for ratio in (0, float("inf")):
+        message = f"^XLSTMBlock: ffn_ratio must be above 0 and finite, got {ratio}$"
+        with pytest.raises(ValueError, match=message):
+            xk.nn.XLSTMBlock(8, 2, ffn_ratio=ratio)
     with pytest.raises(ValueError, match=r"^XLSTMBlock: ffn_multiple must be at least 1, got 0$"):
         xk.nn.XLSTMBlock(8, 2, ffn_multiple=0)
 

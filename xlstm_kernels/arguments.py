@@ -30,7 +30,7 @@ def check_is_number(function: str, argument: str, value: object) -> None:
 
 
 def check_is_integer(function: str, argument: str, value: object) -> None:
-    if not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{function}: {argument} must be an integer, got {type(value).__name__}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -52,8 +53,8 @@ class XLSTMBlock(nn.Module):
     ):
         super().__init__()
         check_is_number("XLSTMBlock", "ffn_ratio", ffn_ratio)
-        if not ffn_ratio > 0:
-            raise ValueError(f"XLSTMBlock: ffn_ratio must be above 0, got {ffn_ratio}")
+        if not 0 < ffn_ratio < math.inf:
+            raise ValueError(f"XLSTMBlock: ffn_ratio must be above 0 and finite, got {ffn_ratio}")
         check_is_positive("XLSTMBlock", "ffn_multiple", ffn_multiple)
         made: Any = {"device": device, "dtype": dtype}
         options |= {"num_blocks": num_blocks} | made

@@ -258,6 +258,8 @@ def _check_sizes(
 ) -> None:
     check_layer_sizes("MLSTM", input_size, hidden_size, num_heads)
     check_is_number("MLSTM", "qk_ratio", qk_ratio)
+    if not 0 < qk_ratio < math.inf:
+        raise ValueError(f"MLSTM: qk_ratio must be above 0 and finite, got {qk_ratio}")
     features = round(hidden_size * qk_ratio)
     if features < 1 or features % num_heads:
         raise ValueError(
