@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import xlstm_kernels as xk
 from xlstm_kernels.testing import relative_error
@@ -242,3 +243,53 @@ def test_inside_of_a_compiled_model():
 def test_torch_script_is_left():
     linears = nn.Sequential(nn.Linear(2, 8), nn.Linear(2, 8))
     assert xk.replace_layers(torch.jit.script(linears)).rows == []
+
+
+class Adapted(nn.Module):
+    """A Linear and what was learned beside it; its weight is the Linear's, as adapters have it."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear, self.more = linear, nn.Linear(linear.in_features, linear.out_features)
+
+    weight = property(lambda self: self.linear.weight)
+    bias = property(lambda self: self.linear.bias)
+
+    def forward(self, x):
+        return self.linear(x) + self.more(x)
+
+
+def half_as_large(linear):
+    """The old weight_norm: a hook computes the weight before each call."""
+    nn.utils.weight_norm(linear)
+    linear.weight_g.data.mul_(0.5)
+
+
+CHANGES = {
+    "adapter": lambda cell: setattr(cell, "b", Adapted(cell.b)),
+    "weight_norm": lambda cell: half_as_large(cell.b),
+    "pruned": lambda cell: prune.random_unstructured(cell.a, "weight", 0.5),
+    "hook": lambda cell: cell.b.register_forward_hook(lambda module, args, y: 2 * y),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_cell_becomes_after_it_was_replaced_counts(change):
+    layer, x = Loop(Cell(6, 8), 8), torch.randn(2, 9, 6)
+    xk.replace_layers(layer)
+    before = layer(x)[0]
+    CHANGES[change](layer.cell)
+    got = layer(x)[0]
+    xk.restore_layers(layer)
+    assert torch.equal(got, layer(x)[0]) and not torch.equal(got, before)
+
+
+class OwnCall(Loop):
+    def __call__(self, x):
+        return super().__call__(x.transpose(0, 1))
+
+
+def test_a_call_that_does_more_than_forward_is_left():
+    row = xk.replace_layers(OwnCall(Cell(6, 8), 8)).rows[0]
+    assert row.became == "" and "__call__" in row.note

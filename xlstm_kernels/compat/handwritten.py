@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.recurrence.api import lstm
-from .recognise import Plan, Steps, fill, gather, recognise
+from .recognise import Plan, Steps, fill, gather, is_as_recognised, recognise
 from .swap import Found, Swap, Swapped, fused_backend, no_kernel, swapped_class
 
 # Where one kernel is faster than the loop, measured on one core of an AVX-512 Xeon for B 1 to 256,
@@ -29,9 +29,11 @@ class FusedLoop(Swapped):
         plan = self._plan
         call = dict(zip(plan.parameters, args, strict=False)) | kwargs
         x, state = (*(call.get(name) for name in plan.parameters), None)[:2]
-        weights = gather(self, plan)
         known = len(call) == len(args) + len(kwargs) and set(call) <= set(plan.parameters)
-        if not (known and _fits(plan, weights, x, state)):
+        if not (known and is_as_recognised(self, plan)):
+            return self.replaced.forward(self, *args, **kwargs)
+        weights = gather(self, plan)
+        if not _fits(plan, weights, x, state):
             return self.replaced.forward(self, *args, **kwargs)
         assert isinstance(x, Tensor)
         return fill(plan.form, run_kernel(plan, weights, x, state).named(plan.time_first))

@@ -36,6 +36,7 @@ class Plan:
         parameters: names of forward's parameters, x and the state.
         form: what forward returns, a name of `Steps` for each tensor.
         stateful: which calls are recognised: without a state, with (h, c).
+        modules: classes of the modules within.
     """
 
     weights: tuple[str, ...]
@@ -44,6 +45,7 @@ class Plan:
     parameters: tuple[str, ...] = ()
     form: Any = None
     stateful: tuple[bool, ...] = ()
+    modules: tuple[type, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def _weights(layer: nn.Module) -> Iterator[Plan]:
         path, cell = holders[0]
         biases = ("bias_ih", "bias_hh") if cell.bias else ()
         found = [path + name for name in ("weight_ih", "weight_hh", *biases)]
-        yield Plan(tuple(found), parameters=_parameters(layer))
+        yield Plan(tuple(found), parameters=_parameters(layer), modules=_within(layer))
     elif len(holders) == 2 and all(type(module) is nn.Linear for _, module in holders):
         for (path, input_linear), (hidden_path, linear) in itertools.permutations(holders):
             rows = 4 * linear.in_features
@@ -135,7 +137,8 @@ def _weights(layer: nn.Module) -> Iterator[Plan]:
                 given = (path, input_linear), (hidden_path, linear)
                 biases = tuple(p + "bias" for p, module in given if module.bias is not None)
                 found = [path + "weight", hidden_path + "weight"]
-                yield Plan((*found, *biases), parameters=_parameters(layer))
+                names = (*found, *biases)
+                yield Plan(names, parameters=_parameters(layer), modules=_within(layer))
 
 
 def _parameters(layer: nn.Module) -> tuple[str, ...]:
@@ -143,9 +146,31 @@ def _parameters(layer: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(type(layer).forward).parameters)[1:3]
 
 
+def _within(layer: nn.Module) -> tuple[type, ...]:
+    return tuple(type(module) for module in layer.modules())[1:]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def is_as_recognised(layer: Any, plan: Plan) -> bool:
+    """Whether the modules within compute what they did then: another may stand in the place of a
+    Linear (an adapter, a quantised one), a hook may give it its weight (weight_norm, pruning)."""
+    within = list(layer.modules())[1:]
+    return tuple(map(type, within)) == plan.modules and not any(map(has_hooks, within))
+
+
 def _outside_of_the_weights(layer: nn.Module) -> str | None:
+    if type(layer).__call__ is not nn.Module.__call__:
+        return "its __call__ may do more than its forward"
     for path, module in layer.named_modules():
-        if path and (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks):
+        if path and has_hooks(module):
             return f"hooks on {path}, which would not run"
         if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
             return "some of its parameters are on the meta device"
