@@ -143,6 +143,7 @@ def test_the_kernel_runs_and_the_loop_does_not(monkeypatch):
 LEFT = {
     "forget gate + 1": (lambda: Loop(Cell(6, 8, forget=1.0), 8), "no LSTM that we know"),
     "clamped": (lambda: Loop(Cell(6, 8, limit=3.0), 8), "differs from an LSTM"),
+    "clamped far out": (lambda: Loop(Cell(6, 8, limit=50.0), 8), "differs from an LSTM"),
     "dropout": (lambda: Loop(Cell(6, 8), 8, dropout=0.5), "in training mode"),
     "detached": (lambda: Loop(Cell(6, 8), 8, detach_every=20), "in training mode, 130 steps"),
     "one step": (lambda: Cell(6, 8, "gifo"), "one step is no faster"),
