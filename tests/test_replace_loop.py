@@ -208,6 +208,23 @@ def test_recognising_touches_neither_the_layer_nor_the_generator():
     assert all(p.grad is None for p in layer.parameters())
 
 
+@pytest.mark.parametrize("stateful", [False, True])
+@pytest.mark.parametrize("cell", [Cell, nn.LSTMCell])
+def test_autocast_keeps_the_dtypes(cell, stateful):
+    """A loop in plain torch keeps a float32 state, torch.nn.LSTMCell rounds it."""
+    layer, x = Loop(cell(6, 8), 8), torch.randn(2, 20, 6)
+    given = (x, (torch.randn(2, 8), torch.randn(2, 8))) if stateful else (x,)
+    exact = leaves_of(layer(*given))
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = leaves_of(layer(*given))
+        xk.replace_layers(layer)
+        got = leaves_of(layer(*given))
+    for name in range(3):
+        assert got[name].dtype == plain[name].dtype
+        error = relative_error(plain[name], exact[name])
+        assert relative_error(got[name], exact[name]) <= 2 * error
+
+
 @pytest.mark.medium
 def test_compile_and_functional_call():
     layer = Loop(Cell(6, 8, "ogif"), 8)

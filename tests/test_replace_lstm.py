@@ -101,6 +101,26 @@ def test_autocast(always):
     assert relative_error(y, exact) <= 2e-2
 
 
+@pytest.mark.parametrize("proj_size", [0, 3])
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+def test_autocast_keeps_the_dtypes_of_the_loop_over_steps(always, proj_size):
+    """Where torch calls no oneDNN, states are not rounded."""
+    torch.manual_seed(0)
+    layer = nn.LSTM(5, 7, 2, batch_first=True, proj_size=proj_size)
+    packed = pack_sequence([torch.randn(n, 5) for n in (3, 20, 1)], enforce_sorted=False)
+    calls = [packed, torch.randn(3, 9, 5)] if proj_size else [packed]
+    for given in calls:
+        layer.__class__ = nn.LSTM
+        exact = layer(given)[1][1]
+        with torch.autocast("cpu", torch.bfloat16):
+            want, (h_want, c_want) = layer(given)
+            layer.__class__ = FusedLSTM
+            got, (h, c) = layer(given)
+        assert got[0].dtype == want[0].dtype
+        assert h.dtype == h_want.dtype and c.dtype == c_want.dtype == torch.float32
+        assert relative_error(c, exact) <= 2 * relative_error(c_want, exact)
+
+
 @pytest.mark.parametrize(
     ("B", "T", "hidden", "trained", "ours"),
     [

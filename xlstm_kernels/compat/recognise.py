@@ -40,6 +40,7 @@ class Plan:
         form: what forward returns, a name of `Steps` for each tensor.
         stateful: which calls are recognised: without a state, with (h, c).
         modules: classes of the modules within.
+        rounds: under autocast h and c are rounded as products are, not kept as the state came.
     """
 
     weights: tuple[str, ...]
@@ -49,6 +50,7 @@ class Plan:
     form: Any = None
     stateful: tuple[bool, ...] = ()
     modules: tuple[type, ...] = ()
+    rounds: bool = False
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,13 @@ class _Probe:
                 if not self._agrees(plan, B, T, scale, state, steady):
                     mode = "training" if training else "evaluation"
                     return f"it differs from an LSTM in {mode} mode, {T} steps, inputs of {scale}"
-        return plan
+        return replace(plan, rounds=self._rounds(plan))
+
+    def _rounds(self, plan: Plan) -> bool:
+        x, state = self._inputs(plan, 2, 5, 1.0, plan.stateful[0])
+        with torch.autocast("cpu", torch.bfloat16):
+            got = _leaves(self._call(x, state))
+        return got is not None and got[0].dtype == torch.bfloat16
 
     def _identify(self, candidates: list[Plan], with_state: bool) -> Iterator[Plan]:
         """The first plan that explains what the layer returns for two sequences of five steps."""

@@ -103,6 +103,8 @@ class FusedLSTM(Swapped, nn.LSTM):
         """All layers over x (B, T, E), or (1, N, E) of packed sequences, one after the other."""
         h_last, c_last = [], []
         directions = 2 if self.bidirectional else 1
+        # Under autocast oneDNN rounds the state, and nn.LSTM's loop over steps does not.
+        kept = x.dtype if rows is not None or self.proj_size else None
         for layer in range(self.num_layers):
             if layer and self.training and self.dropout:
                 x = self._drop(x, rows)
@@ -111,13 +113,13 @@ class FusedLSTM(Swapped, nn.LSTM):
                 cell = layer * directions + direction
                 state = None if hx is None else (hx[0][cell], hx[1][cell])
                 weights = self._weights(f"_l{layer}{'_reverse' * direction}")
-                y, h, c = run_direction(turn(x, rows) if direction else x, weights, state, rows)
+                given = turn(x, rows) if direction else x
+                y, h, c = run_direction(given, weights, state, rows, kept)
                 outputs.append(turn(y, rows) if direction else y)
                 h_last.append(h)
                 c_last.append(c)
             x = outputs[0] if directions == 1 else torch.cat(outputs, dim=-1)
-        dtype = x.dtype
-        return x, torch.stack(h_last).to(dtype), torch.stack(c_last).to(dtype)
+        return x, torch.stack(h_last).to(x.dtype), torch.stack(c_last).to(kept or x.dtype)
 
     def _weights(self, suffix: str) -> list[Tensor | None]:
         """weight_ih, weight_hh, bias_ih, bias_hh, weight_hr; by attribute, so that
@@ -171,8 +173,10 @@ def run_direction(
     weights: Sequence[Tensor | None],
     state: tuple[Tensor, Tensor] | None,
     rows: Rows | None,
+    kept: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer in one direction: h (B, T, P), and the last h (B, P) and c (B, D).
+    """One layer in one direction: h (B, T, P), and the last h (B, P) and c (B, D). Between steps h
+    has the dtype `kept`, or what autocast rounds to.
 
     With a projection h = W_hr u, the recurrence runs over u: W_hh h is (W_hh W_hr) u. Only the
     first h is no W_hr u; its part of the gates is added to those of the first step.
@@ -181,6 +185,8 @@ def run_direction(
     assert weight_ih is not None and weight_hh is not None
     D = weight_ih.shape[0] // 4
     gates = F.linear(x_BTE, weight_ih)
+    if kept is not None:
+        gates = gates.to(kept)
     if weight_hr is not None:
         if state is not None:
             h, c = state
