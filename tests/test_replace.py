@@ -100,9 +100,10 @@ def test_dry_run_changes_nothing(model):
     [
         ({"only": "encoder"}, ["encoder"]),
         ({"only": "mix.*"}, ["mix.0"]),
-        ({"only": nn.LSTM, "exclude": ["mix.*", "again"]}, ["encoder"]),
+        ({"only": nn.LSTM, "exclude": "mix.*"}, ["encoder"]),
         ({"only": [nn.GRU, "enc*"]}, ["encoder"]),
         ({"exclude": nn.LSTM}, []),
+        ({"exclude": "again"}, ["encoder"]),
     ],
 )
 def test_only_and_exclude(model, options, paths):

@@ -86,7 +86,7 @@ def replace_layers(
     Args:
         model: looked at with everything below it.
         only: which layers to look at: patterns of paths ("encoder.*") and classes, one or several.
-        exclude: which to leave, in the same form.
+        exclude: which to leave, in the same form; at whichever of its paths a pattern fits.
         dry_run: report and change nothing.
 
     Returns:
@@ -112,8 +112,11 @@ def replace_layers(
     unwanted = _Which.of("exclude", model, exclude)
     report = Report()
     seen: dict[nn.Module, str] = {}
-    for path, layer in list(model.named_modules(remove_duplicate=False)):
-        if (only is not None and not wanted.has(path, layer)) or unwanted.has(path, layer):
+    places = list(model.named_modules(remove_duplicate=False))
+    # By the layer, which may stand at several paths.
+    excluded = {layer for path, layer in places if unwanted.has(path, layer)}
+    for path, layer in places:
+        if (only is not None and not wanted.has(path, layer)) or layer in excluded:
             continue
         name = type(layer).__name__
         if layer in seen:
