@@ -308,6 +308,29 @@ class OwnCall(Loop):
         return super().__call__(x.transpose(0, 1))
 
 
+class Counts(Loop):
+    """Leaves out of a pickle what cannot be pickled."""
+
+    def __init__(self, cell, hidden):
+        super().__init__(cell, hidden)
+        self.ids = iter(range(3))
+
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name != "ids"} | {"was": 1}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.ids = iter(range(3))
+
+
+def test_pickles_are_made_as_the_class_makes_them():
+    layer = Counts(Cell(6, 8), 8)
+    xk.replace_layers(layer)
+    again = pickle.loads(pickle.dumps(layer))
+    assert again.was == 1 and next(again.ids) == 0
+    assert xk.restore_layers(again) == [""]
+
+
 def test_a_call_that_does_more_than_forward_is_left():
     row = xk.replace_layers(OwnCall(Cell(6, 8), 8)).rows[0]
     assert row.became == "" and "__call__" in row.note

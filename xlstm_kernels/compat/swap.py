@@ -40,10 +40,15 @@ def swapped_class(how: type[Swapped], replaced: type[nn.Module], name: str = "")
             "replaced": replaced,
             "__module__": replaced.__module__,
             "__doc__": how.__doc__,
-            "__reduce_ex__": lambda layer, protocol: (_empty, (*key, name), vars(layer)),
+            "__reduce_ex__": lambda layer, protocol: (_empty, (*key, name), *_state(layer)),
         }
         _MADE[key] = type(name or f"Fused{replaced.__name__}", key, names)
     return _MADE[key]
+
+
+def _state(layer: Any) -> tuple[Any, ...]:
+    """What the layer's class has pickled of an instance: it may define __getstate__."""
+    return tuple(object.__reduce_ex__(layer, 2)[2:])
 
 
 def _empty(how: type[Swapped], replaced: type[nn.Module], name: str) -> Any:
