@@ -1,5 +1,6 @@
 """Hand-written LSTMs: which are recognised, what they compute then, and which are left and why."""
 
+import contextlib
 import copy
 import pickle
 
@@ -211,18 +212,36 @@ def test_recognising_touches_neither_the_layer_nor_the_generator():
 @pytest.mark.parametrize("stateful", [False, True])
 @pytest.mark.parametrize("cell", [Cell, nn.LSTMCell])
 def test_autocast_keeps_the_dtypes(cell, stateful):
-    """A loop in plain torch keeps a float32 state, torch.nn.LSTMCell rounds it."""
+    """Autocast rounds products, and the state of a loop stays float32."""
     layer, x = Loop(cell(6, 8), 8), torch.randn(2, 20, 6)
     given = (x, (torch.randn(2, 8), torch.randn(2, 8))) if stateful else (x,)
     exact = leaves_of(layer(*given))
     with torch.autocast("cpu", torch.bfloat16):
         plain = leaves_of(layer(*given))
-        xk.replace_layers(layer)
+    xk.replace_layers(layer)
+    with torch.autocast("cpu", torch.bfloat16):
         got = leaves_of(layer(*given))
     for name in range(3):
         assert got[name].dtype == plain[name].dtype
         error = relative_error(plain[name], exact[name])
         assert relative_error(got[name], exact[name]) <= 2 * error
+
+
+@contextlib.contextmanager
+def float64_by_default():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "around", [lambda: torch.autocast("cpu"), torch.inference_mode, float64_by_default]
+)
+def test_recognised_whatever_is_in_force(around):
+    layer = Loop(Cell(6, 8), 8)
+    with around():
+        report = xk.replace_layers(layer)
+    assert len(report.replaced) == 1
 
 
 @pytest.mark.medium

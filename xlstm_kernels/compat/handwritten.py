@@ -53,9 +53,9 @@ def run_kernel(plan: Plan, weights: list[Tensor], x: Tensor, state: Any) -> Step
     D = weight_hh.shape[1]
     x_BTE = x.transpose(0, 1) if plan.time_first else x
     gates = F.linear(x_BTE, blocks(plan, weight_ih).flatten(0, 1))
-    if not plan.rounds:
-        kept = x if state is None else state[1]
-        gates = gates.to(torch.promote_types(gates.dtype, kept.dtype))
+    # Autocast rounds products; the loop's state stays as wide as it came.
+    kept = x if state is None else state[1]
+    gates = gates.to(torch.promote_types(gates.dtype, kept.dtype))
     y_BTHD, (h_BHD, c_BHD) = lstm(
         gates.view(*x_BTE.shape[:2], 4, 1, D),
         blocks(plan, weight_hh).unsqueeze(1),

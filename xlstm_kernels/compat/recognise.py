@@ -40,7 +40,6 @@ class Plan:
         form: what forward returns, a name of `Steps` for each tensor.
         stateful: which calls are recognised: without a state, with (h, c).
         modules: classes of the modules within.
-        rounds: under autocast h and c are rounded as products are, not kept as the state came.
     """
 
     weights: tuple[str, ...]
@@ -50,7 +49,6 @@ class Plan:
     form: Any = None
     stateful: tuple[bool, ...] = ()
     modules: tuple[type, ...] = ()
-    rounds: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +94,8 @@ def fill(form: Any, tensors: Mapping[str, Tensor]) -> Any:
     return type(form)(fill(part, tensors) for part in form)
 
 
+@torch.inference_mode(False)
+@torch.autocast("cpu", enabled=False)
 def recognise(layer: nn.Module) -> Plan | str | None:
     """How the layer's forward runs an LSTM over a sequence, or why it is none that we know; None
     where its parameters are not those of an LSTM."""
@@ -117,9 +117,13 @@ def recognise(layer: nn.Module) -> Plan | str | None:
         draw = torch.Generator().manual_seed(0)
         for parameter in probe.parameters():
             scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 1.0
-            parameter.data = scale * torch.randn(parameter.shape, generator=draw)
+            parameter.data = scale * _normal(draw, *parameter.shape)
             parameter.requires_grad_(True)
         return _Probe(probe, draw).run(candidates)
+
+
+def _normal(draw: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu")
 
 
 def _weights(layer: nn.Module) -> Iterator[Plan]:
@@ -204,13 +208,7 @@ class _Probe:
                 if not self._agrees(plan, B, T, scale, state, steady):
                     mode = "training" if training else "evaluation"
                     return f"it differs from an LSTM in {mode} mode, {T} steps, inputs of {scale}"
-        return replace(plan, rounds=self._rounds(plan))
-
-    def _rounds(self, plan: Plan) -> bool:
-        x, state = self._inputs(plan, 2, 5, 1.0, plan.stateful[0])
-        with torch.autocast("cpu", torch.bfloat16):
-            got = _leaves(self._call(x, state))
-        return got is not None and got[0].dtype == torch.bfloat16
+        return plan
 
     def _identify(self, candidates: list[Plan], with_state: bool) -> Iterator[Plan]:
         """The first plan that explains what the layer returns for two sequences of five steps."""
@@ -248,7 +246,7 @@ class _Probe:
         weight_ih, weight_hh = gather(self.layer, plan)[:2]
 
         def normal(*shape: int) -> Tensor:
-            return (scale * torch.randn(shape, generator=self.draw)).requires_grad_()
+            return (scale * _normal(self.draw, *shape)).requires_grad_()
 
         D, E = weight_hh.shape[1], weight_ih.shape[1]
         x = normal(T, B, E) if plan.time_first else normal(B, T, E)
