@@ -141,8 +141,12 @@ def test_what_cannot_be_replaced_is_left_with_the_reason():
             "projected": nn.LSTM(4, 400, proj_size=2),
         }
     )
+    wrapped = nn.LSTM(4, 4)
+    wrapped.forward = wrapped.forward  # as accelerate does
+    model["wrapped"] = wrapped
     notes = {row.path: row.note for row in xk.replace_layers(model).left}
     assert "subclass" in notes["sub"]
+    assert "was set on the object" in notes["wrapped"]
     assert notes["partly"] == "some of its parameters are on the meta device"
     assert "meta" in notes["meta"]
     assert "float64" in notes["in64"]

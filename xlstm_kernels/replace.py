@@ -170,6 +170,8 @@ def _look_at(layer: nn.Module) -> Found:
             return "some of its parameters are on the meta device"
         if len(devices) > 1:
             return f"its parameters are on several devices: {', '.join(sorted(devices))}"
+        if "forward" in vars(layer):
+            return "its forward was set on the object and stands before that of any class"
     return found
 
 
