@@ -131,6 +131,22 @@ def test_replacing_a_backend_of_mlstm_kernels():
         assert part.shape == want.shape and relative_error(part, want) <= 1e-5
 
 
+def test_a_subclass_of_a_backend_is_left():
+    """By another class, whatever its name."""
+    backend = pytest.importorskip(
+        "mlstm_kernels.torch.backend_module",
+        reason="mlstm_kernels is not installed: make test-compat",
+    )
+
+    class Scaled(backend.mLSTMBackend):
+        def forward(self, q, *args, **kwargs):
+            return super().forward(2 * q, *args, **kwargs)
+
+    Scaled.__name__ = "mLSTMBackend"
+    row = xk.replace_layers(Scaled(backend.mLSTMBackendConfig())).left[0]
+    assert row.note == "a subclass may compute something else"
+
+
 def flashrnn_inputs(function, state):
     draw = torch.Generator().manual_seed(0)
     S = 2 if function == "lstm" else 4

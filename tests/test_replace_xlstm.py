@@ -101,6 +101,19 @@ def test_cells_that_are_left():
     odd = slstm_cell()
     odd.config.num_states = 3
     assert "num_states=3" in xk.replace_layers(odd).left[0].note
+    bounded = slstm_cell("cuda", "lstm", gradient_recurrent_clipval=1.0)
+    assert "bounds no gradient" in xk.replace_layers(bounded).left[0].note
+    assert xk.replace_layers(slstm_cell("cuda", gradient_recurrent_clipval=1.0)).replaced
+
+
+class Ours(cell_module.sLSTMCell_vanilla):
+    def forward(self, input, state=None, lengths=None):
+        return super().forward(2 * input, state)
+
+
+def test_a_subclass_is_left():
+    row = xk.replace_layers(Ours(slstm_cell().config)).left[0]
+    assert row.note == "a subclass may compute something else"
 
 
 def make_stack():

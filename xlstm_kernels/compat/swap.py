@@ -7,7 +7,7 @@ are the layer's own, references to it stay good, and its old class undoes the sw
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -69,9 +69,18 @@ class Swap:
 # Why a cell is left that runs one step a call.
 STEP = "measured: one step is no faster here; a module that loops over it is, or LSTMCell.unroll"
 
+# Why a layer is left whose class has one that we know among its bases.
+SUBCLASS = "a subclass may compute something else"
+
 # What a library's `find(layer)` says: a swap, the reason why not, or None for a layer that it does
 # not know.
 Found = Swap | str | None
+
+
+def class_among(layer: nn.Module, known: Collection[str]) -> type[nn.Module] | None:
+    """The layer's class or the nearest of its bases that is in `known`, by module and name: asking
+    imports no library."""
+    return next((c for c in type(layer).__mro__ if f"{c.__module__}.{c.__name__}" in known), None)
 
 
 def fused_backend(op: str, tensor: Tensor, *call: Any) -> str | None:

@@ -10,7 +10,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .swap import Found, Swap, Swapped, fused_backend, no_kernel, swapped_class
+from .swap import (
+    SUBCLASS,
+    Found,
+    Swap,
+    Swapped,
+    class_among,
+    fused_backend,
+    no_kernel,
+    swapped_class,
+)
 from .xlstm import by_gate, run_cell
 
 
@@ -30,10 +39,13 @@ class FusedSLSTMCell(Swapped):
         return h_BTHD.transpose(1, 2), last
 
 
+KNOWN = ("tirex.models.slstm.cell.sLSTMCell",)
+
+
 def find(layer: nn.Module) -> Found:
-    name, module = type(layer).__name__, type(layer).__module__
-    if module != "tirex.models.slstm.cell" or name != "sLSTMCell":
-        return None
+    known = class_among(layer, KNOWN)
+    if known is not type(layer):
+        return SUBCLASS if known else None
     weight = next(layer.parameters())
     backend = fused_backend("recurrence", weight, weight, "slstm")
     if backend is None:

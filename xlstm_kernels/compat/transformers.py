@@ -17,7 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from .mlstm_kernels import run_backend
-from .swap import Found, Swap, Swapped, fused_backend, no_kernel, swapped_class
+from .swap import (
+    SUBCLASS,
+    Found,
+    Swap,
+    Swapped,
+    class_among,
+    fused_backend,
+    no_kernel,
+    swapped_class,
+)
 
 MODELING = "transformers.models.xlstm.modeling_xlstm"
 
@@ -81,17 +90,20 @@ class FusedXLSTMModel(Swapped):
         return in_pieces or (self.config.use_cache if use_cache is None else use_cache)
 
 
+KNOWN = (f"{MODELING}.xLSTMBackend", f"{MODELING}.xLSTMModel")
+
+
 def find(layer: nn.Module) -> Found:
-    name, module = type(layer).__name__, type(layer).__module__
-    if module != MODELING or name not in ("xLSTMBackend", "xLSTMModel"):
-        return None
+    known = class_among(layer, KNOWN)
+    if known is not type(layer):
+        return SUBCLASS if known else None
     weight = next(layer.parameters(), torch.empty(0))
     backend = fused_backend("mlstm", weight)
     if backend is None:
         return no_kernel("mlstm", weight)
-    if name == "xLSTMModel":
+    if known.__name__ == "xLSTMModel":
         # save_pretrained writes the name of the class.
-        become = swapped_class(FusedXLSTMModel, type(layer), name)
+        become = swapped_class(FusedXLSTMModel, type(layer), known.__name__)
         return Swap(become, backend, "its cache keeps float32 states")
     become = swapped_class(FusedXLSTMBackend, type(layer))
     return Swap(become, backend, "every call on CPU tensors")

@@ -19,7 +19,16 @@ from ..cells import CELLS
 from ..ops.mlstm_step.api import mlstm_step
 from ..ops.recurrence.api import lstm, slstm
 from .mlstm_kernels import run_head_first
-from .swap import Found, Swap, Swapped, fused_backend, no_kernel, swapped_class
+from .swap import (
+    SUBCLASS,
+    Found,
+    Swap,
+    Swapped,
+    class_among,
+    fused_backend,
+    no_kernel,
+    swapped_class,
+)
 
 
 def by_gate(kernel: Tensor, bias: Tensor, H: int, D: int, cuda: bool) -> tuple[Tensor, Tensor]:
@@ -133,16 +142,24 @@ def step(
     return h.unsqueeze(2), (c, n.unsqueeze(-1), m.view(*BH, 1, 1))
 
 
+KNOWN = (
+    "xlstm.blocks.mlstm.cell.mLSTMCell",
+    "xlstm.blocks.slstm.cell.sLSTMCell_cuda",
+    "xlstm.blocks.slstm.cell.sLSTMCell_vanilla",
+)
+
+
 def find(layer: nn.Module) -> Found:
-    name, module = type(layer).__name__, type(layer).__module__
+    known = class_among(layer, KNOWN)
+    if known is not type(layer):
+        return SUBCLASS if known else None
+    name = known.__name__
     weight = next(layer.parameters(), torch.empty(0))
-    if module == "xlstm.blocks.mlstm.cell" and name == "mLSTMCell":
+    if name == "mLSTMCell":
         backend = fused_backend("mlstm", weight)
         if backend is None:
             return no_kernel("mlstm", weight)
         return Swap(swapped_class(FusedMLSTMCell, type(layer)), backend)
-    if module != "xlstm.blocks.slstm.cell" or name not in ("sLSTMCell_cuda", "sLSTMCell_vanilla"):
-        return None
     config: Any = layer.config
     if config.function not in ("slstm", "lstm"):
         return f"no kernel for function={config.function!r}"
@@ -150,6 +167,9 @@ def find(layer: nn.Module) -> Found:
         return f"num_states={config.num_states} is not that of function={config.function!r}"
     if name == "sLSTMCell_cuda" and config.gradient_recurrent_cut:
         return "gradient_recurrent_cut=True: our kernels do not cut the gradient"
+    clip_grad = config.gradient_recurrent_clipval
+    if name == "sLSTMCell_cuda" and config.function == "lstm" and clip_grad is not None:
+        return f"gradient_recurrent_clipval={clip_grad}: our kernel for lstm bounds no gradient"
     backend = fused_backend("recurrence", weight, weight, config.function)
     if backend is None:
         return no_kernel(config.function, weight)
