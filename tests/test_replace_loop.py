@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -266,6 +267,17 @@ def test_export(make):
     exported = torch.export.export(layer, (x,))
     assert any("recurrence_forward" in str(node.target) for node in exported.graph.nodes)
     assert relative_error(exported.module()(x)[0], want) <= 1e-5
+
+
+def test_forward_keeps_the_names_of_its_arguments():
+    layer, x = Loop(Cell(6, 8), 8), torch.randn(2, 9, 6)
+    want = inspect.signature(layer.forward)
+    xk.replace_layers(layer)
+    assert inspect.signature(layer.forward) == want
+    steps = torch.export.Dim("T", min=8, max=64)
+    exported = torch.export.export(layer, (x,), dynamic_shapes={"x": {1: steps}})
+    longer = torch.randn(2, 30, 6)
+    assert relative_error(exported.module()(longer)[0], layer(longer)[0]) <= 1e-6
 
 
 @pytest.mark.medium

@@ -7,6 +7,7 @@ are the layer's own, references to it stay good, and its old class undoes the sw
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -42,8 +43,20 @@ def swapped_class(how: type[Swapped], replaced: type[nn.Module], name: str = "")
             "__doc__": how.__doc__,
             "__reduce_ex__": lambda layer, protocol: (_empty, (*key, name), *_state(layer)),
         }
+        if "forward" in vars(how):
+            names["forward"] = _with_signature_of(replaced, how)
         _MADE[key] = type(name or f"Fused{replaced.__name__}", key, names)
     return _MADE[key]
+
+
+def _with_signature_of(replaced: Any, how: Any) -> Any:
+    """The forward of `how` with the names of arguments that torch.export and others ask for."""
+
+    @functools.wraps(replaced.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return how.forward(self, *args, **kwargs)
+
+    return forward
 
 
 def _state(layer: Any) -> tuple[Any, ...]:
