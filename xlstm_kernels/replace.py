@@ -80,6 +80,8 @@ def replace_layers(
     checkpoints stay good, and `restore_layers` undoes it. Calls that are measured to be slower, or
     of a form that we do not know, still run the layer's own code.
 
+    Replaced layers have no second derivative: a gradient penalty raises NotImplementedError.
+
     Replace before torch.compile, DDP or FSDP wrap the model. torch.compile breaks the graph at an
     nn.LSTM, replaced or not, unless `torch._dynamo.config.allow_rnn` is set.
 
