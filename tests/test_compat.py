@@ -81,6 +81,15 @@ def test_mlstm_kernels_refuses(call, message):
         call()
 
 
+@pytest.mark.parametrize("given", ["c", "n", "m"])
+def test_half_a_state_is_refused(given):
+    inputs = head_first_inputs(state=True)
+    for other in set("cnm") - {given}:
+        inputs[f"{other}_initial"] = None
+    with pytest.raises(ValueError, match=f"given together, got {given}_initial alone"):
+        ours.get_mlstm_kernel("chunkwise--native_autograd")(**inputs)
+
+
 def parameters_of(function):
     return [
         name

@@ -51,6 +51,11 @@ def run_head_first(
     """`xk.mlstm`, or for one token and no gradient `xk.mlstm_step`, in the package's layout."""
     c, n, m = state
     given: Any = None
+    if (c is None) != (n is None) or (c is None and m is not None):
+        got = ", ".join(
+            f"{name}_initial" for name, x in zip("cnm", state, strict=True) if x is not None
+        )
+        raise ValueError(f"mlstm: c_initial and n_initial must be given together, got {got} alone")
     if c is not None and n is not None:
         m = c.new_zeros(c.shape[:2]) if m is None else m.reshape(c.shape[:2])
         given = c, n, m
