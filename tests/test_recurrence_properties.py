@@ -242,6 +242,20 @@ def test_second_derivative_of_a_kernel_is_refused(case):
         dx.sum().backward()
 
 
+@pytest.mark.parametrize("case", on_every_backend({"T": 2, "D": 3}))
+def test_second_derivative_is_refused_where_one_input_alone_has_a_gradient(case):
+    """The other inputs are frozen, and h.sum() has no gradient of its own to differentiate by."""
+    message = f"{CELLS[case.cell].function}: backend '{case.backend}' has no second derivative"
+    inputs = {name: leaf.detach() for name, leaf in leaves_of(case).items()}
+    for name in inputs:
+        leaf = inputs[name].clone().requires_grad_()
+        h, _ = call_recurrence(case, inputs | {name: leaf}, case.backend)
+        (grad,) = torch.autograd.grad(h.sum(), leaf, create_graph=True)
+        # Another path to the leaf, which alone would give a number.
+        with pytest.raises(NotImplementedError, match=message):
+            torch.autograd.grad(grad.square().sum() + leaf.square().sum(), leaf)
+
+
 @EVERY_BACKEND
 @pytest.mark.parametrize("cell", SLSTM_CELLS)
 def test_empty_normaliser_is_tested_per_element(cell, backend):

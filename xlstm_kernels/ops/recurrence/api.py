@@ -152,13 +152,16 @@ def _recurrence(
     if chosen is Backend.REFERENCE:
         h_BTHD, last_SBHD = reference.forward(*call, clip_grad)
     elif save:
-        h_BTHD, last_SBHD = Recurrence.apply(name, clip_grad, chosen.value, *call)
+        h_BTHD, last_SBHD, _ = Recurrence.apply(name, clip_grad, chosen.value, *call)
     else:
         h_BTHD, last_SBHD = op.forward(*call, False, chosen.value)
     return h_BTHD, CELLS[cell].State(*last_SBHD.unbind(0))
 
 
 class Recurrence(torch.autograd.Function):
+    """Also returns an empty tensor. As a saved output it ties `RecurrenceGrad` to every input, most
+    of which are not kept."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -172,18 +175,21 @@ class Recurrence(torch.autograd.Function):
         cu_seqlens: Tensor | None,
         cell: str,
         n_floor: float,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         h, last, raw, checkpoints = op.forward(
             *(x, r, b, state, cu_seqlens, cell, n_floor, True, backend)
         )
-        ctx.save_for_backward(r, raw, checkpoints, cu_seqlens, x.new_empty(0))
+        like_x = x.new_empty(0)
+        ctx.save_for_backward(r, raw, checkpoints, cu_seqlens, like_x)
         ctx.set_materialize_grads(False)
         ctx.call = name, cell, n_floor, clip_grad, backend
         ctx.dtypes = r.dtype, None if b is None else b.dtype
-        return h, last
+        return h, last, like_x
 
     @staticmethod
-    def backward(ctx: Any, dh: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, dh: Tensor | None, dlast: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
         if dh is None and dlast is None:
             return (None,) * 10
         r, raw, checkpoints, cu_seqlens, like_x = ctx.saved_tensors
