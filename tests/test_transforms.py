@@ -1,9 +1,10 @@
-"""torch.func, forward-mode derivatives and the meta device: right, or an error that says so."""
+"""torch.func, forward-mode derivatives, checkpoints, the meta device: right, or a clear error."""
 
 import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import xlstm_kernels as xk
 
@@ -74,6 +75,15 @@ def test_vmap():
     assert_close(torch.func.vmap(lambda x: xk.slstm(x, R)[0])(x)[2], xk.slstm(x[2], R)[0])
     got = torch.func.vmap(lambda student: xk.kl_div(student, TEACHER))(student)
     assert_close(got[2], xk.kl_div(student[2], TEACHER))
+
+
+@EVERY_CALL
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint(name, call, x, reentrant):
+    leaf = x.clone().requires_grad_()
+    want = torch.autograd.grad(call(leaf, "cpu").sum(), leaf)
+    checkpoint(call, leaf, "cpu", use_reentrant=reentrant).sum().backward()
+    assert torch.equal(leaf.grad, *want)
 
 
 @EVERY_CALL

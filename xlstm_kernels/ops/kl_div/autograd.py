@@ -95,8 +95,9 @@ class RowLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        dstudent = RowLossGrad.apply(dloss, ctx.grad, *ctx.call, *ctx.saved_tensors)
-        return (None, None, None, dstudent, *(None,) * (len(ctx.saved_tensors) - 1))
+        saved = ctx.saved_tensors  # which a checkpoint hands out once
+        dstudent = RowLossGrad.apply(dloss, ctx.grad, *ctx.call, *saved)
+        return (None, None, None, dstudent, *(None,) * (len(saved) - 1))
 
 
 class RowLossGrad(torch.autograd.Function):
