@@ -16,6 +16,7 @@ def normal(*shape):
 
 
 R, TEACHER, LABELS = normal(4, 2, 5, 5), normal(3, 9), torch.tensor([0, -100, 8])
+HEAD = normal(11, 9)
 # Name, function of its first argument and a backend, and that argument.
 CALLS = [
     ("slstm", lambda x, backend: xk.slstm(x, R, backend=backend)[0], normal(2, 3, 4, 2, 5)),
@@ -75,6 +76,22 @@ def test_vmap():
     assert_close(torch.func.vmap(lambda x: xk.slstm(x, R)[0])(x)[2], xk.slstm(x[2], R)[0])
     got = torch.func.vmap(lambda student: xk.kl_div(student, TEACHER))(student)
     assert_close(got[2], xk.kl_div(student[2], TEACHER))
+
+
+@pytest.mark.parametrize("name", ["kl_div", "topk_kl_div", "linear_cross_entropy"])
+def test_gradients_by_sample(name):
+    """vmap over grad, with labels and a teacher's words to look up."""
+    student, words = normal(4, 3, 9), torch.tensor([[0, 3], [7, -1], [5, 8]]).expand(4, 3, 2)
+    labels, logprobs = LABELS.expand(4, 3), TEACHER.log_softmax(-1)[:, :2]
+    losses = {
+        "kl_div": lambda x, ids, y: xk.kl_div(x, TEACHER, y, ce_weight=0.5),
+        "topk_kl_div": lambda x, ids, y: xk.topk_kl_div(x, logprobs, ids, y, ce_weight=0.5),
+        "linear_cross_entropy": lambda x, ids, y: xk.linear_cross_entropy(x, HEAD, y),
+    }
+    found = torch.func.vmap(torch.func.grad(losses[name]))(student, words, labels)
+    for sample, *given in zip(found, student, words, labels, strict=True):
+        leaf = given[0].clone().requires_grad_()
+        assert_close(sample, *torch.autograd.grad(losses[name](leaf, *given[1:]), leaf))
 
 
 @EVERY_CALL

@@ -73,6 +73,12 @@ def check_beside(
         )
 
 
+def readable(values: Tensor) -> bool:
+    """Whether there are values to look at, which a trace and torch.vmap have none of."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return not (traced or values.is_meta)
+
+
 def valid_rows(
     function: str,
     student: Tensor,
@@ -90,8 +96,7 @@ def valid_rows(
     if not look:
         return valid
     outside = valid & ((labels < 0) | (labels >= V))
-    readable = not (torch.compiler.is_compiling() or labels.is_meta)
-    if readable and bool(outside.any()):
+    if readable(labels) and bool(outside.any()):
         row = int(outside.flatten().nonzero()[0])
         raise ValueError(
             f"{function}: labels must be in [0, {V}) or ignore_index = {ignore_index},"

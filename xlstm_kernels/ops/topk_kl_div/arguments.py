@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ..kl_div.rows import check_beside, check_is_integers, check_logits
+from ..kl_div.rows import check_beside, check_is_integers, check_logits, readable
 from .support import OPEN, SUPPORTS, WITH_TAIL
 
 
@@ -56,8 +55,7 @@ def check_target(
 
 def check_ids(function: str, ids: Tensor, V: int) -> None:
     outside = (ids < -1) | (ids >= V)
-    readable = not (torch.compiler.is_compiling() or ids.is_meta)
-    if readable and bool(outside.any()):
+    if readable(ids) and bool(outside.any()):
         at = int(outside.flatten().nonzero()[0])
         raise ValueError(
             f"{function}: topk_ids must be in [0, {V}) or -1 for none,"
