@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from distill.errors import DistillError
 
 
@@ -44,6 +46,10 @@ def replace_folder(path: Path, write: Callable[[Path], Any]) -> None:
         shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)
         sync_directory(path.parent)
+    except shutil.Error as error:  # of several files, each with its reason
+        raise DistillError(f"cannot write {path}: {error.args[0][0][-1]}") from error
+    except SafetensorError as error:  # which the system's own are wrapped in
+        raise DistillError(f"cannot write {path}: {error}") from error
     except OSError as error:
         raise DistillError(f"cannot write {path}: {error.strerror or error}") from error
     finally:

@@ -83,8 +83,10 @@ def save(
         writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
         with _alone():
             dcp.save(state, storage_writer=writer, no_dist=accelerator.num_processes == 1)
-    except (OSError, CheckpointException) as error:
+    except OSError as error:
         failed = error
+    except CheckpointException as error:
+        failed = _first_failure(error)
     try:
         checksums = {} if failed else _share_of_checksums(accelerator, temporary)
     except OSError as error:
@@ -143,7 +145,8 @@ def load(
         with _alone():
             dcp.load(state, storage_reader=reader, no_dist=accelerator.num_processes == 1)
     except CheckpointException as error:
-        raise DistillError(f"checkpoint: {path} is of another model: {error}") from error
+        why = " ".join(str(_first_failure(error)).split())
+        raise DistillError(f"checkpoint: {path} is of another model: {why}") from error
 
 
 @contextlib.contextmanager
@@ -152,6 +155,11 @@ def _alone() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield
+
+
+def _first_failure(error: CheckpointException) -> BaseException:
+    """What one of the ranks ran into; as text the whole has all of their tracebacks."""
+    return next((found for found, _ in error.failures.values()), error)
 
 
 def _damage(path: Path, manifest: Manifest) -> str | None:

@@ -2,6 +2,8 @@
 
 import io
 import random
+import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,22 @@ TINY = {
     "contexts": (8, 16),
     "sample_tokens": 4,
 }
+
+
+@contextmanager
+def _limit_files(most_bytes):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def file_limit():
+    """A context in which files grow to so many bytes and no further, as on a full disk."""
+    return _limit_files
 
 
 @pytest.fixture(autouse=True)

@@ -2,13 +2,22 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from distill.errors import DistillError
-from distill.files import require_place, settings_difference, write_atomically
+from distill.files import (
+    file_digest,
+    replace_folder,
+    require_place,
+    settings_difference,
+    write_atomically,
+)
 
 SETTINGS = {"stage": {"steps": 4, "lr": 0.1}, "seed": 1}
 
@@ -49,6 +58,28 @@ def test_write_that_the_system_cuts_short_keeps_the_old_file(tmp_path):
     assert done.stdout == f"cannot write {path}: File too large\n", done.stderr
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+
+
+@pytest.mark.parametrize("kind", ["weights", "copy"])
+def test_folder_that_the_system_cuts_short_keeps_the_old_one(tmp_path, file_limit, kind):
+    source, path = tmp_path / "source", tmp_path / "model"
+    for folder in (source, path):
+        folder.mkdir()
+        save_file({"w": torch.zeros(1000)}, folder / "a.safetensors")
+
+    def write(to):
+        if kind == "copy":
+            shutil.copytree(source, to)
+        else:
+            to.mkdir()
+            save_file({"w": torch.ones(1000)}, to / "a.safetensors")
+
+    before = file_digest(path / "a.safetensors")
+    with file_limit(64), pytest.raises(DistillError, match=r"cannot write .*model: ") as caught:
+        replace_folder(path, write)
+    assert "File too large" in str(caught.value) and "[(" not in str(caught.value)
+    assert file_digest(path / "a.safetensors") == before
+    assert {place.name for place in tmp_path.iterdir()} == {"source", "model"}
 
 
 def test_a_model_replaces_a_model_alone(tmp_path):

@@ -108,6 +108,16 @@ def test_a_full_disk_leaves_the_last_one(saved, accelerator, monkeypatch):
     read(path, accelerator)
 
 
+def test_a_file_that_the_system_cuts_short_is_one_line(saved, accelerator, file_limit):
+    module, optimizer, path = saved
+    state = snapshot.training_state(module, optimizer)
+    manifest = snapshot.Manifest(SETTINGS, 3, 1.5, {})
+    with file_limit(64), pytest.raises(DistillError, match=r"cannot write .*00003: ") as caught:
+        snapshot.save(path.parent, accelerator, state, manifest, keep=2)
+    assert "File too large" in str(caught.value) and "Traceback" not in str(caught.value)
+    read(path, accelerator)
+
+
 def test_the_last_ones_are_kept(saved, accelerator):
     module, optimizer, path = saved
     for step in (3, 4):
