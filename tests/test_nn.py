@@ -146,6 +146,13 @@ def test_from_torch_refuses_what_it_cannot_be(options, text):
         xk.nn.LSTM.from_torch(nn.LSTM(3, 4, **options))
 
 
+def test_from_torch_takes_an_lstm_alone():
+    with pytest.raises(
+        TypeError, match=r"^LSTM.from_torch: module must be a torch.nn.LSTM, got GRU$"
+    ):
+        xk.nn.LSTM.from_torch(nn.GRU(3, 4))
+
+
 # ---------------------------------------------------------------- initialisation
 
 

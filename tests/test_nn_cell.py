@@ -155,6 +155,10 @@ def test_compiled_cell_step():
             " got 'iofx'",
         ),
         (
+            lambda: xk.nn.LSTMCell.from_linears(nn.Linear(3, 16), nn.Linear(4, 16), None),
+            "LSTMCell.from_linears: gate_order must be the letters i f g o in some order, got None",
+        ),
+        (
             lambda: xk.nn.LSTMCell.from_linears(nn.Linear(3, 12), nn.Linear(4, 16), "ifgo"),
             "LSTMCell.from_linears: input_linear must have 4 * hidden_size = 16 outputs, got 12",
         ),
@@ -163,3 +167,9 @@ def test_compiled_cell_step():
 def test_errors(call, text):
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
         call()
+
+
+def test_from_linears_takes_linear_maps_alone():
+    text = r"^LSTMCell.from_linears: hidden_linear must be a torch.nn.Linear, got Tensor$"
+    with pytest.raises(TypeError, match=text):
+        xk.nn.LSTMCell.from_linears(nn.Linear(3, 16), torch.zeros(16, 4), "ifgo")

@@ -86,6 +86,10 @@ class LSTM(SequenceLayer):
         `batch_first` is the module's. States differ in shape: nn.LSTM's are (1, B, hidden_size),
         this layer's are (B, 1, hidden_size).
         """
+        if not isinstance(module, nn.LSTM):
+            raise TypeError(
+                f"LSTM.from_torch: module must be a torch.nn.LSTM, got {type(module).__name__}"
+            )
         for option, only in {"num_layers": 1, "bidirectional": False, "proj_size": 0}.items():
             if getattr(module, option) != only:
                 raise NotImplementedError(
@@ -205,8 +209,13 @@ class LSTMCell(Recurrent):
                 any other; g is the candidate, the one with the tanh.
         """
         name = "LSTMCell.from_linears"
+        for argument, linear in (("input_linear", input_linear), ("hidden_linear", hidden_linear)):
+            if not isinstance(linear, nn.Linear):
+                raise TypeError(
+                    f"{name}: {argument} must be a torch.nn.Linear, got {type(linear).__name__}"
+                )
         hidden_size = hidden_linear.in_features
-        if sorted(gate_order) != sorted("ifgo"):
+        if not isinstance(gate_order, str) or sorted(gate_order) != sorted("ifgo"):
             raise ValueError(
                 f"{name}: gate_order must be the letters i f g o in some order, got {gate_order!r}"
             )
