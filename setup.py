@@ -12,6 +12,7 @@ Nothing here imports torch, so `pip install .` works under build isolation. Envi
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,12 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 SOURCE = ROOT / "csrc"
 DEFAULT_CUDA_ARCHS = "80;90a;100"
+
+
+def word(path: object) -> str:
+    """A path as one word of a shell command that ninja runs, whatever characters are in it."""
+    return shlex.quote(str(path)).replace("$", "$$")
+
 
 # One object per kernel and instruction set; cpu/dispatch.cpp picks at run time. Plainest first: of
 # inline functions of the standard library that several objects hold, the linker keeps the first.
@@ -49,7 +56,7 @@ CXX_FLAGS = (
 ) + (f" -O1 -g1 -fno-omit-frame-pointer -fsanitize={SANITIZE}" if SANITIZE else " -O3 -g0")
 # -O1: the compiler takes as long as all tests that run through the result.
 EMULATED_FLAGS = (
-    f"-x c++ -O1 -Wno-unknown-pragmas -DXLSTM_EMULATED -I{SOURCE / 'emulator' / 'include'}"
+    f"-x c++ -O1 -Wno-unknown-pragmas -DXLSTM_EMULATED -I{word(SOURCE / 'emulator' / 'include')}"
 )
 
 
@@ -81,8 +88,8 @@ def cuda_archs() -> list[str]:
 def rules() -> str:
     """Ninja's rules. Only `bind` sees the headers of Python and pybind11."""
     cxx = os.environ.get("CXX", "g++")
-    python = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
-    compile_cxx = f"{cxx} -MMD -MF $out.d -I{SOURCE} {CXX_FLAGS} $flags -c $in -o $out"
+    python = f"-I{word(pybind11.get_include())} -I{word(sysconfig.get_path('include'))}"
+    compile_cxx = f"{cxx} -MMD -MF $out.d -I{word(SOURCE)} {CXX_FLAGS} $flags -c $in -o $out"
     exports = "-Wl,--version-script=exports" if sys.platform == "linux" else ""
     text = f"""
 rule cxx
@@ -104,7 +111,7 @@ rule link
         code = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
         text += f"""
 rule nvcc
-  command = {nvcc} -MMD -MF $out.d -I{SOURCE} -std=c++17 -O3 {code} $
+  command = {word(nvcc)} -MMD -MF $out.d -I{word(SOURCE)} -std=c++17 -O3 {code} $
       -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]} $
       -Xcompiler -fPIC,-fvisibility=hidden '-DXLSTM_CUDA_ARCHS="{";".join(archs)}"' $
       -c $in -o $out
@@ -112,11 +119,16 @@ rule nvcc
   depfile = $out.d
   deps = gcc
 rule nvlink
-  command = {nvcc} -shared -cudart static $in {exports and "-Xlinker=--version-script=exports"} $
-      -o $out
+  command = {word(nvcc)} -shared -cudart static $in $
+      {exports and "-Xlinker=--version-script=exports"} -o $out
   description = link $out
 """
     return text
+
+
+def escaped(path: Path) -> str:
+    """A path as ninja reads it beside others; in commands it quotes them itself."""
+    return re.sub(r"[$ :]", r"$\g<0>", str(path))
 
 
 def edges(ext: Extension) -> str:
@@ -143,7 +155,9 @@ def edges(ext: Extension) -> str:
     # The emulator tells the sanitizers what they need to know; it is not what they look at.
     for source in sorted(SOURCE.glob("emulator/*.cpp")) if EMULATED else ():
         objects.append(("cxx", source, f"{module}/{source.stem}.o", "-fno-sanitize=all"))
-    text = "".join(f"build {o}: {rule} {s}\n  flags = {flags}\n" for rule, s, o, flags in objects)
+    text = "".join(
+        f"build {o}: {rule} {escaped(s)}\n  flags = {flags}\n" for rule, s, o, flags in objects
+    )
     link = "nvlink" if module == "_cuda" else "link"
     return f"{text}build {ext.name}.so: {link} {' '.join(o for _, _, o, _ in objects)} | exports\n"
 

@@ -68,7 +68,7 @@ def path_without_nvcc(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The unpacked sdist."""
+    """The unpacked sdist, in a folder as people name theirs."""
     folder = tmp_path_factory.mktemp("sdist")
     code = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
     # In a copy: the build backend writes into its working directory.
@@ -80,8 +80,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copy2(ROOT / name, copy / name)
     run(sys.executable, "-c", code, cwd=copy)
     (archive,) = folder.glob("*.tar.gz")
-    shutil.unpack_archive(archive, folder)
-    return folder / archive.name.removesuffix(".tar.gz")
+    shutil.unpack_archive(archive, folder / "my code")
+    return folder / "my code" / archive.name.removesuffix(".tar.gz")
 
 
 @pytest.fixture(scope="module")
