@@ -48,7 +48,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# Asked here, since torch.compile cannot trace the question before torch 2.13. The meta device has none.
+# Asked here: torch.compile cannot trace the question before torch 2.13. The meta device has none.
 AUTOCASTS = frozenset(
     kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind)
 )
