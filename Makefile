@@ -17,6 +17,8 @@ PARALLEL = OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadgroup
 ISAS = $(shell $(PYTHON) -c "from xlstm_kernels.backends import load_cpu; print(*load_cpu().supported_isas())")
 SANITIZED = build/sanitized
 COMPAT = build/compat
+# The oldest Triton that this works with, which torch 2.10 and 2.11 bring along.
+OLDEST_TRITON = build/triton-3.6
 comma = ,
 
 # setup.py's build of the CUDA kernels for the host, into the folder $(1), for sanitizer $(2) or none.
@@ -24,7 +26,7 @@ EMULATED = build/emulated
 BUILD_EMULATED = XLSTM_EMULATED=1 XLSTM_SANITIZE=$(2) $(PYTHON) setup.py --quiet build_ext \
   --build-lib $(EMULATED)/$(1) --build-temp $(EMULATED)/$(1)/temp
 
-.PHONY: help install demo ci check test test-fast test-isas test-compat emulated sanitize sanitize-emulated kernels gpu lint format bench clean
+.PHONY: help install demo ci check test test-fast test-isas test-compat test-oldest-triton emulated sanitize sanitize-emulated kernels gpu lint format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -43,7 +45,7 @@ demo:  ## distil a language model on this machine, in a few minutes
 ci: lint test-isas emulated  ## what CI runs: everything but the slow tests and the sanitizers
 	$(PARALLEL) -m "not slow"
 
-check: lint test test-compat sanitize sanitize-emulated  ## everything that must hold before a change goes in
+check: lint test test-compat test-oldest-triton sanitize sanitize-emulated  ## everything that must hold before a change goes in
 
 test: emulated test-isas  ## every test, the operations under each instruction set of this CPU
 	$(PARALLEL)
@@ -81,6 +83,13 @@ $(COMPAT):
 
 test-compat: $(COMPAT)  ## what we stand in for and replace, against the packages themselves
 	PYTHONPATH=$(COMPAT) $(PARALLEL) tests/test_compat.py tests/test_replace*.py
+
+$(OLDEST_TRITON):
+	$(PYTHON) -m pip install --quiet --no-deps --target $@ triton==3.6.0
+
+# What one release folds into a constant or takes as an argument, another refuses to compile.
+test-oldest-triton: $(OLDEST_TRITON)  ## Triton's kernels, compiled for one chip by the oldest release
+	PYTHONPATH=$(OLDEST_TRITON) $(PARALLEL) -k "sm_90 or hopper" tests/test_*_compile.py
 
 kernels:  ## what nvcc made of the CUDA kernels, and what they should take, into docs/kernels.md
 	$(PYTHON) setup.py --quiet build_ext --inplace

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ PRODUCTS = {
 # stops at 128 registers, where one block more fits a multiprocessor, or has all 255 in use. For so
 # few bytes half as wide a block, or no loads ahead in a walk over time, would cost more.
 SPILLS = dict.fromkeys(("narrow", "odd", "sigmoid_none", "plain", "float32"), 8) | {"float16": 16}
+# Triton 3.6, which torch 2.10 and 2.11 bring along, keeps more of the outputs' walk in registers.
+OLD_TRITON_SPILLS = 40
 
 
 def compiled(chip: str, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -84,7 +87,8 @@ def check_budgets(chip: str, call: dict[str, Any], kernels: set[str], spills: in
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("chip", CHIPS)
 def test_kernels_stay_within_the_chip(chip: str, call: str) -> None:
-    check_budgets(chip, CALLS[call], PRODUCTS, SPILLS.get(call, 0))
+    old = OLD_TRITON_SPILLS if version("triton").startswith("3.6.") else 0
+    check_budgets(chip, CALLS[call], PRODUCTS, max(SPILLS.get(call, 0), old))
 
 
 @pytest.mark.medium

@@ -142,7 +142,7 @@ def tile_places(x, at, head, tile, d, WIDTH: tl.constexpr, TILE: tl.constexpr):
     first = x.ptr + at.batch * x.b + (at.start + tile * TILE) * x.t + head.to(tl.int64) * x.h
     r = tl.arange(0, TILE)
     mask = (r < at.length - tile * TILE)[:, None]
-    if WIDTH % d.shape[0] != 0:
+    if tl.constexpr(WIDTH) % d.shape[0] != 0:
         mask = mask & (d < WIDTH)[None, :]
     return first + (r[:, None] * x.t + d[None, :]), mask
 
