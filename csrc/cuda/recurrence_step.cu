@@ -2,8 +2,10 @@
 //   raw = x + R h + b        state' = Cell::step(raw, state)
 // Source: arXiv 2405.04517, section 2.2; cells/*.h.
 // Tensors: launch.h, but R as it came: float32, bfloat16 or float16. T = 1.
-// Grid: kWarps units of H x D each, for one tile of sequences after the other; a warp reads the four
-//   rows of R of one unit, once, for all of its tile. Sums, gates and states float32. Saved: nothing.
+// Grid: (tile of sequences, kWarps units of H x D, over two axes); a warp reads the four rows of R of
+//   one unit, once, for all sequences of its tile. Sums, gates and states float32. Saved: nothing.
+#include <algorithm>
+
 #include "cells/cells.h"
 #include "cuda/kernel_launch.h"
 #include "cuda/recurrence_launch.h"
@@ -15,6 +17,7 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kAtOnce = 4;  // neighbours along the sum that a lane reads of each row
 constexpr int kSums = kGates * kColumns;
+constexpr std::int64_t kMostBlocksAcross = 65535;  // along a grid's second and third axis
 static_assert(kSums == 32, "a lane ends up with one");
 
 template <class T>
@@ -78,11 +81,11 @@ __global__ void __launch_bounds__(32 * kWarps)
     recurrence_step_kernel(RecurrenceForward args, bool wide) {
   const Lane lane;
   const int D = static_cast<int>(args.D), lane_id = static_cast<int>(threadIdx.x) % 32;
-  const auto of_tile = static_cast<unsigned>(ceil_div(args.H * args.D, kWarps));
-  const std::int64_t at = static_cast<std::int64_t>(blockIdx.x % of_tile) * kWarps + lane.warp;
+  const std::int64_t block = static_cast<std::int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
+  const std::int64_t at = block * kWarps + lane.warp;
   if (at >= args.H * args.D) return;
   const int head = static_cast<int>(at / D), unit = static_cast<int>(at % D);
-  const Work work(args, head, static_cast<int>(blockIdx.x / of_tile));
+  const Work work(args, head, static_cast<int>(blockIdx.x));
   CellOptions options;
   options.n_floor = args.n_floor;
   // Four lanes have the gates of a sequence; the first of them has its states.
@@ -119,9 +122,11 @@ __global__ void __launch_bounds__(32 * kWarps)
 
 template <class Cell, class T>
 void run(const RecurrenceForward& args, void* stream) {
-  LaunchShape shape;  // of one axis: the others end at 65535 blocks
-  shape.grid =
-      dim3(static_cast<unsigned>(ceil_div(args.H * args.D, kWarps) * ceil_div(args.B, kColumns)));
+  LaunchShape shape;
+  const std::int64_t blocks = ceil_div(args.H * args.D, kWarps);
+  const std::int64_t across = std::min(blocks, kMostBlocksAcross);
+  shape.grid = dim3(static_cast<unsigned>(ceil_div(args.B, kColumns)),
+                    static_cast<unsigned>(across), static_cast<unsigned>(ceil_div(blocks, across)));
   shape.block = 32 * kWarps;
   const auto aligned = [](const void* at, std::size_t bytes) {
     return reinterpret_cast<std::uintptr_t>(at) % bytes == 0;
