@@ -257,6 +257,7 @@ WRONG = [
     (ValueError, (X, W, T * PARAMETER[0], U), {}, "pass teacher_hidden.detach()"),
     (ValueError, (X, W, T, U), {"chunk_rows": 0}, "chunk_rows must be at least 1, got 0"),
     (TypeError, (X, W, T, U), {"chunk_rows": 2.0}, "chunk_rows must be an integer, got float"),
+    (TypeError, (X, W, T, U), {"chunk_rows": True}, "chunk_rows must be an integer, got bool"),
     (ValueError, (X, W, T, U), {"ce_weight": 0.5}, "labels are needed for ce_weight = 0.5, got"),
     (TypeError, (X, W, T, U, X[:, 0]), {}, "labels must be integers, got torch.float32"),
     (TypeError, (L[:, None], W, T, U), {}, "student_hidden must be a floating point tensor, got"),

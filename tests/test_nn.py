@@ -1,6 +1,7 @@
 """SLSTM and LSTM: shapes, what they take over, initialisation, and torch's own machinery."""
 
 import copy
+import io
 import pickle
 import re
 
@@ -207,6 +208,26 @@ def test_copies_and_pickles(name):
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(twin(x)[0], want)
         assert repr(twin) == repr(layer)
+
+
+@pytest.mark.parametrize("make", [xk.nn.SLSTM, xk.nn.LSTM, xk.nn.MLSTM])
+def test_states_and_exported_layers_are_saved(make):
+    layer, x = seeded(make, 6, 8, 2), torch.randn(2, 5, 6)
+    with torch.no_grad():
+        _, state = layer(x)
+        want, end = layer(x, state)
+    exported = torch.export.export(layer, (x, state))
+    file, file_of_state = io.BytesIO(), io.BytesIO()
+    torch.export.save(exported, file)
+    torch.save(state, file_of_state)
+    for written in (file, file_of_state):
+        written.seek(0)
+    read = torch.load(file_of_state, weights_only=True)
+    got, got_end = torch.export.load(file).module()(x, read)
+    assert_near(got, want)
+    assert type(got_end) is type(read) is type(end)
+    for a, b in zip(got_end, end, strict=True):
+        assert_near(a, b)
 
 
 @EVERY_LAYER

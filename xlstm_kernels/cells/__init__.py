@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from . import lstm, slstm
 from .lstm import LSTMState
@@ -15,6 +16,16 @@ from .mlstm import MLSTMState
 from .slstm import SLSTMState
 
 __all__ = ["CELLS", "Cell", "LSTMState", "MLSTMState", "SLSTMState"]
+
+STATES = (LSTMState, MLSTMState, SLSTMState)
+# What torch.save and torch.export.save have written of a layer that takes or returns a state, their
+# loaders read once this package is imported. For the second torch's own error message names a
+# function that is not public; no public one does it, hence the question: without it, all but saving
+# works.
+torch.serialization.add_safe_globals(list(STATES))
+if register := getattr(pytree, "_register_namedtuple", None):
+    for kind in STATES:
+        register(kind, serialized_type_name=f"xlstm_kernels.{kind.__name__}")
 
 
 @dataclass(frozen=True)
