@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill.cli.flags import add_folders, add_number, whole_numbers
+from distill.cli.flags import add_folders, add_number, path, whole_numbers
 from distill.errors import DistillError
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ def add(commands: Commands) -> None:
     add_number(parser, "--rows", "sequences at once", 1, most=1 << 16)
     add_number(parser, "--threads", "CPU threads (default: torch's choice)", most=1 << 16)
     parser.add_argument("--device", default="cpu", help="as torch names it (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements there")
+    parser.add_argument("--json", type=path, metavar="FILE", help="write the measurements there")
     parser.set_defaults(command=run)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from distill.cli.flags import add_folders, add_heldout_fraction, add_number, add_pattern
+from distill.cli.flags import add_folders, add_heldout_fraction, add_number, add_pattern, path
 from distill.errors import Interrupt
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def add(commands: Commands) -> None:
     add_heldout_fraction(cache)
     cache.add_argument(
         "--tokens",
-        type=Path,
+        type=path,
         metavar="DIR",
         help="where the tokens are kept, as data.tokens of a recipe (default: OUT/tokens)",
     )

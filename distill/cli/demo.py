@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill.cli.flags import add_number, add_run_dir, scale
+from distill.cli.flags import add_number, add_run_dir, path, scale
 from distill.errors import Interrupt
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def add(commands: Commands) -> None:
     text = demo.add_argument_group("text")
     text.add_argument(
         "--corpus",
-        type=Path,
+        type=path,
         metavar="DIR",
         help="train on the files below DIR (default: Python's standard library)",
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill.cli.flags import add_number, whole_numbers
+from distill.cli.flags import add_number, path, whole_numbers
 from distill.errors import DistillError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def add(commands: Commands) -> None:
         ),
         allow_abbrev=False,
     )
-    report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    report.add_argument("run_dir", type=path, metavar="RUN_DIR")
     report.set_defaults(command=run_report)
 
 
@@ -42,14 +42,14 @@ def _add_eval(commands: Commands) -> None:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", required=True, help="where scores and report go"
+        "--out", type=path, metavar="DIR", required=True, help="where scores and report go"
     )
     for flag, what in (
         ("--teacher", "what `save_pretrained` wrote, tokenizer too (default: the run's)"),
         ("--student", "the same of the student (default: the run's)"),
         ("--corpus", "score the files below DIR (default: the run's)"),
     ):
-        parser.add_argument(flag, type=Path, metavar="DIR", help=what)
+        parser.add_argument(flag, type=path, metavar="DIR", help=what)
     parser.add_argument(
         "--control",
         action="append",
@@ -86,7 +86,7 @@ def _add_more(parser: argparse.ArgumentParser) -> None:
         help="score tasks of lm-eval-harness too, where lm_eval is installed",
     )
     parser.add_argument(
-        "--harness-folder", type=Path, metavar="DIR", help="of tasks of your own, as its YAML"
+        "--harness-folder", type=path, metavar="DIR", help="of tasks of your own, as its YAML"
     )
     add_number(parser, "--harness-limit", "examples a task", most=1 << 30)
     for flag, what in (

@@ -67,10 +67,17 @@ def fraction(text: str) -> float:
     return value
 
 
+def path(text: str) -> Path:
+    """The type of a flag with a file or folder. Path("") would be the current one."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be a path, got ''")
+    return Path(text)
+
+
 def add_folders(parser: argparse.ArgumentParser, **what: str) -> None:
     """A flag that must be given for each name, and what the folder holds."""
     for name, text in what.items():
-        parser.add_argument(f"--{name}", type=Path, metavar="DIR", required=True, help=text)
+        parser.add_argument(f"--{name}", type=path, metavar="DIR", required=True, help=text)
 
 
 def add_number(
@@ -99,7 +106,7 @@ def add_recipe(parser: OneLineParser) -> None:
 def add_run_dir(parser: argparse._ActionsContainer, default: str, what: str) -> None:
     parser.add_argument(
         "--run-dir",
-        type=Path,
+        type=path,
         default=Path(default),
         metavar="DIR",
         help=f"{what} (default: %(default)s)",
@@ -108,7 +115,7 @@ def add_run_dir(parser: argparse._ActionsContainer, default: str, what: str) -> 
 
 def add_corpus(parser: argparse.ArgumentParser, what: str) -> None:
     """Text that a command can do without."""
-    parser.add_argument("--corpus", type=Path, metavar="DIR", help=what)
+    parser.add_argument("--corpus", type=path, metavar="DIR", help=what)
     add_pattern(parser)
 
 

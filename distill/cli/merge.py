@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill.cli.flags import add_corpus, add_heldout_fraction, whole_number
+from distill.cli.flags import add_corpus, add_heldout_fraction, path, whole_number
 from distill.errors import DistillError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def add(commands: Commands) -> None:
     merge.add_argument(
         "experts", nargs="+", metavar="NAME=DIR", help="what `save_pretrained` wrote"
     )
-    merge.add_argument("--out", type=Path, metavar="DIR", required=True, help="the merged model")
+    merge.add_argument("--out", type=path, metavar="DIR", required=True, help="the merged model")
     how = merge.add_mutually_exclusive_group()
     how.add_argument("--weights", metavar="NAME=X,...", help="of each, summing to 1")
     how.add_argument(

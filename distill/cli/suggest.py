@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill.cli.flags import add_number
+from distill.cli.flags import add_number, path
 from distill.errors import DistillError
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ def add(commands: Commands) -> None:
         ),
         allow_abbrev=False,
     )
-    parser.add_argument("models", type=Path, metavar="DIR|LIST.yaml")
+    parser.add_argument("models", type=path, metavar="DIR|LIST.yaml")
     for flag, default, what in (
         ("--tokens", 10**9, "to train on"),
         ("--context", 4096, "tokens at which states are sized"),

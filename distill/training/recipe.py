@@ -195,11 +195,13 @@ class Recipe:
 
     def expand_home(self) -> None:
         """Put the user's folder for ~ in paths: a shell does not, within KEY=~/notes."""
-        for part, name in (
-            *((self.student, "path"), (self.data, "corpus"), (self.data, "tokens")),
-            *((self.teacher, "path"), (self.teacher, "cache")),
-        ):
-            if (path := getattr(part, name)) is not None:
+        for key in ("student.path", "data.corpus", "data.tokens", "teacher.path", "teacher.cache"):
+            section, name = key.split(".")
+            part = getattr(self, section)
+            path = getattr(part, name)
+            if path == "":  # which Path takes for the current folder
+                raise DistillError(f"recipe: {key} must be a path or null, got ''")
+            if path is not None:
                 setattr(part, name, str(Path(path).expanduser()))
 
     def save(self, path: Path) -> None:

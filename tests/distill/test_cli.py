@@ -44,6 +44,8 @@ def assert_one_line(err: str, *parts: str) -> None:
         (["demo", "--seed", "-1"], ["--seed"]),
         (["demo", "--seed", str(2**32)], ["--seed", "at most 4294967293"]),
         (["demo", "--backend", "tpu"], ["--backend", "'tpu'"]),
+        (["demo", "--corpus", ""], ["--corpus", "must be a path, got ''"]),
+        (["run", "linearize-paper", "--run-dir="], ["--run-dir", "must be a path, got ''"]),
         (["demolish"], ["'demolish'", "demo"]),
         ([], ["COMMAND"]),
     ],

@@ -86,6 +86,7 @@ def test_an_override_replaces_options():
         ("stages.0.betas=[0.9]", ["stages.0.betas must be two", "[0.9]"]),
         ("stages.0.betas=[0.9", ["stages[0].betas"]),
         ("stages.0.clip=0", ["stages.0.clip must be above 0"]),
+        ("data.corpus=''", ["data.corpus must be a path or null, got ''"]),
         ("stages.0.trainable=[]", ["stages.0.trainable must have one pattern"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
