@@ -3,6 +3,7 @@ themselves where they are installed."""
 
 import inspect
 from importlib import import_module
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -90,6 +91,46 @@ def test_half_a_state_is_refused(given):
         ours.get_mlstm_kernel("chunkwise--native_autograd")(**inputs)
 
 
+def given_by_position(kernel, inputs, **given):
+    """What the kernel returns for its arguments in their order: those named, others by default."""
+    given = inputs | given
+    parameters = inspect.signature(kernel).parameters.values()
+    named = [p for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    return kernel(*(given.get(p.name, p.default) for p in named))
+
+
+@pytest.mark.parametrize("name", [*ours.KERNELS, *ours.SEQUENCE_KERNELS])
+def test_arguments_by_position(name):
+    get = ours.get_mlstm_kernel if name in ours.KERNELS else ours.get_mlstm_sequence_kernel
+    kernel, inputs = get(name), head_first_inputs(state=True)
+    options = {"eps": 1e-3, "return_last_states": True}
+    if "siging" in name:
+        options["normalize"] = False
+    tiles = dict.fromkeys(("chunk_size", "chunk_size_inter", "stable_fgate"), False)
+    h, last = given_by_position(kernel, inputs, **tiles, **options)
+    want, want_last = kernel(**inputs, **options)
+    assert torch.equal(h, want) and all(map(torch.equal, last, want_last))
+    with pytest.raises(TypeError, match=f"{kernel.__name__}: at most .* positional arguments"):
+        kernel(*inputs.values(), *range(30))
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'q'"):
+        kernel(*inputs.values(), q=inputs["q"])
+
+
+@pytest.mark.medium
+def test_kernels_compile_without_a_break():
+    inputs = head_first_inputs(state=True)
+    for name, kernel in ours.KERNELS.items():
+
+        def run(*call, kernel=kernel):
+            return kernel(*call, None, None, None, True, 1e-6)
+
+        call = [inputs[argument] for argument in "qkvif"]
+        h, last = torch.compile(run, fullgraph=True, backend="eager")(*call)
+        want, want_last = run(*call)
+        assert torch.equal(h, want) and all(map(torch.equal, last, want_last)), name
+        torch._dynamo.reset()
+
+
 def parameters_of(function):
     return [
         name
@@ -101,19 +142,30 @@ def parameters_of(function):
 def test_against_mlstm_kernels():
     reason = "mlstm_kernels is not installed: make test-compat"
     theirs = pytest.importorskip("mlstm_kernels.torch", reason=reason)
+    has_triton = find_spec("triton") is not None
     assert set(theirs.get_available_mlstm_kernels()) <= set(ours.KERNELS)
     assert set(theirs.get_available_mlstm_sequence_kernels()) <= set(ours.SEQUENCE_KERNELS)
     assert set(theirs.get_available_mlstm_step_kernels()) <= set(ours.STEP_KERNELS)
+    for kind in ("", "sequence_", "step_"):
+        for name in getattr(theirs, f"get_available_mlstm_{kind}kernels")():
+            if "triton" in name and not has_triton:
+                continue
+            get = f"get_mlstm_{kind}kernel"
+            kernel, stand_in = getattr(theirs, get)(name), getattr(ours, get)(name)
+            assert kernel.__name__ == stand_in.__name__
+            assert parameters_of(kernel) == parameters_of(stand_in)
     for name in theirs.get_available_mlstm_kernels():
         if "triton" in name:
             continue
         kernel, stand_in = theirs.get_mlstm_kernel(name), ours.get_mlstm_kernel(name)
-        assert kernel.__name__ == stand_in.__name__
-        assert parameters_of(kernel)[:10] == parameters_of(stand_in)[:10]
         # Theirs are exact through h where autograd differentiates them; `custbw` are not.
         exact = "autograd" in name
         got, want = head_first_inputs(S=64), head_first_inputs(S=64)
-        h, h_theirs = stand_in(**got), kernel(**want)
+        # By position, in the package's own order and with its defaults.
+        names = parameters_of(kernel)
+        defaults = [p.default for p in inspect.signature(kernel).parameters.values()][5:]
+        h = stand_in(*got.values(), *defaults[: len(names) - 5])
+        h_theirs = kernel(**want)
         assert relative_error(h, h_theirs) <= 1e-5, name
         h.sin().sum().backward()
         h_theirs.sin().sum().backward()
@@ -189,19 +241,77 @@ def test_flashrnn_layouts(function, state):
 
 
 @pytest.mark.parametrize("function", ours_flashrnn.FUNCTIONS)
+def test_flashrnn_every_state(function):
+    """All states of all steps, in any layout: h is the call's without them, the last step the last
+    state; gradients of h and of the last states too."""
+    inputs = flashrnn_inputs(function, True)
+    config = ours_flashrnn.FlashRNNConfig(function=function, output_shape="BTSHD")
+    inputs["states"] = inputs["states"].permute(1, 2, 0, 3, 4).detach().requires_grad_()
+    results = []
+    for every_state in (False, True):
+        steps, last = ours_flashrnn.flashrnn(**inputs, config=config, every_state=every_state)
+        (steps[:, :, 0].sin().sum() + last.cos().sum()).backward()
+        results.append([steps[:, :, 0], last, *(x.grad for x in inputs.values())])
+        for x in inputs.values():
+            x.grad = None
+    for got, want in zip(*results, strict=True):
+        assert got.shape == want.shape and relative_error(got, want) <= 1e-5
+    assert steps.shape == (2, 9, config.num_states, 3, 8) and torch.equal(steps[:, -1:], last)
+    half = {name: x.bfloat16() for name, x in inputs.items()}
+    steps, last = ours_flashrnn.flashrnn(**half, config=config, every_state=True)
+    assert steps.dtype == torch.bfloat16 and last.dtype == torch.float32
+    half["Wx"] = half["Wx"][:, :0]
+    steps, last = ours_flashrnn.flashrnn(**half, config=config, every_state=True)
+    assert steps.shape == (2, 0, config.num_states, 3, 8)
+    assert torch.equal(last, half["states"].float())
+
+
+@pytest.mark.parametrize("function", ours_flashrnn.FUNCTIONS)
 @pytest.mark.parametrize("state", [True, False])
 def test_against_flashrnn(function, state):
     theirs = pytest.importorskip("flashrnn", reason="flashrnn is not installed: make test-compat")
     results = []
-    for run in (ours_flashrnn.flashrnn, theirs.flashrnn):
+    for run, options in ((ours_flashrnn.flashrnn, {"every_state": True}), (theirs.flashrnn, {})):
         inputs = flashrnn_inputs(function, state)
-        h, last = run(**inputs, function=function, backend="vanilla", dtype="float32")
-        (h[0].sin().sum() + last[0].cos().sum()).backward()
-        results.append([h[0], last, *(x.grad for x in inputs.values())])
+        call = inputs | options
+        steps, last = run(**call, function=function, backend="vanilla", dtype="float32")
+        (sum(part.sin().sum() for part in steps) + last.cos().sum()).backward()
+        results.append([*steps, last, *(x.grad for x in inputs.values())])
     for got, want in zip(*results, strict=True):
         assert got.shape == want.shape and relative_error(got, want) <= 1e-5
+    h, _ = ours_flashrnn.flashrnn(**flashrnn_inputs(function, state), function=function)
+    assert relative_error(h[0], results[1][0]) <= 1e-5
+    # Ours after theirs, where no call of theirs reaches.
     names = parameters_of(theirs.flashrnn)
-    assert parameters_of(ours_flashrnn.flashrnn) == names
+    assert parameters_of(ours_flashrnn.flashrnn) == [*names, "every_state"]
+    fields = [name for name in theirs.FlashRNNConfig.__dataclass_fields__ if name[0] != "_"]
+    assert fields == list(ours_flashrnn.FlashRNNConfig.__dataclass_fields__)
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("every_state", [False, True])
+def test_flashrnn_compiles_without_a_break(every_state):
+    inputs = flashrnn_inputs("slstm", True)
+
+    def run(**inputs):
+        return ours_flashrnn.flashrnn(**inputs, function="slstm", every_state=every_state)
+
+    results = []
+    for call in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        steps, last = call(**inputs)
+        gradients = torch.autograd.grad(steps.sin().sum() + last.sum(), list(inputs.values()))
+        results.append([steps, last, *gradients])
+    assert all(map(torch.equal, *results))
+
+
+def test_flashrnn_layouts_of_weights():
+    inputs = flashrnn_inputs("slstm", False)
+    want, _ = ours_flashrnn.flashrnn(**inputs, function="slstm")
+    inputs["R"], inputs["b"] = inputs["R"].permute(1, 3, 0, 2), inputs["b"].permute(1, 2, 0)
+    config = ours_flashrnn.FlashRNNConfig(
+        function="slstm", recurrent_shape="HPGD", bias_shape="HDG"
+    )
+    assert torch.equal(ours_flashrnn.flashrnn(**inputs, config=config)[0], want)
 
 
 def test_flashrnn_initial_values_and_clipping():
@@ -225,7 +335,10 @@ def test_flashrnn_initial_values_and_clipping():
         ({"gradient_recurrent_cut": True}, NotImplementedError, "gradient_recurrent_cut"),
         ({"forward_clipval": 1.0}, NotImplementedError, "forward_clipval must be None"),
         ({"input_shape": "BTHGD"}, ValueError, "input_shape must be"),
-        ({"output_shape": "BTHD"}, ValueError, "output_shape must be"),
+        ({"output_shape": "BTHD"}, ValueError, "output_shape must be the letters SBTHD"),
+        ({"recurrent_shape": "GHDE"}, ValueError, "recurrent_shape must be the letters GHDP"),
+        ({"bias_shape": "G"}, ValueError, "bias_shape must be the letters GHD"),
+        ({"constants": {"x": 1.0}}, NotImplementedError, "constants must be empty"),
     ],
 )
 def test_flashrnn_refuses(options, error, message):

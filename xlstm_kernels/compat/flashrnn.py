@@ -6,8 +6,9 @@ Arguments and layouts are that package's: Wx (B, T, 4, N, D), R (4, N, D, D) [ga
 b (4, N, D), states (S, B, 1, N, D), gates in the order i f z o. What differs:
 
 - Of all steps h alone is returned, as (1, B, T, N, D): `states[0]` is what it is there, `states[1]`
-  an IndexError. The last states are all there, in float32 (float64 for float64 inputs).
-- function="gru" and "elman" have no kernel here.
+  an IndexError. `every_state=True` returns all of them, (S, B, T, N, D) in the dtype of Wx, by one
+  call of the kernel a step. The last states are float32 (float64 for float64 inputs).
+- function="gru" and "elman" have no kernel here, and cells have no constants.
 - Any B, T, N, D; `backend` and `dtype` are taken and do nothing: inputs are not cast.
 - Gradients are exact for c, n and m too. `gradient_recurrent_clipval` bounds the gradient alone;
   there it bounds h as well.
@@ -27,26 +28,37 @@ from ..cells import CELLS
 from ..ops.recurrence.api import lstm, slstm
 
 FUNCTIONS = ("lstm", "slstm")
+LAYOUTS = {"output_shape": "SBTHD", "recurrent_shape": "GHDP", "bias_shape": "GHD"}
 BACKENDS = ("vanilla", "vanilla_fwbw", "cuda", "cuda_fused", "triton_fused")
 
 
 @dataclass
 class FlashRNNConfig:
-    """The package's fields that have a meaning here; any other is a TypeError."""
+    """The package's fields in its order, but for those that it keeps to itself. What only chooses
+    or tunes its kernels does nothing here."""
 
     backend: str = "cuda_fused"
     function: str = "lstm"
     gradient_recurrent_cut: bool = False
     gradient_recurrent_clipval: float | None = None
     forward_clipval: float | None = None
+    constants: dict[str, float] | None = None
+    simple_agg: bool = True
     hidden_dim: int = -1
     num_heads: int = -1
     head_dim: int = -1
     num_states: int = 4
+    num_gates_r: int = 4
+    num_gates_w: int = 4
+    num_gates_i: int = 4
+    num_gates_t: int = 4
     batch_size: int = 8
     input_shape: str = "BTGHD"
     output_shape: str = "SBTHD"
+    recurrent_shape: str = "GHDP"
+    bias_shape: str = "GHD"
     dtype: str = "bfloat16"
+    dtype_acc: str | None = "float32"
     dtype_b: str | None = None
     dtype_r: str | None = None
     dtype_w: str | None = None
@@ -54,6 +66,8 @@ class FlashRNNConfig:
     dtype_s: str | None = None
     dtype_a: str | None = None
     enable_automatic_mixed_precision: bool = True
+    trainable_r: Sequence[bool] | bool = True
+    trainable_b: Sequence[bool] | bool = True
     initial_val: float | Sequence[float] = 0.0
 
     def __post_init__(self) -> None:
@@ -64,15 +78,19 @@ class FlashRNNConfig:
             raise NotImplementedError(
                 f"flashrnn: forward_clipval must be None, got {self.forward_clipval}"
             )
+        if self.constants:
+            raise NotImplementedError(f"flashrnn: constants must be empty, got {self.constants}")
+        self.num_states = CELLS[self.function].states
         if self.input_shape not in ("BTGHD", "TBGHD"):
             raise ValueError(
                 f"flashrnn: input_shape must be 'BTGHD' or 'TBGHD', got {self.input_shape!r}"
             )
-        if sorted(self.output_shape) != sorted("SBTHD"):
-            raise ValueError(
-                "flashrnn: output_shape must be the letters SBTHD in some order, got"
-                f" {self.output_shape!r}"
-            )
+        for field, letters in LAYOUTS.items():
+            if sorted(getattr(self, field)) != sorted(letters):
+                raise ValueError(
+                    f"flashrnn: {field} must be the letters {letters} in some order, got"
+                    f" {getattr(self, field)!r}"
+                )
 
 
 def flashrnn(
@@ -84,8 +102,13 @@ def flashrnn(
     config: FlashRNNConfig | None = None,
     backend: str = "cuda_fused",
     dtype: str = "bfloat16",
+    *,
+    every_state: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """LSTM or sLSTM over a sequence: h of all steps (1, B, T, N, D), last states (S, B, 1, N, D).
+
+    With `every_state`, which the package does not have, the first is all states of all steps,
+    (S, B, T, N, D), as it is there: by one call of the kernel a step, some six times slower.
 
     Example:
         >>> import torch
@@ -98,29 +121,46 @@ def flashrnn(
     if config is None:
         config = FlashRNNConfig(function=function, backend=backend)
     x_BTGHD = Wx if config.input_shape == "BTGHD" else Wx.transpose(0, 1)
+    r_GHDP = _in_order(R, config.recurrent_shape, "GHDP")
+    b_GHD = _in_order(b, config.bias_shape, "GHD")
     given = _initial(config, x_BTGHD, states)
-    last: Any
-    if config.function == "lstm":
-        if config.gradient_recurrent_clipval is not None:
-            raise NotImplementedError(
-                "flashrnn: gradient_recurrent_clipval must be None with function='lstm', got"
-                f" {config.gradient_recurrent_clipval}"
-            )
-        h, last = lstm(x_BTGHD, R, b, given)
+    if every_state:
+        steps_T = []
+        for x_B1GHD in x_BTGHD.split(1, dim=1):
+            _, given = _run(config, x_B1GHD, r_GHDP, b_GHD, given)
+            steps_T.append(torch.stack(given).to(x_BTGHD.dtype))
+        # An empty sequence is split into one step of no length.
+        steps_SBTHD, last = torch.stack(steps_T, dim=2)[:, :, : x_BTGHD.shape[1]], given
     else:
-        clip_grad = config.gradient_recurrent_clipval
-        h, last = slstm(x_BTGHD, R, b, given, n_floor=1.0, clip_grad=clip_grad)
-    outputs = h.unsqueeze(0), torch.stack(tuple(last)).unsqueeze(2)
-    order = ["SBTHD".index(letter) for letter in config.output_shape]
-    return outputs[0].permute(order), outputs[1].permute(order)
+        h_BTHD, last = _run(config, x_BTGHD, r_GHDP, b_GHD, given)
+        steps_SBTHD = h_BTHD.unsqueeze(0)
+    last_SBTHD = torch.stack(tuple(last)).unsqueeze(2)
+    order = "SBTHD", config.output_shape
+    return _in_order(steps_SBTHD, *order), _in_order(last_SBTHD, *order)
+
+
+def _in_order(tensor: Tensor, letters: str, wanted: str) -> Tensor:
+    return tensor.permute([letters.index(letter) for letter in wanted])
+
+
+def _run(config: FlashRNNConfig, x: Tensor, r: Tensor, b: Tensor, given: Any) -> Any:
+    """h of all steps, and the last states."""
+    clip_grad = config.gradient_recurrent_clipval
+    if config.function == "slstm":
+        return slstm(x, r, b, given, n_floor=1.0, clip_grad=clip_grad)
+    if clip_grad is not None:
+        raise NotImplementedError(
+            "flashrnn: gradient_recurrent_clipval must be None with function='lstm', got"
+            f" {clip_grad}"
+        )
+    return lstm(x, r, b, given)
 
 
 def _initial(config: FlashRNNConfig, x_BTGHD: Tensor, states: Tensor | None) -> Any:
     """The initial states, each (B, N, D), or None for zeros."""
     count = CELLS[config.function].states
     if states is not None:
-        axes = [config.output_shape.index(letter) for letter in "SBTHD"]
-        states_SBTHD = states.permute(axes)
+        states_SBTHD = _in_order(states, config.output_shape, "SBTHD")
         if states_SBTHD.shape[0] != count or states_SBTHD.shape[2] != 1:
             raise ValueError(
                 f"flashrnn: states must have S = {count} and T = 1 with function="

@@ -5,8 +5,9 @@
 Arguments, layouts and returns are that package's: q, k (B, NH, S, K), v (B, NH, S, V), i, f
 (B, NH, S), states c (B, NH, K, V), n (B, NH, K), m (B, NH, 1). What differs:
 
-- Any S, K, V and chunk size. Tiling arguments (`chunk_size` and all below it) are taken and do
-  nothing: the kernel chooses, and the result does not depend on them.
+- Any S, K, V and chunk size. Tiling arguments (`chunk_size` and what goes with it) and
+  `stable_fgate` are taken, by position too, and do nothing: the kernel chooses, and the result does
+  not depend on them.
 - Gradients are exact, through the normaliser and the last states too.
 - Kernels named "parallel" take initial states and return last ones.
 - Nothing is computed in `autocast_kernel_dtype`, and states stay float32 whatever `dtype_state`
@@ -16,6 +17,7 @@ Arguments, layouts and returns are that package's: q, k (B, NH, S, K), v (B, NH,
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -131,46 +133,76 @@ def _step(
     return h, (last.c, last.n, last.m.unsqueeze(-1))
 
 
-def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+def _named(function: Callable[..., Any], name: str, *order: str) -> Callable[..., Any]:
+    """`function` under the package's name and with its order of arguments: up to `eps` it is
+    `function`'s own, then `order`. Those that `function` does not have do nothing."""
+    own = inspect.signature(function).parameters
+    names = (*(n for n in own if n not in ("normalize", "ignored")), *order)
+
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
+        if len(args) > len(names):
+            raise TypeError(f"{name}: at most {len(names)} positional arguments, got {len(args)}")
+        return function(**dict(zip(names, args, strict=False)), **kwargs)
 
     kernel.__name__ = kernel.__qualname__ = name
     kernel.__doc__ = function.__doc__
-    kernel.__wrapped__ = function  # type: ignore[attr-defined]
+    either = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    taken = [own.get(n, inspect.Parameter(n, either, default=None)) for n in names]
+    signature = inspect.Signature([*taken, own["ignored"]])
+    kernel.__signature__ = signature  # type: ignore[attr-defined]
     return kernel
 
 
+CAST = "autocast_kernel_dtype"
+TILES = (
+    *("chunk_size", "chunk_size_inter", "chunk_size_intra", "siz_b_L_parallel", "siz_b_L_loop"),
+    *("siz_b_DH_parallel", "siz_b_DH_loop", "num_warps_intra", "num_warps_inter"),
+    *("num_stages_intra", "num_stages_inter", "recompute_states_in_bw", CAST),
+)
+SIGMOID = "stable_fgate", "normalize"
+
 # The package's registries: registered name -> function.
 KERNELS = {
-    "chunkwise--native_autograd": _named(_sequence, "mlstm_chunkwise__native_autograd"),
-    "chunkwise--native_custbw": _named(_sequence, "mlstm_chunkwise__native_custbw"),
-    "chunkwise--triton_limit_chunk": _named(_sequence, "mlstm_chunkwise__limit_chunk"),
-    "chunkwise--triton_xl_chunk": _named(_sequence, "mlstm_chunkwise__xl_chunk"),
+    "chunkwise--native_autograd": _named(
+        _sequence, "mlstm_chunkwise__native_autograd", "chunk_size"
+    ),
+    "chunkwise--native_custbw": _named(
+        _sequence, "mlstm_chunkwise__native_custbw", "chunk_size", CAST
+    ),
+    "chunkwise--triton_limit_chunk": _named(
+        _sequence, "mlstm_chunkwise__limit_chunk", "chunk_size", CAST
+    ),
+    "chunkwise--triton_xl_chunk": _named(_sequence, "mlstm_chunkwise__xl_chunk", *TILES),
     "chunkwise--triton_xl_chunk_siging": _named(
-        _sigmoid_sequence, "mlstm_siging_chunkwise__xl_chunk"
+        _sigmoid_sequence, "mlstm_siging_chunkwise__xl_chunk", "normalize", *TILES
     ),
     "parallel--native_autograd": _named(_sequence, "mlstm_parallel__native_autograd"),
-    "parallel--native_custbw": _named(_sequence, "mlstm_parallel__native_custbw"),
+    "parallel--native_custbw": _named(_sequence, "mlstm_parallel__native_custbw", CAST),
     "parallel--native_stablef_autograd": _named(
         _sequence, "mlstm_parallel__native_stablef_autograd"
     ),
-    "parallel--native_stablef_custbw": _named(_sequence, "mlstm_parallel__native_stablef_custbw"),
+    "parallel--native_stablef_custbw": _named(
+        _sequence, "mlstm_parallel__native_stablef_custbw", CAST
+    ),
     "parallel--native_siging_autograd": _named(
-        _sigmoid_sequence, "mlstm_siging_parallel__native_autograd"
+        _sigmoid_sequence, "mlstm_siging_parallel__native_autograd", *SIGMOID
     ),
     "parallel--native_siging_custbw": _named(
-        _sigmoid_sequence, "mlstm_siging_parallel__native_custbw"
+        _sigmoid_sequence, "mlstm_siging_parallel__native_custbw", *SIGMOID, CAST
     ),
-    "parallel--triton_limit_headdim": _named(_sequence, "mlstm_parallel__limit_headdim"),
+    "parallel--triton_limit_headdim": _named(_sequence, "mlstm_parallel__limit_headdim", CAST),
 }
 SEQUENCE_KERNELS = {
-    "native_sequence__native": _named(_sequence, "mlstm_recurrent_sequence__native_fw"),
-    "native_sequence__triton": _named(_sequence, "mlstm_recurrent_sequence__triton_step_fused_fw"),
+    "native_sequence__native": _named(
+        _sequence, "mlstm_recurrent_sequence__native_fw", "dtype_state"
+    ),
+    "native_sequence__triton": _named(
+        _sequence, "mlstm_recurrent_sequence__triton_step_fused_fw", "dtype_state"
+    ),
 }
 STEP_KERNELS = {
-    "native": _named(_step, "mlstm_recurrent_step__native"),
-    "triton": _named(_step, "mlstm_recurrent_step__triton"),
+    "native": _named(_step, "mlstm_recurrent_step__native", "dtype_state"),
+    "triton": _named(_step, "mlstm_recurrent_step__triton", "dtype_state"),
 }
 globals().update(
     {
