@@ -365,3 +365,33 @@ def test_pickles_are_made_as_the_class_makes_them():
 def test_a_call_that_does_more_than_forward_is_left():
     row = xk.replace_layers(OwnCall(Cell(6, 8), 8)).rows[0]
     assert row.became == "" and "__call__" in row.note
+
+
+class Final(Loop):
+    def __init_subclass__(cls):
+        raise TypeError("derive from Loop instead")
+
+
+class Fixed(Loop):
+    def __setattr__(self, name, value):
+        if name == "__class__":
+            raise AttributeError("not this one")
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize(
+    ("cls", "why"),
+    [
+        (Final, "no class can be derived from its own: TypeError: derive from Loop instead"),
+        (Fixed, "it takes no other class: AttributeError: not this one"),
+    ],
+)
+def test_a_layer_that_takes_no_other_class_is_left_and_others_are_replaced(cls, why):
+    model = nn.ModuleList([Loop(Cell(6, 8), 8), cls(Cell(6, 8), 8), Loop(Cell(6, 8), 8)])
+    report = xk.replace_layers(model)
+    assert [row.became for row in report.rows if row.layer in ("Loop", cls.__name__)] == [
+        *("FusedLoop", "", "FusedLoop")
+    ]
+    (left,) = (row for row in report.left if row.layer == cls.__name__)
+    assert left.note == why and type(model[1]) is cls and "_plan" not in vars(model[1])
+    assert xk.restore_layers(model) == ["0", "2"]

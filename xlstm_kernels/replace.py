@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from .compat import handwritten
-from .compat.swap import Found, Swap, Swapped, restore_class, swap_class
+from .compat.swap import Found, NotDerivable, Swap, Swapped, restore_class, swap_class
 
 # Package that a layer's class, or a base of it, comes from -> module of compat that knows it.
 LIBRARIES = {
@@ -128,12 +128,12 @@ def replace_layers(
         if found is None:
             continue
         seen[layer] = path
+        if isinstance(found, Swap) and not dry_run:
+            found = swap_class(layer, found) or found
         if isinstance(found, str):
             report.rows.append(Row(path, name, "", "", found))
-            continue
-        report.rows.append(Row(path, name, found.become.__name__, found.backend, found.which))
-        if not dry_run:
-            swap_class(layer, found)
+        else:
+            report.rows.append(Row(path, name, found.become.__name__, found.backend, found.which))
     return report
 
 
@@ -159,13 +159,16 @@ def _look_at(layer: nn.Module) -> Found:
         return "replaced before"
     bases = (base.__module__.partition(".")[0] for base in type(layer).__mro__)
     found: Found = None
-    for package in dict.fromkeys(bases):
-        if found is None and package in LIBRARIES:
-            compat = importlib.import_module(f"xlstm_kernels.compat.{LIBRARIES[package]}")
-            found = compat.find(layer)
-    # torch's own containers and wrappers are no one's hand-written layers.
-    if found is None and type(layer).__module__.partition(".")[0] != "torch":
-        found = handwritten.find(layer)
+    try:
+        for package in dict.fromkeys(bases):
+            if found is None and package in LIBRARIES:
+                compat = importlib.import_module(f"xlstm_kernels.compat.{LIBRARIES[package]}")
+                found = compat.find(layer)
+        # torch's own containers and wrappers are no one's hand-written layers.
+        if found is None and type(layer).__module__.partition(".")[0] != "torch":
+            found = handwritten.find(layer)
+    except NotDerivable as why:
+        return str(why)
     if isinstance(found, Swap):
         devices = {t.device.type for t in (*layer.parameters(), *layer.buffers())}
         if "meta" in devices:

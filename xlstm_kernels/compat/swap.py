@@ -45,8 +45,20 @@ def swapped_class(how: type[Swapped], replaced: type[nn.Module], name: str = "")
         }
         if "forward" in vars(how):
             names["forward"] = _with_signature_of(replaced, how)
-        _MADE[key] = type(name or f"Fused{replaced.__name__}", key, names)
+        try:
+            _MADE[key] = type(name or f"Fused{replaced.__name__}", key, names)
+        # Whatever a class may do where it is derived from: __init_subclass__, a metaclass.
+        except Exception as error:
+            raise NotDerivable(f"no class can be derived from its own: {_in_short(error)}") from error
     return _MADE[key]
+
+
+class NotDerivable(Exception):
+    """Why a layer is left whose class lets none be derived from it."""
+
+
+def _in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
 
 
 def _with_signature_of(replaced: Any, how: Any) -> Any:
@@ -108,9 +120,15 @@ def no_kernel(op: str, tensor: Tensor) -> str:
     return f"no measured kernel for {op} on {tensor.device.type} tensors of {tensor.dtype}"
 
 
-def swap_class(layer: nn.Module, swap: Swap) -> None:
+def swap_class(layer: nn.Module, swap: Swap) -> str | None:
+    """None, or why the layer, which is then as it was, takes no other class."""
+    try:
+        layer.__class__ = swap.become
+    # A __setattr__ of its own may refuse, or two memory layouts differ.
+    except Exception as error:
+        return f"it takes no other class: {_in_short(error)}"
     vars(layer).update(swap.attributes)
-    layer.__class__ = swap.become
+    return None
 
 
 def restore_class(layer: Swapped) -> None:
