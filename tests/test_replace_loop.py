@@ -7,49 +7,12 @@ import pickle
 
 import pytest
 import torch
+from layer_cases import Cell, Loop
 from torch import nn
-from torch.nn.utils import prune
 
 import xlstm_kernels as xk
+from xlstm_kernels.compat.recognise import Plan, recognise
 from xlstm_kernels.testing import relative_error
-
-
-class Cell(nn.Module):
-    """Gates in any order; the names of the Linears say nothing."""
-
-    def __init__(self, inputs, hidden, order="ifgo", bias=True, forget=0.0, limit=None):
-        super().__init__()
-        self.b = nn.Linear(inputs, 4 * hidden, bias=bias)
-        self.a = nn.Linear(hidden, 4 * hidden)
-        self.order, self.forget, self.limit = order, forget, limit
-
-    def forward(self, x, state):
-        h, c = state
-        parts = (self.b(x) + self.a(h)).chunk(4, -1)
-        i, f, g, o = (parts[self.order.index(gate)] for gate in "ifgo")
-        c = torch.sigmoid(f + self.forget) * c + torch.sigmoid(i) * torch.tanh(g)
-        if self.limit is not None:
-            c = c.clamp(-self.limit, self.limit)
-        return torch.sigmoid(o) * torch.tanh(c), c
-
-
-class Loop(nn.Module):
-    """A loop over a cell that takes a state or does without."""
-
-    def __init__(self, cell, hidden, detach_every=None, dropout=0.0):
-        super().__init__()
-        self.cell, self.hidden, self.detach_every = cell, hidden, detach_every
-        self.drop = nn.Dropout(dropout)
-
-    def forward(self, x, state=None):
-        state = (x.new_zeros(x.shape[0], self.hidden),) * 2 if state is None else state
-        outputs = []
-        for t, x_t in enumerate(x.unbind(1)):
-            if self.detach_every and t and t % self.detach_every == 0:
-                state = tuple(part.detach() for part in state)
-            state = self.cell(self.drop(x_t), state)
-            outputs.append(state[0])
-        return torch.stack(outputs, 1), state
 
 
 class TimeFirst(nn.Module):
@@ -180,6 +143,15 @@ def test_a_forward_that_does_more_is_left(cls, why):
     assert not hasattr(layer, "last")
 
 
+@pytest.mark.parametrize("seed", [96, 100, 193])
+def test_gradients_that_float32_has_few_digits_for_are_no_reason_to_leave_a_layer(seed):
+    """Of 200 draws those whose float32 gradients, of saturated gates, differ by more than 1e-4."""
+    hidden = (3, 8, 16, 6)[seed % 4]
+    inputs, cell = (5, 8, 6, 64)[seed % 4], Cell if seed % 2 else nn.LSTMCell
+    order = {"order": ("ifgo", "gofi", "oigf")[seed % 3]} if cell is Cell else {}
+    assert isinstance(recognise(Loop(cell(inputs, hidden, **order), hidden), seed), Plan)
+
+
 def test_a_cell_with_hooks_is_left():
     layer = Loop(Cell(6, 8), 8)
     layer.cell.register_forward_hook(lambda *args: None)
@@ -292,106 +264,3 @@ def test_inside_of_a_compiled_model():
 def test_torch_script_is_left():
     linears = nn.Sequential(nn.Linear(2, 8), nn.Linear(2, 8))
     assert xk.replace_layers(torch.jit.script(linears)).rows == []
-
-
-class Adapted(nn.Module):
-    """A Linear and what was learned beside it; its weight is the Linear's, as adapters have it."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.linear, self.more = linear, nn.Linear(linear.in_features, linear.out_features)
-
-    weight = property(lambda self: self.linear.weight)
-    bias = property(lambda self: self.linear.bias)
-
-    def forward(self, x):
-        return self.linear(x) + self.more(x)
-
-
-def half_as_large(linear):
-    """The old weight_norm: a hook computes the weight before each call."""
-    nn.utils.weight_norm(linear)
-    linear.weight_g.data.mul_(0.5)
-
-
-CHANGES = {
-    "adapter": lambda cell: setattr(cell, "b", Adapted(cell.b)),
-    "weight_norm": lambda cell: half_as_large(cell.b),
-    "pruned": lambda cell: prune.random_unstructured(cell.a, "weight", 0.5),
-    "hook": lambda cell: cell.b.register_forward_hook(lambda module, args, y: 2 * y),
-}
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm")
-@pytest.mark.parametrize("change", CHANGES)
-def test_what_a_cell_becomes_after_it_was_replaced_counts(change):
-    layer, x = Loop(Cell(6, 8), 8), torch.randn(2, 9, 6)
-    xk.replace_layers(layer)
-    before = layer(x)[0]
-    CHANGES[change](layer.cell)
-    got = layer(x)[0]
-    xk.restore_layers(layer)
-    assert torch.equal(got, layer(x)[0]) and not torch.equal(got, before)
-
-
-class OwnCall(Loop):
-    def __call__(self, x):
-        return super().__call__(x.transpose(0, 1))
-
-
-class Counts(Loop):
-    """Leaves out of a pickle what cannot be pickled."""
-
-    def __init__(self, cell, hidden):
-        super().__init__(cell, hidden)
-        self.ids = iter(range(3))
-
-    def __getstate__(self):
-        return {name: value for name, value in vars(self).items() if name != "ids"} | {"was": 1}
-
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        self.ids = iter(range(3))
-
-
-def test_pickles_are_made_as_the_class_makes_them():
-    layer = Counts(Cell(6, 8), 8)
-    xk.replace_layers(layer)
-    again = pickle.loads(pickle.dumps(layer))
-    assert again.was == 1 and next(again.ids) == 0
-    assert xk.restore_layers(again) == [""]
-
-
-def test_a_call_that_does_more_than_forward_is_left():
-    row = xk.replace_layers(OwnCall(Cell(6, 8), 8)).rows[0]
-    assert row.became == "" and "__call__" in row.note
-
-
-class Final(Loop):
-    def __init_subclass__(cls):
-        raise TypeError("derive from Loop instead")
-
-
-class Fixed(Loop):
-    def __setattr__(self, name, value):
-        if name == "__class__":
-            raise AttributeError("not this one")
-        super().__setattr__(name, value)
-
-
-@pytest.mark.parametrize(
-    ("cls", "why"),
-    [
-        (Final, "no class can be derived from its own: TypeError: derive from Loop instead"),
-        (Fixed, "it takes no other class: AttributeError: not this one"),
-    ],
-)
-def test_a_layer_that_takes_no_other_class_is_left_and_others_are_replaced(cls, why):
-    model = nn.ModuleList([Loop(Cell(6, 8), 8), cls(Cell(6, 8), 8), Loop(Cell(6, 8), 8)])
-    report = xk.replace_layers(model)
-    assert [row.became for row in report.rows if row.layer in ("Loop", cls.__name__)] == [
-        *("FusedLoop", "", "FusedLoop")
-    ]
-    (left,) = (row for row in report.left if row.layer == cls.__name__)
-    assert left.note == why and type(model[1]) is cls and "_plan" not in vars(model[1])
-    assert xk.restore_layers(model) == ["0", "2"]

@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.recurrence.api import lstm
-from .recognise import Plan, Steps, fill, gather, is_as_recognised, recognise
+from .recognise import Plan, fill, gather, is_as_recognised, recognise, run_kernel
 from .swap import Found, Swap, Swapped, fused_backend, no_kernel, swapped_class
 
 # Where one kernel is faster than the loop, measured on one core of an AVX-512 Xeon for B 1 to 256,
@@ -37,33 +35,6 @@ class FusedLoop(Swapped):
             return self.replaced.forward(self, *args, **kwargs)
         assert isinstance(x, Tensor)
         return fill(plan.form, run_kernel(plan, weights, x, state).named(plan.time_first))
-
-
-def blocks(plan: Plan, tensor: Tensor) -> Tensor:
-    """The rows of a weight or bias, gates in the order i f z o: (4, D, ...)."""
-    gates = tensor.view(4, -1, *tensor.shape[1:])
-    if plan.order == "ifgo":
-        return gates
-    parts = gates.unbind(0)
-    return torch.stack([parts[plan.order.index(gate)] for gate in "ifgo"])
-
-
-def run_kernel(plan: Plan, weights: list[Tensor], x: Tensor, state: Any) -> Steps:
-    weight_ih, weight_hh, *biases = weights
-    D = weight_hh.shape[1]
-    x_BTE = x.transpose(0, 1) if plan.time_first else x
-    gates = F.linear(x_BTE, blocks(plan, weight_ih).flatten(0, 1))
-    # Autocast rounds products; the loop's state stays as wide as it came.
-    kept = x if state is None else state[1]
-    gates = gates.to(torch.promote_types(gates.dtype, kept.dtype))
-    y_BTHD, (h_BHD, c_BHD) = lstm(
-        gates.view(*x_BTE.shape[:2], 4, 1, D),
-        blocks(plan, weight_hh).unsqueeze(1),
-        blocks(plan, sum(biases[1:], biases[0])).unsqueeze(1) if biases else None,
-        None if state is None else (state[0].unsqueeze(1), state[1].unsqueeze(1)),
-    )
-    dtype = y_BTHD.dtype
-    return Steps(y_BTHD.squeeze(2), h_BHD.squeeze(1).to(dtype), c_BHD.squeeze(1).to(dtype))
 
 
 def _fits(plan: Plan, weights: list[Tensor], x: Any, state: Any) -> bool:

@@ -19,13 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.recurrence.api import lstm
 from .swap import STEP
 
-# Of a float32 probe against the same LSTM in plain torch, in another order of sums.
+# Of a float32 probe against the kernel, which has another order of sums.
 TOLERANCE = 1e-4
+# Times the kernel's own error, where float32 has too few digits for that: gradients of gates that
+# inputs saturate. Over 200 draws an LSTM's was at most 2.5 times as large.
+AS_NEAR = 8
 # Batch, steps, scale of the inputs, and whether every step has the same: the last counts c up to
 # the number of steps, so that a bound on it shows.
-RUNS = ((3, 1, 1.0, False), (1, 130, 1.0, False), (2, 5, 30.0, False), (2, 130, 30.0, True))
+LONG = 130
+RUNS = ((3, 1, 1.0, False), (1, LONG, 1.0, False), (2, 5, 30.0, False), (2, LONG, 30.0, True))
 
 
 @dataclass(frozen=True)
@@ -73,19 +78,31 @@ def gather(layer: Any, plan: Plan) -> list[Tensor]:
     return [reduce(getattr, path.split("."), layer) for path in plan.weights]
 
 
-def run_plain(plan: Plan, weights: list[Tensor], x: Tensor, state: Any) -> Steps:
+def blocks(plan: Plan, tensor: Tensor) -> Tensor:
+    """The rows of a weight or bias, gates in the order i f z o: (4, D, ...)."""
+    gates = tensor.view(4, -1, *tensor.shape[1:])
+    if plan.order == "ifgo":
+        return gates
+    parts = gates.unbind(0)
+    return torch.stack([parts[plan.order.index(gate)] for gate in "ifgo"])
+
+
+def run_kernel(plan: Plan, weights: list[Tensor], x: Tensor, state: Any) -> Steps:
     weight_ih, weight_hh, *biases = weights
+    D = weight_hh.shape[1]
     x_BTE = x.transpose(0, 1) if plan.time_first else x
-    zeros = x_BTE.new_zeros(len(x_BTE), weight_hh.shape[1])
-    h, c = (zeros, zeros) if state is None else state
-    outputs = []
-    for x_BE in x_BTE.unbind(1):
-        raw = F.linear(x_BE, weight_ih) + F.linear(h, weight_hh) + sum(biases)
-        i, f, g, o = (raw.chunk(4, -1)[plan.order.index(gate)] for gate in "ifgo")
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-        h = torch.sigmoid(o) * torch.tanh(c)
-        outputs.append(h)
-    return Steps(torch.stack(outputs, 1), h, c)
+    gates = F.linear(x_BTE, blocks(plan, weight_ih).flatten(0, 1))
+    # Autocast rounds products; the loop's state stays as wide as it came.
+    kept = x if state is None else state[1]
+    gates = gates.to(torch.promote_types(gates.dtype, kept.dtype))
+    y_BTHD, (h_BHD, c_BHD) = lstm(
+        gates.view(*x_BTE.shape[:2], 4, 1, D),
+        blocks(plan, weight_hh).unsqueeze(1),
+        blocks(plan, sum(biases[1:], biases[0])).unsqueeze(1) if biases else None,
+        None if state is None else (state[0].unsqueeze(1), state[1].unsqueeze(1)),
+    )
+    dtype = y_BTHD.dtype
+    return Steps(y_BTHD.squeeze(2), h_BHD.squeeze(1).to(dtype), c_BHD.squeeze(1).to(dtype))
 
 
 def fill(form: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -96,7 +113,7 @@ def fill(form: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 @torch.inference_mode(False)
 @torch.autocast("cpu", enabled=False)
-def recognise(layer: nn.Module) -> Plan | str | None:
+def recognise(layer: nn.Module, seed: int = 0) -> Plan | str | None:
     """How the layer's forward runs an LSTM over a sequence, or why it is none that we know; None
     where its parameters are not those of an LSTM."""
     candidates = list(_weights(layer))
@@ -114,7 +131,7 @@ def recognise(layer: nn.Module) -> Plan | str | None:
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        draw = torch.Generator().manual_seed(0)
+        draw = torch.Generator().manual_seed(seed)
         for parameter in probe.parameters():
             scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 1.0
             parameter.data = scale * _normal(draw, *parameter.shape)
@@ -202,12 +219,10 @@ class _Probe:
         plan = replace(found[0], stateful=tuple(dict.fromkeys(p.stateful[0] for p in found)))
         if any(replace(other, stateful=plan.stateful) != plan for other in found):
             return "what it returns depends on whether a state is given"
-        for training, state in itertools.product((True, False), plan.stateful):
-            self.layer.train(training)
-            for B, T, scale, steady in RUNS:
-                if not self._agrees(plan, B, T, scale, state, steady):
-                    mode = "training" if training else "evaluation"
-                    return f"it differs from an LSTM in {mode} mode, {T} steps, inputs of {scale}"
+        for state, (B, T, scale, steady) in itertools.product(plan.stateful, RUNS):
+            mode = self._differs(plan, B, T, scale, state, steady)
+            if mode:
+                return f"it differs from an LSTM in {mode} mode, {T} steps, inputs of {scale}"
         return plan
 
     def _identify(self, candidates: list[Plan], with_state: bool) -> Iterator[Plan]:
@@ -224,7 +239,7 @@ class _Probe:
             for order in orders or map("".join, itertools.permutations("ifgo")):
                 plan = replace(plan, order=order)
                 with torch.no_grad():
-                    named = run_plain(plan, weights, x, state).named(time_first)
+                    named = run_kernel(plan, weights, x, state).named(time_first)
                 form = _form(got, named)
                 if form is not None:
                     yield replace(plan, form=form)
@@ -237,7 +252,7 @@ class _Probe:
         x, got = x.squeeze(1), self._call(x.squeeze(1), (h, c))
         for order in map("".join, itertools.permutations("ifgo")):
             plan = replace(plan, order=order)
-            want = run_plain(plan, gather(self.layer, plan), x.unsqueeze(1), (h, c))
+            want = run_kernel(plan, gather(self.layer, plan), x.unsqueeze(1), (h, c))
             if _form(got, {"h": want.h_BD, "c": want.c_BD}) is not None:
                 return True
         return False
@@ -273,31 +288,52 @@ class _Probe:
             return None
         return got
 
-    def _agrees(
+    def _differs(
         self, plan: Plan, B: int, T: int, scale: float, with_state: bool, steady: bool
-    ) -> bool:
-        """Outputs and gradients: a layer may detach its state."""
+    ) -> str:
+        """The mode in which outputs or gradients (a layer may detach its state) are not an LSTM's;
+        "" where they are."""
         x, state = self._inputs(plan, B, T, scale, with_state)
         if steady:
             time = 0 if plan.time_first else 1
             x = x.narrow(time, 0, 1).expand_as(x).detach().requires_grad_()
-        got = self._call(x, state)
-        weights = gather(self.layer, plan)
-        want = fill(plan.form, run_plain(plan, weights, x, state).named(plan.time_first))
-        got, want = _leaves(got), _leaves(want)
-        if got is None or len(got) != len(want) or not all(map(_near, got, want)):
-            return False
-        leaves = [x, *(state or ()), *weights]
-        gradients = [_gradients(outputs, leaves) for outputs in (got, want)]
-        return all(map(_near, *gradients))
+        leaves = [x, *(state or ()), *gather(self.layer, plan)]
+        want = _with_gradients(self._lstm(plan, leaves), leaves)
+        exact = None
+        for mode in ("training", "evaluation"):
+            self.layer.train(mode == "training")
+            # Most of a long run is the gradient of the weights, the same in both modes.
+            asked = leaves if T < LONG or mode == "training" else leaves[: -len(plan.weights)]
+            wanted = want[: len(want) - len(leaves) + len(asked)]
+            got = _with_gradients(_leaves(self._call(x, state)), asked)
+            if len(got) != len(wanted):
+                return mode
+            if all(map(_near, got, wanted)):
+                continue
+            if exact is None:
+                doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
+                exact = _with_gradients(self._lstm(plan, doubles), doubles)
+            if not all(map(_as_near, got, wanted, exact)):
+                return mode
+        return ""
+
+    def _lstm(self, plan: Plan, leaves: list[Tensor]) -> list[Tensor]:
+        """What the layer should return for x, the state and the weights in `leaves`."""
+        count = len(leaves) - len(plan.weights)
+        (x, *state), weights = leaves[:count], leaves[count:]
+        steps = run_kernel(plan, weights, x, tuple(state) or None)
+        return _leaves(fill(plan.form, steps.named(plan.time_first)))
 
 
-def _gradients(outputs: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
+def _with_gradients(outputs: list[Tensor] | None, leaves: list[Tensor]) -> list[Tensor]:
+    """The outputs, and the gradient that a loss over them has for each leaf."""
+    if outputs is None:
+        return []
     loss = sum(((k + 1) * t.sin().sum() for k, t in enumerate(outputs)), torch.zeros(()))
     if not loss.requires_grad:
-        return [torch.zeros_like(leaf) for leaf in leaves]
+        return [*outputs, *map(torch.zeros_like, leaves)]
     found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-    return list(found)
+    return [*(t.detach() for t in outputs), *found]
 
 
 def _same_values(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
@@ -309,6 +345,14 @@ def _near(got: Tensor, want: Tensor) -> bool:
         return False
     error, size = (got - want).norm(), want.norm()
     return bool(error <= TOLERANCE * size + 1e-7)
+
+
+def _as_near(got: Tensor, want: Tensor, exact: Tensor) -> bool:
+    """Whether `got` is about as near to the exact result as `want`: both lack the same digits."""
+    if got.shape != want.shape:
+        return False
+    error, size = (want - exact).norm(), exact.norm()
+    return bool((got - exact).norm() <= AS_NEAR * error + TOLERANCE * size + 1e-7)
 
 
 def _form(got: Any, named: Mapping[str, Tensor]) -> Any:

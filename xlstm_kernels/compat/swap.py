@@ -49,7 +49,8 @@ def swapped_class(how: type[Swapped], replaced: type[nn.Module], name: str = "")
             _MADE[key] = type(name or f"Fused{replaced.__name__}", key, names)
         # Whatever a class may do where it is derived from: __init_subclass__, a metaclass.
         except Exception as error:
-            raise NotDerivable(f"no class can be derived from its own: {_in_short(error)}") from error
+            why = f"no class can be derived from its own: {_in_short(error)}"
+            raise NotDerivable(why) from error
     return _MADE[key]
 
 
