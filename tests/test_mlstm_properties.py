@@ -133,16 +133,41 @@ def test_results_do_not_depend_on_threads(case, threads):
     "lengths", [(1700,), (0, 1600, 3, 0)], ids=lambda lengths: "_".join(map(str, lengths))
 )
 @pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: "-".join(flags.values()))
-def test_intervals_side_by_side_give_the_gradients_of_one_walk(flags, lengths, threads):
-    """Where threads are more than sequences and heads, the backward starts in several places."""
+def test_intervals_side_by_side_give_what_one_walk_gives(flags, lengths, threads):
+    """Where threads are more than sequences and heads, both passes start in several places."""
     case = MLSTMCase("cpu", lengths=lengths, H=1, K=8, V=20, dtype=torch.float64, **flags)
     inputs = mlstm_inputs(case)
     inputs["f"] += 6.0  # what the last token gives reaches the first
     threads(1)
     walked = run_mlstm(case, inputs, "cpu")
     threads(8)
-    for name, result in run_mlstm(case, inputs, "cpu").items():
+    got = run_mlstm(case, inputs, "cpu")
+    for name, result in got.items():
         assert relative_error(result, walked[name]) < 1e-12, name
+    assert torch.equal(got["last_m"], walked["last_m"])
+    assert not torch.equal(got["last_c"], walked["last_c"])  # it did start in several places
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        *({"lengths": lengths} for lengths in ((767,), (769, 0, 1), (2300, 900, 40))),
+        *({"lengths": (1500,), "chunk_size": size} for size in (33, 256)),
+        {"B": 2, "H": 2, "T": 1100},
+    ],
+    ids=lambda sizes: "-".join(map(str, sizes.values())),
+)
+def test_forward_gives_the_same_on_any_number_of_threads(sizes, threads):
+    case = MLSTMCase("cpu", **{"H": 1, "K": 5, "V": 9, "dtype": torch.float64, **sizes})
+    inputs = mlstm_inputs(case)
+    inputs["f"] += 6.0
+    threads(1)
+    h, last = call_mlstm(case, inputs, "cpu")
+    for count in (2, 3, 5, 16):
+        threads(count)
+        h_now, last_now = call_mlstm(case, inputs, "cpu")
+        for got, want in zip((h_now, *last_now), (h, *last), strict=True):
+            assert relative_error(got, want) < 1e-12, count
 
 
 @pytest.mark.medium

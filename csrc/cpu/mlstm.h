@@ -82,8 +82,9 @@ struct Gates {
     D = take_matrix<T>(scratch, L, L);
   }
 
-  // From the pre-activations of tokens [t, t + rows) and m before them.
-  void compute(const MLSTM& args, const Track& track, std::int64_t t, std::int64_t rows, T m_prev) {
+  // log_f, log_i and m, and the logarithms of keep and take in their places, from the pre-activations
+  // of tokens [t, t + rows) and m before them. Returns m after them.
+  T stabilise(const MLSTM& args, const Track& track, std::int64_t t, std::int64_t rows, T m_prev) {
     constexpr int kW = kLanes<T>;
     using V = Vec<T>;
     const bool sigmoid_gate = args.input_gate == InputGate::kSigmoid;
@@ -105,6 +106,14 @@ struct Gates {
       keep[r] = kept - m_r;
       take[r] = log_i[r] - m_r;
     }
+    return m_r;
+  }
+
+  // Everything, from the same.
+  void compute(const MLSTM& args, const Track& track, std::int64_t t, std::int64_t rows, T m_prev) {
+    constexpr int kW = kLanes<T>;
+    using V = Vec<T>;
+    m_end = stabilise(args, track, t, rows, m_prev);
     for (std::int64_t r = 0; r < rows; r += kW) {
       store(keep + r, exp_factor(load(static_cast<const T*>(keep + r))));
       store(take + r, exp_factor(load(static_cast<const T*>(take + r))));
@@ -128,7 +137,6 @@ struct Gates {
       store(out + r, load(static_cast<const T*>(D.row(rows - 1) + r)));
     }
     decay = inter[rows - 1];
-    m_end = m[rows - 1];
   }
 };
 

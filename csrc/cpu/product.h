@@ -143,9 +143,10 @@ struct VectorProducts {
       for (int j = 0; j < kV; ++j) f(row + i, column + j * kW, sum[i][j]);
     }
   }
+  // Out of line it would take the sums through memory.
   template <int kH, int kV, bool kTurned>
-  static void add(std::int64_t row, std::int64_t column, const Term<Left<kTurned>, Right>& term,
-                  Vec<T> (&sum)[kH][kV]) {
+  XLSTM_HD static void add(std::int64_t row, std::int64_t column,
+                           const Term<Left<kTurned>, Right>& term, Vec<T> (&sum)[kH][kV]) {
     const std::int64_t begin = term.begin(row);
     const T* a = term.a.data + row * term.a.row() + begin * term.a.step();
     multiply<kH, kV>(term.end(row + kH) - begin, a, term.a.row(), term.a.step(),
