@@ -6,7 +6,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from test_mlstm_triton_compile import CHIPS, compiled, pytestmark  # noqa: F401
+from test_mlstm_triton_compile import (
+    CHIPS,
+    check_compiled_once,
+    compiled,
+    pytestmark,  # noqa: F401
+)
 
 HARD = {"ce_weight": 0.5, "temperature": 2.0, "label_smoothing": 0.1, "softcap": 30.0}
 HARD |= {"teacher_softcap": 30.0, "z_loss": 1e-4}
@@ -45,3 +50,9 @@ def test_kernels_stay_within_the_chip(chip: str) -> None:
         _, _, columns, _, grad, *_ = row["flags"]["HOW"]
         if "gfx" not in chip and columns > 1000:  # narrow rows of any width begin anywhere
             assert row["wide_ld"] and (row["wide_st"] or not grad), row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [0, 16])
+def test_one_compilation_serves_every_number_of_rows(words: int) -> None:
+    check_compiled_once({"op": "kl_div", "V": 50257, "dtype": "bfloat16", "words": words})

@@ -103,12 +103,16 @@ LONG_FUNCTIONS = {
             "triton_states.py:states_kernel",
         )
     },
-    "xlstm_kernels/ops/recurrence/triton_backward.py:backward_kernel": "parameters one on a line",
-    "xlstm_kernels/ops/recurrence/triton_step.py:step_kernel": "parameters one on a line",
     **{
         f"xlstm_kernels/ops/{kernel}": "a kernel's parameters stand one on a line"
         for kernel in (
             "kl_div/triton_kernel.py:kl_div_kernel",
+            "mlstm_step/triton_kernel.py:step_kernel",
+            "recurrence/triton_backward.py:backward_kernel",
+            "recurrence/triton_forward.py:forward_kernel",
+            "recurrence/triton_step.py:step_kernel",
+            "sliding_window_attention/triton_keys.py:keys_kernel",
+            "sliding_window_attention/triton_keys.py:sinks_kernel",
             "topk_kl_div/triton_kernel.py:topk_kl_div_kernel",
         )
     },

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_mlstm_triton_compile import check_compiled_once
 
 from xlstm_kernels.backends import UNAVAILABLE, Backend
 
@@ -65,3 +66,11 @@ def test_kernels_fit(chip, calls, monkeypatch, tmp_path):
         assert row["spills"] == 0 and row["shared"] <= SHARED_BYTES, row
         if row["flags"]["MEMORY"] and chip != "gfx942":
             assert row["wide_ld"] and row["wide_st"], row
+
+
+@pytest.mark.medium
+def test_one_compilation_serves_every_length():
+    """Two launches: c and h, then n and m."""
+    call = {"op": "mlstm_step", "dtype": "bfloat16", "c_dtype": "float32", "K": 16, "V": 16, "H": 2}
+    sizes = [{"B": B, "T": T} for B, T in ((1, 1), (1, 4), (2, 3), (2, 16), (16, 1))]
+    check_compiled_once({**call, "kept": "save"}, sizes, variants=2)

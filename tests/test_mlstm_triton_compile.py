@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,8 @@ SPILLS = dict.fromkeys(("narrow", "odd", "sigmoid_none", "plain", "float32"), 8)
 # Triton 3.6, which torch 2.10 and 2.11 bring along, keeps more of the outputs' walk in registers.
 OLD_TRITON_SPILLS = 40
 
+LENGTHS = ({"B": 1, "T": 40}, {"B": 1, "T": 600}, {"B": 3, "T": 601}, {"B": 4, "T": 1024})
+
 
 def compiled(chip: str, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
     asked = json.dumps({"target": CHIPS[chip][0], "calls": calls})
@@ -68,6 +72,14 @@ def compiled(chip: str, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
     )
     assert run.returncode == 0, run.stderr[-2000:]
     return json.loads(run.stdout)
+
+
+def check_compiled_once(
+    call: dict[str, Any], sizes: Iterable[dict[str, int]] = LENGTHS, variants: int = 1
+) -> None:
+    """Each kernel of `call`, whatever its sizes; `variants`: of each, by flags."""
+    kernels = Counter(row["kernel"] for row in compiled("sm_90", [{**call, **s} for s in sizes]))
+    assert set(kernels.values()) == {variants}, kernels
 
 
 def check_budgets(chip: str, call: dict[str, Any], kernels: set[str], spills: int = 0) -> None:
@@ -99,8 +111,5 @@ def test_forward_compiles_for_hopper() -> None:
 @pytest.mark.slow
 def test_one_compilation_serves_every_length() -> None:
     """Heads are 16: gates' strides between sequences are then multiples of 16 at any length."""
-    sizes = ({"B": 1, "T": 40}, {"B": 1, "T": 600}, {"B": 3, "T": 601}, {"B": 4, "T": 1024})
     for split in (False, True):
-        calls = [{"K": 16, "V": 16, "H": 16, "split": split, **size} for size in sizes[split:]]
-        kernels = [row["kernel"] for row in compiled("sm_90", calls)]
-        assert len(kernels) == len(set(kernels)), kernels
+        check_compiled_once({"K": 16, "V": 16, "H": 16, "split": split}, LENGTHS[split:])

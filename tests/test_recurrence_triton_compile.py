@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from test_mlstm_triton_compile import CHIPS, compiled
+from test_mlstm_triton_compile import CHIPS, LENGTHS, check_compiled_once, compiled
 
 from xlstm_kernels.backends import UNAVAILABLE, Backend
 from xlstm_kernels.cells import CELLS
@@ -66,3 +66,13 @@ def test_steps_stay_within_the_chip(chip: str) -> None:
 @pytest.mark.medium
 def test_forward_compiles_for_hopper() -> None:
     check_budgets("sm_90", [{"cell": "lstm", "D": 32, "backward": False}], {"forward_kernel"})
+
+
+@pytest.mark.slow
+def test_one_compilation_serves_every_length() -> None:
+    """But for forward, of which one saves for a backward and one does not."""
+    call = {"op": "recurrence", "cell": "lstm", "D": 16}
+    steps = ({"B": B, "T": 1} for B in (1, 2, 3, 16))
+    check_compiled_once({**call, "backward": False}, [*LENGTHS, *steps])
+    rows = compiled("sm_90", [{**call, **size} for size in LENGTHS])
+    assert [row["kernel"] for row in rows].count("backward_kernel") == 1

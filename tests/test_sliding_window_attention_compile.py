@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from test_mlstm_triton_compile import CHIPS, compiled
+from test_mlstm_triton_compile import CHIPS, LENGTHS, check_compiled_once, compiled
 
 from xlstm_kernels.backends import UNAVAILABLE, Backend
 
@@ -50,3 +50,9 @@ def test_kernels_stay_within_the_chip(chip: str, name: str) -> None:
             assert row["async"] or name == "wide", f"no asynchronous copies: {row}"
             if chip == "sm_90" and name != "wide":
                 assert row["wgmma"], f"no warp group products: {row}"
+
+
+@pytest.mark.slow
+def test_one_compilation_serves_every_length() -> None:
+    """Longer than the window: where that holds all, no first token lies before one."""
+    check_compiled_once({"op": "attention", "D": 16, "E": 16}, LENGTHS[1:])

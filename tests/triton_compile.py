@@ -113,20 +113,22 @@ def run(
         mlstm.backward(h, c, n, m, q, k, v, i, f, saved, *call, True)
 
 
-def step(dtype: str, c_dtype: str, K: int, V: int, T: int, kept: str) -> None:
+def step(
+    dtype: str, c_dtype: str, K: int, V: int, T: int, kept: str, B: int = 2, H: int = 1
+) -> None:
     """A call of `xk.mlstm_step` on a pool; which states are `kept`: "last", "save" or "all"."""
     from xlstm_kernels.ops.mlstm_step import triton as mlstm_step
 
     kind = getattr(torch, dtype)
-    q, k, v = (torch.zeros(2, T, 1, D, dtype=kind) for D in (K, K, V))
-    i, f = torch.zeros(2, T, 1), torch.zeros(2, T, 1)
-    c = torch.zeros(40, 1, K, V, dtype=getattr(torch, c_dtype))
-    call = (q, k, v, i, f, c, torch.zeros(40, 1, K), torch.zeros(40, 1))
-    index, options = torch.arange(2), ("exp", "max", 1.0, 1e-6)
+    q, k, v = (torch.zeros(B, T, H, D, dtype=kind) for D in (K, K, V))
+    i, f = torch.zeros(B, T, H), torch.zeros(B, T, H)
+    c = torch.zeros(40, H, K, V, dtype=getattr(torch, c_dtype))
+    call = (q, k, v, i, f, c, torch.zeros(40, H, K), torch.zeros(40, H))
+    index, options = torch.arange(B), ("exp", "max", 1.0, 1e-6)
     if kept == "all":
         mlstm_step.forward(*call, index, True, *options)
     else:
-        save = torch.arange(2, 2 + 2 * T).view(2, T) if kept == "save" else None
+        save = torch.arange(B, B + B * T).view(B, T) if kept == "save" else None
         mlstm_step.update(*call, torch.zeros_like(v), index, save, *options)
 
 
@@ -165,6 +167,8 @@ def recurrence(
 def kl_div(
     dtype: str,
     V: int,
+    B: int = 1,
+    T: int = 16,
     words: int = 0,
     support: str = "tail",
     grad: str = "",
@@ -178,12 +182,12 @@ def kl_div(
     from xlstm_kernels.ops.kl_div.ranks import PHASES, Shard, Split
     from xlstm_kernels.ops.topk_kl_div import triton as sparse
 
-    student = torch.zeros(16, V, dtype=getattr(torch, dtype))
-    labels = torch.zeros(16, dtype=torch.int64) if options.get("ce_weight") else None
+    student = torch.zeros(B, T, V, dtype=getattr(torch, dtype))
+    labels = torch.zeros(B, T, dtype=torch.int64) if options.get("ce_weight") else None
     rest = (labels, None, *Options(**options))
-    into = torch.zeros(16, V, dtype=getattr(torch, grad or dtype))
+    into = torch.zeros(B, T, V, dtype=getattr(torch, grad or dtype))
     shard = Shard(None, 0, (V,), (V,))  # type: ignore[arg-type]  # nobody is asked
-    sums, z_words = (torch.zeros(16, size, dtype=torch.float64) for size in (14, words))
+    sums, z_words = (torch.zeros(B * T, size, dtype=torch.float64) for size in (14, words))
     for phase in range(1, len(PHASES)) if split else [0]:
         if words and PHASES[phase] == "mixed":
             continue  # its outcomes are few, and every process has them all
@@ -191,7 +195,7 @@ def kl_div(
         if split:
             how["split"] = Split(phase, sums, z_words, shard)
         if words:
-            ids, logprobs = torch.zeros(16, words, dtype=torch.int64), torch.zeros(16, words)
+            ids, logprobs = torch.zeros(B, T, words, dtype=torch.int64), torch.zeros(B, T, words)
             sparse._launch(student, logprobs, ids, None, *rest, support, **how)
         else:
             dense._launch(student, torch.zeros_like(student), *rest, **how)
@@ -201,6 +205,8 @@ def attention(
     dtype: str = "bfloat16",
     D: int = 128,
     E: int = 128,
+    B: int = 1,
+    T: int = 600,
     G: int = 2,
     sinks: int = 4,
     packed: bool = False,
@@ -209,8 +215,8 @@ def attention(
     from xlstm_kernels.ops.sliding_window_attention import triton as backend
 
     kind = getattr(torch, dtype)
-    q, k, v = (torch.zeros(1, 600, n, width, dtype=kind) for n, width in ((4, D), (G, D), (G, E)))
-    options = ([0, 600] if packed else None, 128, sinks, 1.0)
+    q, k, v = (torch.zeros(B, T, n, width, dtype=kind) for n, width in ((4, D), (G, D), (G, E)))
+    options = ([0, T] if packed else None, 128, sinks, 1.0)
     h, lse = backend.forward(q, k, v, *options)
     backend.backward(h, q, k, v, h, lse, *options)
 

@@ -122,26 +122,28 @@ class _Call:
         self.device, self.T = q.device, token_count(q)
         self.B, (self.H, self.K), self.V = q.shape[0], q.shape[-2:], v.shape[-1]
         dims = q.dim()
-        heads = (*(dense_rows(x) for x in (q, k, v)), *gates, h_BTHV)
+        heads = (*(dense_rows(x) for x in (q, k, v)), h_BTHV)
         self.tokens = Tokens(*(Rows(x, *token_strides(x, dims)) for x in heads))
+        self.gates = [arg for x in gates for arg in (x, *token_strides(x, dims))]
         self.states = [States(*state, *row_strides(state)) for state in (before, after)]
         input_gate, normalizer, *self.factors = options
         self.flags = {"INPUT_GATE": input_gate, "NORMALIZER": normalizer}
 
     def launch(self, read: Tensor | None, kept: Tensor | None, **flags: Any) -> None:
-        from .triton_kernel import Index, step_kernel
+        from .triton_kernel import step_kernel
 
         blocks = choose(self.K, self.V)
         grid = self.B * self.H, -(-self.V // blocks.v) if flags["MEMORY"] else 1
         if 0 in grid:
             return
-        unused = Index(self.tokens.q.ptr, 0, 0)
+        unused = (self.tokens.q.ptr, 0, 0)
         with self._on_device():
             step_kernel[grid](
                 self.tokens,
+                *self.gates,
                 *self.states,
-                unused if read is None else Index(read, read.stride(0), 0),
-                unused if kept is None else Index(kept, *(*kept.stride(), 0)[:2]),
+                *(unused[:2] if read is None else (read, read.stride(0))),
+                *(unused if kept is None else (kept, *kept.stride(), 0)[:3]),
                 self.T,
                 self.H,
                 *self.factors,

@@ -16,6 +16,11 @@ import triton.language as tl
 from ...cells.triton_math import log_sigmoid
 from ..mlstm.triton_tiles import row_scale
 
+# Strides that vary with T and make no load wider: of the gates, of `read` and of `kept`. They stand
+# in no tuple, within which Triton specialises on every integer.
+VARYING = ("stride_ib", "stride_it", "stride_ih", "stride_fb", "stride_ft", "stride_fh")
+VARYING += ("stride_rb", "stride_kb", "stride_kt")
+
 
 class Rows(NamedTuple):
     """A (B, T, H, D) tensor with neighbours in D side by side, or a (B, T, H) one; its strides."""
@@ -27,13 +32,11 @@ class Rows(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """q, k, v, i, f, and h, which is written: each `Rows`."""
+    """q, k, v, and h, which is written: each `Rows`."""
 
     q: Any
     k: Any
     v: Any
-    i: Any
-    f: Any
     h: Any
 
 
@@ -46,14 +49,6 @@ class States(NamedTuple):
     c_row: Any
     n_row: Any
     m_row: Any
-
-
-class Index(NamedTuple):
-    """Row numbers by sequence, or by sequence and token; negative for none."""
-
-    ptr: Any
-    b: Any
-    t: Any
 
 
 @triton.jit
@@ -122,13 +117,24 @@ def store_state(
         tl.store(states.m + row * states.m_row + head, m, row >= 0)
 
 
-@triton.jit(do_not_specialize=["T", "scale", "eps"])
+@triton.jit(do_not_specialize=[*VARYING, "T", "scale", "eps"])
 def step_kernel(
     tokens,
+    i,
+    stride_ib,
+    stride_it,
+    stride_ih,
+    f,
+    stride_fb,
+    stride_ft,
+    stride_fh,
     before,
     after,
     read,
+    stride_rb,
     kept,
+    stride_kb,
+    stride_kt,
     T,
     H,
     scale,
@@ -145,12 +151,15 @@ def step_kernel(
     MEMORY: tl.constexpr,  # writes h and c
     VECTORS: tl.constexpr,  # writes n and m, from the program of the first columns
 ):
-    q, k, v, i, f, h = tokens
+    """read (B,) and kept (B, T): numbers of rows, negative for none."""
+    q, k, v, h = tokens
+    i = Rows(i, stride_ib, stride_it, stride_ih)
+    f = Rows(f, stride_fb, stride_ft, stride_fh)
     b = (tl.program_id(0) // H).to(tl.int64)
     head = (tl.program_id(0) % H).to(tl.int64)
     row = b
     if POOLED:
-        row = tl.load(read.ptr + b * read.b).to(tl.int64)
+        row = tl.load(read + b * stride_rb).to(tl.int64)
     here = row >= 0
     d_k = tl.arange(0, BLOCK_K)
     d_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -170,7 +179,7 @@ def step_kernel(
         if KEPT != "last":
             to = b * T + t
             if KEPT == "index":
-                to = tl.load(kept.ptr + b * kept.b + t * kept.t).to(tl.int64)
+                to = tl.load(kept + b * stride_kb + t * stride_kt).to(tl.int64)
                 to = tl.where(here, to, -1)
             store_state(after, to, head, d_k, d_v, c_KV, n_K, m, K, V, MEMORY, VECTORS)
     if KEPT == "last":

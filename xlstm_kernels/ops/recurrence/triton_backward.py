@@ -18,6 +18,7 @@ import triton.language as tl
 
 from ...cells.triton_math import narrowed
 from .triton_tiles import (
+    Sizes,
     gate_columns,
     join_four,
     load_r,
@@ -98,7 +99,7 @@ def recompute(
         state = STEP(split_gates(raw_t), state, n_floor)
 
 
-@triton.jit(do_not_specialize=["sizes", "n_floor", "bound"])
+@triton.jit(do_not_specialize=["B", "T", "n_floor", "bound"])
 def backward_kernel(
     dh,
     dlast,
@@ -107,7 +108,9 @@ def backward_kernel(
     starts,
     grads,
     scratch,
-    sizes,
+    B,
+    T,
+    H,
     n_floor,
     bound,
     STEP: tl.constexpr,
@@ -129,6 +132,7 @@ def backward_kernel(
     WANT_B: tl.constexpr,
     WANT_STATE: tl.constexpr,
 ):
+    sizes = Sizes(B, T, H)
     at = place(starts, sizes, ROWS, INTERVAL, PACKED)
     g, unit = gate_columns(BLOCK_D)
     d = tl.arange(0, BLOCK_D)

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from ...cells.triton_math import narrowed
 from .triton_tiles import (
+    Sizes,
     gate_columns,
     load_r,
     load_states,
@@ -29,7 +30,7 @@ from .triton_tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["sizes", "n_floor"])
+@triton.jit(do_not_specialize=["B", "T", "n_floor"])
 def step_kernel(
     x,
     r,
@@ -40,7 +41,9 @@ def step_kernel(
     last,
     raw,
     checkpoints,
-    sizes,
+    B,
+    T,
+    H,
     n_floor,
     STEP: tl.constexpr,
     STATES: tl.constexpr,
@@ -57,6 +60,7 @@ def step_kernel(
     HAS_INITIAL: tl.constexpr,
     SAVE: tl.constexpr,
 ):
+    sizes = Sizes(B, T, H)
     at = place(starts, sizes, ROWS, INTERVAL, PACKED)
     g, unit = gate_columns(BLOCK_D)
     first = tl.program_id(1) * BLOCK_D

@@ -46,7 +46,8 @@ class States(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Lengths that vary from call to call; B counts sequences."""
+    """Lengths that vary from call to call; B counts sequences. Kernels take them apart: within a
+    tuple Triton specialises on each, whatever `do_not_specialize` says."""
 
     B: Any
     T: Any

@@ -111,7 +111,7 @@ class Call:
             kernel[grid](
                 *tensors,
                 table=table,
-                sizes=self.sizes,
+                **self.sizes._asdict(),
                 DOT=self.launch.dot,
                 num_warps=blocks.warps,
                 num_stages=blocks.stages,
@@ -153,7 +153,8 @@ def backward(
     scale: float,
 ) -> list[Tensor]:
     """dq, dk and dv."""
-    from .triton_kernel import Queries, keys_kernel, queries_kernel, sinks_kernel
+    from .triton_kernel import queries_kernel
+    from .triton_keys import Queries, keys_kernel, sinks_kernel
 
     call = Call(q_BTHD, k_BTGD, v_BTGE, starts, Window(window, sinks, scale))
     made = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_BTHD, k_BTGD, v_BTGE)]
