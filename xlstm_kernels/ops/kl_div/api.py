@@ -11,6 +11,7 @@ from .options import Options
 from .rows import check_beside, check_labels_and_weight, check_logits
 
 LOSSES["kl_div"] = Operators(op.forward, op.overwrite, op.scale)
+LOSSES["kl_div by numbers"] = Operators(op.forward_by)
 LOSSES["kl_div over ranks"] = ranks.operators(op.KL_DIV.module, op.scale)
 
 
@@ -90,6 +91,10 @@ def kl_div(
             for. torch.compile cannot trace it; backend "reference" gathers all columns.
         backend: "auto", or one of "reference", "cpu", "cuda", "triton"; a named backend runs or
             raises. On a GPU "triton" reads nothing back: a label out of range makes its row NaN.
+
+    Under torch.compile a number that changes from call to call, as a schedule's, is compiled twice
+    and no more: once for its first value, which a CUDA graph can record, and once for any, which
+    none can.
 
     Returns:
         The loss, (...) for reduction "none": float32, float64 for float64 logits; sums are in that

@@ -14,16 +14,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .options import unknown_numbers, without_numbers
+
 Others = tuple[Tensor | None, ...]
+
+
+_NEVER: Any = None
 
 
 class Operators(NamedTuple):
     forward: Callable[..., Any]
-    overwrite: Callable[..., Any]
-    scale: Callable[..., Any]
+    overwrite: Callable[..., Any] = _NEVER  # where the loss is traced
+    scale: Callable[..., Any] = _NEVER
 
 
-# By public function. Each api.py adds its own.
+# By public function. Each api.py adds its own. Those "by numbers", for torch.compile, have the
+# options' numbers as the first of `others` (options.py).
 LOSSES: dict[str, Operators] = {}
 
 
@@ -36,6 +42,9 @@ def row_loss(
     backend: str,
 ) -> Tensor:
     """The loss, differentiable by `student` alone. For `inplace_grad` see `check_inplace` first."""
+    if (numbers := unknown_numbers(options)) is not None:
+        function, others = f"{function} by numbers", (numbers, *others)
+        options = without_numbers(options)
     if not (torch.is_grad_enabled() and student.requires_grad):
         return LOSSES[function].forward(student, *others, *options, False, backend)[0]
     if torch.compiler.is_compiling():

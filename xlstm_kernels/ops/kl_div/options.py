@@ -3,7 +3,10 @@ every backend takes them."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from ...arguments import check_is_integer, check_is_number
 
@@ -41,17 +44,52 @@ class Options(NamedTuple):
         """Within their ranges, the divergence being the one that it is at `beta`: at its ends a
         mixture is no mixture. Of weight 0 any is the forward one, whose gradient is never NaN."""
         _check(function, self)
-        divergence = _LIMITS.get((self.divergence, self.beta), self.divergence)
+        divergence = self.divergence
+        for (name, end), limit in _LIMITS.items():  # torch.compile may not know beta: no hash
+            if self.divergence == name and self.beta == end:
+                divergence = limit
         divergence = "forward" if self.kl_weight == 0 else divergence
         return self._replace(divergence=divergence)
 
 
+# Those that a schedule may change.
+NUMBERS = slice(1, 9)
 # The same for torch.library.
 SCHEMA = (
     "str divergence, float beta, float temperature, float ce_weight, float kl_weight,"
     " float label_smoothing, float z_loss, float? softcap, float? teacher_softcap,"
     " int ignore_index, str reduction"
 )
+
+
+def unknown_numbers(options: tuple[Any, ...]) -> Tensor | None:
+    """The numbers of options, (8,) float64 on the CPU, where torch.compile has them without a
+    value, as it does once one has changed from call to call; else None. As an operator's arguments
+    each value would be compiled anew, as a tensor none is; but a graph with a CPU tensor is none
+    that CUDA graphs record."""
+    if not torch.compiler.is_compiling():
+        return None
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # slow to import
+
+    numbers = [0.0 if number is None else number for number in options[NUMBERS]]
+    if all(has_static_value(number) for number in numbers):
+        return None
+    one = torch.ones((), dtype=torch.float64)
+    return torch.stack([one * number for number in numbers])
+
+
+def without_numbers(options: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What with_numbers() completes."""
+    given = [None if number is None else 0.0 for number in options[NUMBERS]]
+    return (*options[: NUMBERS.start], *given, *options[NUMBERS.stop :])
+
+
+def with_numbers(options: tuple[Any, ...], numbers: Tensor) -> tuple[Any, ...]:
+    given = [
+        None if number is None else value
+        for number, value in zip(options[NUMBERS], numbers.tolist(), strict=True)
+    ]
+    return (*options[: NUMBERS.start], *given, *options[NUMBERS.stop :])
 
 
 def _check(function: str, options: Options) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kl_div.op import scale
+from ..kl_div.options import Options, unknown_numbers, without_numbers
 from . import op
 from .inputs import DIFFERENTIABLE, Inputs, Settings
 
@@ -22,6 +23,9 @@ Grads = tuple[Tensor | None, ...]
 
 def linear_loss(inputs: Inputs, settings: Settings, backend: str) -> Tensor:
     """The loss, differentiable by hidden, weight and bias."""
+    if (numbers := unknown_numbers(settings.options)) is not None:
+        options = Options(*without_numbers(settings.options))
+        inputs, settings = inputs._replace(numbers=numbers), settings._replace(options=options)
     parts = (getattr(inputs, name) for name in DIFFERENTIABLE)
     wanted = [part is not None and part.requires_grad for part in parts]
     if not (torch.is_grad_enabled() and any(wanted)):

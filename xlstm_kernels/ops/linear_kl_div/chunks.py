@@ -24,7 +24,7 @@ from ... import gemm
 from ...cells import compute_dtype, no_autocast
 from ...memory import fresh
 from ..kl_div.autograd import Others
-from ..kl_div.options import Options
+from ..kl_div.options import Options, with_numbers
 from ..kl_div.ranks import Shard, exchange
 from ..kl_div.rows import sum_rows, weigh_rows
 from .inputs import Inputs, Settings, valid_rows
@@ -48,6 +48,8 @@ def run(kernels: Kernels, *call: Any, shard: Shard | None = None) -> list[Tensor
     count = len(Inputs._fields)
     inputs = Inputs(*call[:count])
     *options, support, chunk_rows, wanted = call[count:]
+    if inputs.numbers is not None:
+        options[:] = with_numbers(tuple(options), inputs.numbers)
     settings = Settings(Options(*options), support, chunk_rows, shard)
     with no_autocast(inputs.hidden.device), torch.no_grad():
         return _run(inputs, settings, wanted, kernels)

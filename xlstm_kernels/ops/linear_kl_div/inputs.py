@@ -14,7 +14,8 @@ from ..topk_kl_div.arguments import check_ids
 class Inputs(NamedTuple):
     """hidden (..., E), weight (V, E), bias (V,), row_weight (...). The others make the target: a
     teacher's head with an E and a V of its own; topk_logprobs and topk_ids (..., K) and
-    tail_logmass (...); labels (...)."""
+    tail_logmass (...); labels (...). numbers: where given, the options' are read there
+    (kl_div/options.py)."""
 
     hidden: Tensor
     weight: Tensor
@@ -27,10 +28,11 @@ class Inputs(NamedTuple):
     tail_logmass: Tensor | None
     labels: Tensor | None
     row_weight: Tensor | None
+    numbers: Tensor | None = None
 
     def read(self) -> dict[str, Tensor]:
         """By name the tensors that are there and have numbers a kernel reads."""
-        others = ("topk_ids", "labels", "row_weight")
+        others = ("topk_ids", "labels", "row_weight", "numbers")
         named = self._asdict().items()
         return {name: t for name, t in named if t is not None and name not in others}
 
@@ -56,7 +58,8 @@ class Settings(NamedTuple):
 SCHEMA = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor? teacher_hidden, Tensor? teacher_weight,"
     " Tensor? teacher_bias, Tensor? topk_logprobs, Tensor? topk_ids, Tensor? tail_logmass,"
-    f" Tensor? labels, Tensor? row_weight, {options.SCHEMA}, str support, int chunk_rows"
+    f" Tensor? labels, Tensor? row_weight, Tensor? numbers, {options.SCHEMA}, str support,"
+    " int chunk_rows"
 )
 # What a gradient can be wanted of.
 DIFFERENTIABLE = ("hidden", "weight", "bias")

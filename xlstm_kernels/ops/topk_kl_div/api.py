@@ -16,6 +16,7 @@ from . import op, reference
 from .arguments import check_support, check_target
 
 LOSSES["topk_kl_div"] = Operators(op.forward, op.overwrite, kl_div_op.scale)
+LOSSES["topk_kl_div by numbers"] = Operators(op.forward_by)
 LOSSES["topk_kl_div over ranks"] = ranks.operators(op.TOPK_KL_DIV.module, kl_div_op.scale)
 
 # Arguments of `topk_kl_div` as the xLSTM distillation has them (arXiv 2603.15590, Eq. 13), with the

@@ -8,6 +8,6 @@ from . import cpu, cuda, triton
 
 TOPK_KL_DIV = Op("topk_kl_div", {Backend.CPU: cpu, Backend.CUDA: cuda, Backend.TRITON: triton})
 
-forward, overwrite = define_row_loss(
+forward, overwrite, forward_by = define_row_loss(
     TOPK_KL_DIV, "Tensor topk_logprobs, Tensor topk_ids, Tensor? tail_logmass", " str support,"
 )
