@@ -58,6 +58,7 @@ MAY_IMPORT = {
     r"ops\.(?P<op>\w+)\.api": r"{op}\.(?!cpu$|cuda$|triton$)\w+|backends|cells(\.\w+)?|arguments",
     r"ops\.(?P<op>\w+)\.op": rf"{{op}}\.(cpu|cuda|triton)|{HELPERS}|backends|library|cells",
     r"ops\.(?P<op>\w+)\.(cpu|cuda|triton)": rf"{HELPERS}|backends|memory|arguments|cells(\.\w+)?",
+    r"ops\.(?P<op>\w+)\.triton_launch": rf"{HELPERS}|cells(\.\w+)?|arguments|memory",
     r"ops\.(?P<op>\w+)\.\w+": rf"{HELPERS}|cells(\.\w+)?|arguments",
 }
 # What the programs around the package see of it.

@@ -3,7 +3,9 @@ works. The operation's other tests run them too, and are slow there."""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from recurrence_cases import ON_CPU, check_replayed
 import xlstm_kernels as xk
 from xlstm_kernels.backends import UNAVAILABLE, Backend
 from xlstm_kernels.cells import CELLS
+from xlstm_kernels.ops.mlstm import triton_launch as mlstm_launch
 from xlstm_kernels.ops.recurrence import op
 from xlstm_kernels.ops.recurrence import triton as backend
 from xlstm_kernels.testing import (
@@ -208,6 +211,34 @@ def test_on_a_device(cell, T, D, dtype):
         WIDENED["cuda"],
         None if dtype is torch.float32 else torch.float16,
     )
+
+
+@pytest.mark.parametrize(
+    ("chip_of", "chips"),
+    [
+        (backend.chip_of, ["sm_80", "sm_90"]),
+        (lambda x: mlstm_launch.chip_of(x, False), ["any", "hopper"]),
+    ],
+)
+def test_a_launch_is_for_the_tensors_chip(chip_of, chips, monkeypatch):
+    """Of a machine with two unlike ones, whichever is current."""
+    current = [0]
+
+    @contextmanager
+    def device(wanted):
+        before, current[0] = current[0], wanted.index
+        yield
+        current[0] = before
+
+    def target():
+        return SimpleNamespace(backend="cuda", arch=(80, 90)[current[0]])
+
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_target=target))
+    monkeypatch.setattr("triton.runtime.driver", driver)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(backend, "TRITON_INTERPRETED", False)
+    tensors = [SimpleNamespace(device=torch.device("cuda", index)) for index in (0, 1)]
+    assert [chip_of(tensor) for tensor in tensors] == chips
 
 
 @ON_CPU

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -64,6 +64,14 @@ def launching(tensor: Tensor) -> Iterator[tuple[ModuleType, int]]:
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """The tensor's GPU as the current one, which Triton launches on."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+
+
+def triton_target(tensor: Tensor) -> Any:
+    """Triton's name of the tensor's GPU, which need not be the current one."""
+    from triton.runtime import driver
+
+    with on_device(tensor):
+        return driver.active.get_current_target()
 
 
 def dtype_code(tensor: Tensor) -> int:

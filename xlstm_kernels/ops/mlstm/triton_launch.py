@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...arguments import token_starts
+from ...memory import triton_target
 from .shapes import STATE_INTERVAL, sequences
 
 # A kernel's tensors and numbers, and its constants by name.
@@ -90,7 +91,7 @@ INTERPRETED = Blocks(128, 128)
 
 
 def choose(K: int, V: int, dtype: torch.dtype, chunk_size: int, chip: str) -> Launch:
-    """chunk_size 0 leaves the choice of the tile to the table; chip: as current_chip() says."""
+    """chunk_size 0 leaves the choice of the tile to the table; chip: as chip_of() says."""
     interpreted = chip == "interpreter"
     if dtype == torch.bfloat16:
         dot = "bf16_emulated" if interpreted else "bf16"
@@ -123,13 +124,11 @@ def choose(K: int, V: int, dtype: torch.dtype, chunk_size: int, chip: str) -> La
     return Launch(tile, dot, walks, fit(outputs), queries, walks, keys, scan, gates)
 
 
-def current_chip(interpreted: bool) -> str:
+def chip_of(tensor: Tensor, interpreted: bool) -> str:
     """A key of TABLE, or a name that it lacks."""
     if interpreted:
         return "interpreter"
-    from triton.runtime import driver
-
-    target = driver.active.get_current_target()
+    target = triton_target(tensor)
     if target.backend == "hip":
         return "hip"
     return "hopper" if target.arch == 90 else "any"
@@ -163,7 +162,8 @@ class Call:
         B, T, self.H, self.K = q_BTHK.shape
         self.V = v_BTHV.shape[3]
         self.device = q_BTHK.device
-        self.launch = choose(self.K, self.V, q_BTHK.dtype, chunk_size, current_chip(interpreted))
+        chip = chip_of(q_BTHK, interpreted)
+        self.launch = choose(self.K, self.V, q_BTHK.dtype, chunk_size, chip)
         self.q, self.k, self.v = (self.rows(rows_together(x)) for x in (q_BTHK, k_BTHK, v_BTHV))
         self.gates = GateRows(i_BTH, f_BTH, *i_BTH.stride(), *f_BTH.stride())
         self.sequences = sequences(q_BTHK, cu_seqlens)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...backends import TRITON_INTERPRETED, triton_refuses
 from ...cells import CELLS
-from ...memory import dense_rows, on_device, plain
+from ...memory import dense_rows, on_device, plain, triton_target
 from .arguments import starts_of
 from .products import multiply_outer
 from .results import empty_like, forward_results
@@ -34,13 +34,11 @@ def supports(x_BTGHD: Tensor, r_GHDE: Tensor, cell: str, save: bool = True) -> s
     return triton_refuses("x", x_BTGHD.device)
 
 
-def current_chip() -> str:
+def chip_of(tensor: Tensor) -> str:
     """As `choose` takes it."""
     if TRITON_INTERPRETED:
         return "interpreter"
-    from triton.runtime import driver
-
-    target = driver.active.get_current_target()
+    target = triton_target(tensor)
     return f"sm_{target.arch}" if target.backend == "cuda" else "hip"
 
 
@@ -62,10 +60,11 @@ def forward(
     h_BTHD, last_SBHD, saved = forward_results(x_BTGHD, cu_seqlens, cell, save, empty)
     kernel: Any = step_kernel
     flags: dict[str, Any] = {}
+    chip = chip_of(x_BTGHD)
     if T == 1:
-        chosen = choose_step(D, r_GHDE.dtype, current_chip())
+        chosen = choose_step(D, r_GHDE.dtype, chip)
     else:
-        chosen = choose(D, r_GHDE.dtype, current_chip(), False)
+        chosen = choose(D, r_GHDE.dtype, chip, False)
         kernel, flags = forward_kernel, {"HELD": chosen.held}
     call = _Call(x_BTGHD, r_GHDE, last_SBHD.shape[1], T, H, cu_seqlens, cell, chosen)
     x_BTGHD = dense_rows(x_BTGHD)
@@ -111,7 +110,7 @@ def backward(
     B, T, G, H, D = raw_BTGHD.shape
     last = last_shape(raw_BTGHD.shape, cu_seqlens, cell)
     want_r, want_b, want_state = want
-    launch = choose(D, r_GHDE.dtype, current_chip(), True)
+    launch = choose(D, r_GHDE.dtype, chip_of(raw_BTGHD), True)
     call = _Call(raw_BTGHD, r_GHDE, last[1], T, H, cu_seqlens, cell, launch)
     dx_BTGHD = like_x.new_empty(raw_BTGHD.shape)
     dr_GHDE = raw_BTGHD.new_empty(r_GHDE.shape if want_r else (0,))

@@ -43,7 +43,7 @@ def operands(r_dtype: torch.dtype, chip: str) -> tuple[str, int]:
 
 
 def choose(D: int, r_dtype: torch.dtype, chip: str, backward: bool) -> Launch:
-    """Of a loop over time. chip: as current_chip() says."""
+    """Of a loop over time. chip: as chip_of() says."""
     dot, rows = operands(r_dtype, chip)
     width = max(16, 1 << (D - 1).bit_length())
     r_bytes = 4 * width * width * {"bf16": 2, "tf32x2": 8}.get(dot, 4)
