@@ -4,11 +4,13 @@ and on the emulator."""
 from __future__ import annotations
 
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from xlstm_kernels.backends import CUDA_EMULATOR, load_cuda
+from xlstm_kernels import backends
+from xlstm_kernels.backends import CUDA_EMULATOR, Backend, load_cuda
 from xlstm_kernels.testing import check
 
 needs_extension = pytest.mark.skipif(
@@ -55,6 +57,39 @@ def test_without_a_device_a_call_raises_cudas_message() -> None:
     # Nobody reads the address: the launch fails first.
     with pytest.raises(RuntimeError, match=r"^scale_rows: \w+"):
         load_cuda().scale_rows(1, (2, 3), 0, 3, 0, 0)
+
+
+@pytest.mark.medium
+@needs_extension
+def test_auto_goes_on_where_the_driver_is_too_old(monkeypatch) -> None:
+    """For the runtime that is linked in, and not for torch's; torch.compile folds the choice."""
+    why = "cudaGetDeviceCount: CUDA driver version is insufficient for CUDA runtime version"
+    asked = []
+
+    class Extension:
+        def devices(self) -> None:
+            asked.append(why)
+            raise RuntimeError(why)
+
+    backends._ask_cuda.cache_clear()
+    monkeypatch.setattr(backends, "load_cuda", lambda *, emulated=False: Extension())
+    device = torch.device("cuda")
+    x, r = (SimpleNamespace(device=device, dtype=torch.float32, shape=(4,) * 5) for _ in range(2))
+    recurrence = backends.OPS["recurrence"]
+    try:
+        assert recurrence.resolve("auto", x, r, "slstm") in (Backend.TRITON, Backend.REFERENCE)
+        with pytest.raises(NotImplementedError, match=f"slstm: backend 'cuda' cannot .* {why}"):
+            recurrence.resolve("cuda", x, r, "slstm", function="slstm")
+        if backends.CUDA_EMULATOR is None:
+            assert backends.available_backends()["slstm"]["cuda"] == why
+
+        def refusal(_: torch.Tensor) -> bool:
+            return backends.cuda_refuses("x", device) == why
+
+        assert torch.compile(refusal, fullgraph=True, backend="eager")(torch.ones(1))
+        assert len(asked) <= 2  # for the calls, and for the table
+    finally:
+        backends._ask_cuda.cache_clear()
 
 
 @pytest.mark.gpu

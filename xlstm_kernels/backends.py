@@ -19,6 +19,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -186,10 +187,26 @@ def triton_refuses(argument: str, device: torch.device) -> str | None:
 def cuda_refuses(argument: str, device: torch.device) -> str | None:
     """Why CUDA kernels cannot run on tensors of `device`, which `argument` is on, or None."""
     if device.type == "cuda":
-        return _missing("_cuda", _WITHOUT_NVCC) if CUDA_EMULATOR else None
+        return _cuda_failure()
     if device.type == "cpu" and CUDA_EMULATOR:
         return None
     return f"it runs on CUDA tensors, {argument} is on {device}"
+
+
+def _cuda_failure() -> str | None:
+    """Why the CUDA kernels run on no device, where torch's may: a driver too old for the runtime
+    linked in, say. Asked once."""
+    return _ask_cuda()
+
+
+# torch.compile takes the result for a constant. torch.compiler.assume_constant_result would say so
+# as well, and import all of torch._dynamo.
+_cuda_failure._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _ask_cuda() -> str | None:
+    return _missing("_cuda", _WITHOUT_NVCC) or _failure(lambda: load_cuda().devices())
 
 
 def _without_triton_device() -> str | None:
