@@ -32,10 +32,13 @@ def half_as_large(linear):
 
 
 CHANGES = {
-    "adapter": lambda cell: setattr(cell, "b", Adapted(cell.b)),
-    "weight_norm": lambda cell: half_as_large(cell.b),
-    "pruned": lambda cell: prune.random_unstructured(cell.a, "weight", 0.5),
-    "hook": lambda cell: cell.b.register_forward_hook(lambda module, args, y: 2 * y),
+    "adapter": lambda layer: setattr(layer.cell, "b", Adapted(layer.cell.b)),
+    "weight_norm": lambda layer: half_as_large(layer.cell.b),
+    "pruned": lambda layer: prune.random_unstructured(layer.cell.a, "weight", 0.5),
+    "number": lambda layer: setattr(layer.cell, "forget", 1.0),
+    "once None": lambda layer: setattr(layer.cell, "limit", torch.tensor(0.01)),
+    "dropout": lambda layer: setattr(layer.drop, "p", 1.0),
+    "hook": lambda layer: layer.cell.b.register_forward_hook(lambda module, args, y: 2 * y),
 }
 
 
@@ -45,7 +48,7 @@ def test_what_a_cell_becomes_after_it_was_replaced_counts(change):
     layer, x = Loop(Cell(6, 8), 8), torch.randn(2, 9, 6)
     xk.replace_layers(layer)
     before = layer(x)[0]
-    CHANGES[change](layer.cell)
+    CHANGES[change](layer)
     got = layer(x)[0]
     xk.restore_layers(layer)
     assert torch.equal(got, layer(x)[0]) and not torch.equal(got, before)

@@ -32,6 +32,10 @@ AS_NEAR = 8
 LONG = 130
 RUNS = ((3, 1, 1.0, False), (1, LONG, 1.0, False), (2, 5, 30.0, False), (2, LONG, 30.0, True))
 
+# Attributes that a forward may compute with, but for those that every module has.
+PLAIN = bool, int, float, complex, str, type(None)
+OF_TORCH = frozenset(vars(nn.Module()))
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -45,6 +49,7 @@ class Plan:
         form: what forward returns, a name of `Steps` for each tensor.
         stateful: which calls are recognised: without a state, with (h, c).
         modules: classes of the modules within.
+        numbers: of the layer and of each module within, the attributes that are plain values.
     """
 
     weights: tuple[str, ...]
@@ -54,6 +59,7 @@ class Plan:
     form: Any = None
     stateful: tuple[bool, ...] = ()
     modules: tuple[type, ...] = ()
+    numbers: tuple[tuple[tuple[str, Any], ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -155,7 +161,7 @@ def _weights(layer: nn.Module) -> Iterator[Plan]:
         path, cell = holders[0]
         biases = ("bias_ih", "bias_hh") if cell.bias else ()
         found = [path + name for name in ("weight_ih", "weight_hh", *biases)]
-        yield Plan(tuple(found), parameters=_parameters(layer), modules=_within(layer))
+        yield Plan(tuple(found), parameters=_parameters(layer), **_as_it_is(layer))
     elif len(holders) == 2 and all(type(module) is nn.Linear for _, module in holders):
         for (path, input_linear), (hidden_path, linear) in itertools.permutations(holders):
             rows = 4 * linear.in_features
@@ -164,7 +170,7 @@ def _weights(layer: nn.Module) -> Iterator[Plan]:
                 biases = tuple(p + "bias" for p, module in given if module.bias is not None)
                 found = [path + "weight", hidden_path + "weight"]
                 names = (*found, *biases)
-                yield Plan(names, parameters=_parameters(layer), modules=_within(layer))
+                yield Plan(names, parameters=_parameters(layer), **_as_it_is(layer))
 
 
 def _parameters(layer: nn.Module) -> tuple[str, ...]:
@@ -172,8 +178,17 @@ def _parameters(layer: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(type(layer).forward).parameters)[1:3]
 
 
-def _within(layer: nn.Module) -> tuple[type, ...]:
-    return tuple(type(module) for module in layer.modules())[1:]
+def _as_it_is(layer: nn.Module) -> dict[str, Any]:
+    """What `is_as_recognised` looks at."""
+    modules = list(layer.modules())
+    # A Linear has sizes alone, and weights that say them too.
+    numbers = tuple(
+        tuple((k, v) for k, v in vars(module).items() if k not in OF_TORCH and type(v) in PLAIN)
+        if type(module) is not nn.Linear
+        else ()
+        for module in modules
+    )
+    return {"modules": tuple(map(type, modules[1:])), "numbers": numbers}
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -187,9 +202,18 @@ def has_hooks(module: nn.Module) -> bool:
 
 def is_as_recognised(layer: Any, plan: Plan) -> bool:
     """Whether the modules within compute what they did then: another may stand in the place of a
-    Linear (an adapter, a quantised one), a hook may give it its weight (weight_norm, pruning)."""
-    within = list(layer.modules())[1:]
-    return tuple(map(type, within)) == plan.modules and not any(map(has_hooks, within))
+    Linear (an adapter, a quantised one), a hook may give it its weight (weight_norm, pruning), a
+    scale or a rate of dropout may have been set."""
+    modules = list(layer.modules())
+    within = modules[1:]
+    if tuple(map(type, within)) != plan.modules or any(map(has_hooks, within)):
+        return False
+    for module, numbers in zip(modules, plan.numbers, strict=True):
+        for name, value in numbers:
+            found = getattr(module, name, None)
+            if found is not value and (type(found) is not type(value) or found != value):
+                return False
+    return True
 
 
 def _outside_of_the_weights(layer: nn.Module) -> str | None:
