@@ -17,6 +17,13 @@ PARALLEL = OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadgroup
 ISAS = $(shell $(PYTHON) -c "from xlstm_kernels.backends import load_cpu; print(*load_cpu().supported_isas())")
 SANITIZED = build/sanitized
 COMPAT = build/compat
+# setuptools has the reader of TOML that Python 3.10 lacks.
+define COMPAT_EXTRA
+from setuptools.compat.py310 import tomllib
+with open("pyproject.toml", "rb") as file:
+    print(*tomllib.load(file)["project"]["optional-dependencies"]["compat"])
+endef
+export COMPAT_EXTRA
 # The oldest Triton that this works with, which torch 2.10 and 2.11 bring along.
 OLDEST_TRITON = build/triton-3.6
 comma = ,
@@ -77,9 +84,10 @@ sanitize:  ## the operations' tests on a build with AddressSanitizer and UBSan
 	done
 
 # Beside the environment: where xlstm is installed, transformers builds its layers from that.
-$(COMPAT):
-	$(PYTHON) -m pip install --quiet --no-deps --target $@ xlstm==2.0.6 mlstm_kernels==2.0.6 \
-	  flashrnn==1.0.8 tirex-ts==1.4.2 einops scikit-learn scipy joblib threadpoolctl narwhals cloudpickle
+$(COMPAT): pyproject.toml
+	rm -rf $@
+	$(PYTHON) -m pip install --quiet --no-deps --target $@ $$($(PYTHON) -c "$$COMPAT_EXTRA")
+	touch $@
 
 test-compat: $(COMPAT)  ## what we stand in for and replace, against the packages themselves
 	PYTHONPATH=$(COMPAT) $(PARALLEL) tests/test_compat.py tests/test_replace*.py

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from setuptools.compat.py310 import tomllib
 from torch import nn
 
-from benchmarks import peak
+from benchmarks import packages, peak
 from benchmarks.replay import Replay
 
 
@@ -74,3 +75,11 @@ def test_peak_is_what_a_call_holds_at_once():
     # What was there before may shrink meanwhile.
     assert 1.9 * size_bytes < peak.during(twice_then_once) < 3 * size_bytes
     assert peak.during(lambda: None) < size_bytes
+
+
+def test_packages_are_pinned_as_those_of_the_tests():
+    """What is timed is what the tests compare with."""
+    with open(packages.ROOT / "pyproject.toml", "rb") as file:
+        extra = tomllib.load(file)["project"]["optional-dependencies"]["compat"]
+    pinned = {item for item in (*packages.PACKAGES, *packages.PACKAGES_APART) if "==" in item}
+    assert pinned and pinned <= set(extra)
