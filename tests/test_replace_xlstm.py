@@ -225,7 +225,7 @@ def test_export_of_a_step():
     assert torch.equal(got, want)
 
 
-def test_xlstm_large():
+def make_large():
     from xlstm.xlstm_large.model import xLSTMLarge, xLSTMLargeConfig
 
     config = xLSTMLargeConfig(
@@ -236,7 +236,11 @@ def test_xlstm_large():
         return_last_states=True,
         mode="inference",
     )
-    model = randomised(xLSTMLarge(config)).eval()
+    return randomised(xLSTMLarge(config)).eval()
+
+
+def test_xlstm_large():
+    model = make_large()
     ids = torch.randint(0, 40, (2, 37))
     with torch.no_grad():
         want, _ = model(ids)
@@ -247,6 +251,27 @@ def test_xlstm_large():
         last, _ = model(ids[:, 36:], state)
     assert relative_error(got, want) <= 1e-4
     assert relative_error(torch.cat([first, last], 1), got) <= 1e-4
+
+
+@pytest.mark.medium
+def test_xlstm_large_compiles_without_a_break():
+    """A prompt, a token after it, and a training step."""
+    model, ids = make_large(), torch.randint(0, 40, (2, 37))
+    xk.replace_layers(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        want, state = model(ids)
+        token, _ = model(ids[:, :1], copy.deepcopy(state))
+        got, state = compiled(ids)
+        assert relative_error(got, want) <= 1e-6
+        assert relative_error(compiled(ids[:, :1], state)[0], token) <= 1e-6
+    model.zero_grad()
+    compiled(ids)[0].square().mean().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model(ids)[0].square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert relative_error(gradients[name], parameter.grad) <= 1e-5, name
 
 
 def test_tirex_cell():
