@@ -280,6 +280,22 @@ def test_second_derivative_is_an_error(backend):
         dq.sum().backward()
 
 
+@pytest.mark.parametrize("function", [xk.mlstm, xk.mlstm_step])
+@pytest.mark.parametrize("backend", EACH_BACKEND)
+def test_second_derivative_is_refused_where_one_input_alone_has_a_gradient(backend, function):
+    """The other inputs are frozen, and h.sum() has no gradient of its own to differentiate by."""
+    inputs = mlstm_inputs(MLSTMCase(backend, T=2, K=3, V=2))
+    given = {name: inputs[name] for name in (*INPUTS, "c0", "n0", "m0")}
+    for name in given:
+        leaf = given[name].clone().requires_grad_()
+        *tokens, c, n, m = (given | {name: leaf}).values()
+        h, _ = function(*tokens, (c, n, m), backend=backend)
+        (grad,) = torch.autograd.grad(h.sum(), leaf, create_graph=True)
+        # Another path to the leaf, which alone would give a number.
+        with pytest.raises(NotImplementedError, match=f"mlstm: backend '{backend}' has no second"):
+            torch.autograd.grad(grad.square().sum() + leaf.square().sum(), leaf)
+
+
 Q, V, GATE = torch.zeros(2, 5, 3, 4), torch.zeros(2, 5, 3, 6), torch.zeros(2, 5, 3)
 BAD = {
     r"q must be \(B, T, H, K\)": lambda: xk.mlstm(Q[0], Q, V, GATE, GATE),

@@ -50,7 +50,7 @@ def row_loss(
     if torch.compiler.is_compiling():
         return TracedLoss.apply(function, options, backend, student, *others)
     if inplace_grad:
-        return InplaceLoss.apply(function, options, backend, student, *others)
+        return InplaceLoss.apply(function, options, backend, student, *others)[0]
     return RowLoss.apply(function, options, backend, student, *others)
 
 
@@ -136,7 +136,10 @@ class RowLossGrad(torch.autograd.Function):
 
 
 class InplaceLoss(torch.autograd.Function):
-    """Forward leaves the gradient in student's storage; the one backward scales it there."""
+    """Forward leaves the gradient in student's storage; the one backward scales it there.
+
+    Also returns an empty tensor. As a saved output it ties `InplaceLossGrad` to student, which is
+    gone."""
 
     @staticmethod
     def forward(
@@ -146,16 +149,18 @@ class InplaceLoss(torch.autograd.Function):
         backend: str,
         student: Tensor,
         *others: Tensor | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         loss = LOSSES[function].overwrite(student, *others, *options, backend)
         # Whoever saved these logits for a backward of its own must not find a gradient there.
         torch.autograd.graph.increment_version(student)
         ctx.grad, ctx.version = [student.detach()], student._version
         ctx.function, ctx.backend, ctx.others = function, backend, len(others)
-        return loss
+        tie = loss.new_empty(0)
+        ctx.save_for_backward(tie)
+        return loss, tie
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.grad:
             raise RuntimeError(
                 f"{ctx.function}: with inplace_grad=True backward runs once, as the logits it came"
@@ -166,16 +171,15 @@ class InplaceLoss(torch.autograd.Function):
                 f"{ctx.function}: with inplace_grad=True student_logits hold the gradient until"
                 " backward, but they were modified by an inplace operation after the loss"
             )
-        # What the second derivative would be by, were there one.
-        anchor = dloss.new_empty(0, requires_grad=torch.is_grad_enabled())
-        dstudent = InplaceLossGrad.apply(dloss, anchor, ctx.grad, ctx.function, ctx.backend)
+        (tie,) = ctx.saved_tensors
+        dstudent = InplaceLossGrad.apply(dloss, tie, ctx.grad, ctx.function, ctx.backend)
         return (None, None, None, dstudent, *(None,) * ctx.others)
 
 
 class InplaceLossGrad(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, dloss: Tensor, anchor: Tensor, ready: list[Tensor], function: str, backend: str
+        ctx: Any, dloss: Tensor, tie: Tensor, ready: list[Tensor], function: str, backend: str
     ) -> Tensor:
         ctx.function, ctx.backend = function, backend
         grad = ready.pop()

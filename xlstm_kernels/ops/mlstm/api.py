@@ -88,7 +88,7 @@ def mlstm(
     inputs = (q, k, v, i, f, *(state or (None, None, None)))
     call = (cu_seqlens, *options, chunk_size or 0)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        h, *last = MLSTM.apply(chosen.value, call, *inputs)
+        h, *last, _ = MLSTM.apply(chosen.value, call, *inputs)
     else:
         h, *last = op.forward(*inputs, *call, False, chosen.value)
     return h, MLSTMState(*last)
@@ -161,6 +161,9 @@ def mlstm_context_parallel(
 
 
 class MLSTM(torch.autograd.Function):
+    """Also returns an empty tensor. As a saved output it ties `MLSTMGrad` to every input: the state
+    is not kept."""
+
     @staticmethod
     def forward(
         ctx: Any, backend: str, call: tuple[Any, ...], *inputs: Tensor | None
@@ -168,13 +171,15 @@ class MLSTM(torch.autograd.Function):
         h, c, n, m, *saved = op.forward(*inputs, *call, True, backend)
         cu_seqlens, *ctx.options = call
         ctx.backend = backend
-        ctx.save_for_backward(*inputs[:5], cu_seqlens, *saved)
+        tie = h.new_empty(0)
+        ctx.save_for_backward(tie, *inputs[:5], cu_seqlens, *saved)
         ctx.dtypes = [None if x is None else x.dtype for x in inputs]
         ctx.set_materialize_grads(False)
-        return h, c, n, m
+        return h, c, n, m, tie
 
     @staticmethod
     def backward(ctx: Any, *doutputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        doutputs = doutputs[:4]
         if all(d is None for d in doutputs):
             return (None,) * 10
         want = ctx.needs_input_grad[2:]
@@ -199,8 +204,8 @@ class MLSTMGrad(torch.autograd.Function):
         ctx: Any, backend: str, options: list[Any], want_state: bool, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         ctx.backend = backend
-        doutputs, inputs = tensors[:4], tensors[4:9]
-        cu_seqlens, saved = tensors[9], list(tensors[10:])
+        doutputs, inputs = tensors[:4], tensors[5:10]
+        cu_seqlens, saved = tensors[10], list(tensors[11:])
         return tuple(
             op.backward(*(*doutputs, *inputs, saved, cu_seqlens, *options, want_state, backend))
         )
