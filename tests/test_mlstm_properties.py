@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from mlstm_cases import (
+    BACKENDS,
     DEVICES,
     EACH_BACKEND,
     FLAGS,
@@ -26,6 +27,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import xlstm_kernels as xk
 from xlstm_kernels.ops.mlstm import op, reference
 from xlstm_kernels.testing import relative_error
+
+WITH_REFERENCE = ("reference", *BACKENDS)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 64, 100])
@@ -278,6 +281,27 @@ def test_second_derivative_is_an_error(backend):
     (dq,) = torch.autograd.grad(h.square().sum(), tensors[0], create_graph=True)
     with pytest.raises(NotImplementedError, match=f"mlstm: backend '{backend}' has no second"):
         dq.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "case", on_every_backend({"T": 0}, {"lengths": (0,)}, {"lengths": ()}, backends=WITH_REFERENCE)
+)
+@pytest.mark.parametrize("chunk_size", [None, 16])
+def test_no_tokens_leave_a_state_of_its_own_and_a_gradient(case, chunk_size):
+    inputs = mlstm_inputs(case)
+    given = {name: inputs[name] for name in (*INPUTS, "c0", "n0", "m0")}
+    options = {"cu_seqlens": case.cu_seqlens, "backend": case.backend, "chunk_size": chunk_size}
+    *tokens, c, n, m = given.values()
+    _, last = xk.mlstm(*tokens, (c, n, m), **options)
+    for before, after in zip((c, n, m), last, strict=True):
+        assert torch.equal(before, after)
+        assert before.numel() == 0 or before.data_ptr() != after.data_ptr()
+    for name in given:
+        leaf = given[name].clone().requires_grad_()
+        *tokens, c, n, m = (given | {name: leaf}).values()
+        h, _ = xk.mlstm(*tokens, (c, n, m), **options)
+        (grad,) = torch.autograd.grad(h.sum(), leaf)
+        assert grad.shape == leaf.shape and not grad.any(), name
 
 
 @pytest.mark.parametrize("function", [xk.mlstm, xk.mlstm_step])

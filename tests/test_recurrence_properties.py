@@ -256,6 +256,17 @@ def test_second_derivative_is_refused_where_one_input_alone_has_a_gradient(case)
             torch.autograd.grad(grad.square().sum() + leaf.square().sum(), leaf)
 
 
+@pytest.mark.parametrize("case", on_every_backend({"T": 0, "D": 3}))
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_no_tokens_leave_a_gradient(case, backend):
+    inputs = {name: leaf.detach() for name, leaf in leaves_of(case).items()}
+    for name in inputs:
+        leaf = inputs[name].clone().requires_grad_()
+        h, _ = call_recurrence(case, inputs | {name: leaf}, backend or case.backend)
+        (grad,) = torch.autograd.grad(h.sum(), leaf)
+        assert grad.shape == leaf.shape and not grad.any(), name
+
+
 @EVERY_BACKEND
 @pytest.mark.parametrize("cell", SLSTM_CELLS)
 def test_empty_normaliser_is_tested_per_element(cell, backend):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...arguments import token_starts
-from ...cells import compute_dtype, no_autocast
+from ...cells import compute_dtype, no_autocast, no_tokens
 from ...cells.mlstm import MLSTMState, Options, log_gates, normalize, step
 from .shapes import state_shapes
 
@@ -64,6 +64,9 @@ def forward(
             h, lasts = zip(*runs, strict=True)
             h_BTHV = torch.cat(h, dim=1)
             last = MLSTMState(*(torch.cat(parts) for parts in zip(*lasts, strict=True)))
+        if q_BTHK.shape[1] == 0:
+            h_BTHV = no_tokens(h_BTHV, *inputs, *state)
+            last = MLSTMState(*(part.clone() for part in last))  # the caller's own
     return h_BTHV.to(q_BTHK.dtype), last
 
 
@@ -90,7 +93,7 @@ def recurrent(
     for inputs in tokens:
         h, state = step(*inputs, state, options)
         h_T.append(h)
-    return torch.stack(h_T, dim=1) if h_T else v_BTHV.clone(), state
+    return torch.stack(h_T, dim=1) if h_T else v_BTHV, state
 
 
 def chunkwise(
@@ -111,7 +114,7 @@ def chunkwise(
     for chunk in chunks:
         h, state = _chunk(*chunk, state, options)
         h_N.append(h)
-    return torch.cat(h_N, dim=1) if h_N else v_BTHV.clone(), state
+    return torch.cat(h_N, dim=1) if h_N else v_BTHV, state
 
 
 def _chunk(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...arguments import token_starts
-from ...cells import CELLS, compute_dtype, no_autocast
+from ...cells import CELLS, compute_dtype, no_autocast, no_tokens
 from .shapes import last_shape
 
 
@@ -63,7 +63,8 @@ def _scan_packed(
     if len(starts) == 1:  # no sequence
         _, _, _, H, D = x_BTGHD.shape
         last_SBHD = x_BTGHD.new_zeros(last_shape(x_BTGHD.shape, cu_seqlens, cell))
-        return x_BTGHD.new_zeros(1, 0, H, D), last_SBHD.to(compute_dtype(x_BTGHD.dtype))
+        h_BTHD = no_tokens(x_BTGHD.new_zeros(1, 0, H, D), x_BTGHD, r_GHDE, b_GHD, state_SBHD)
+        return h_BTHD, last_SBHD.to(compute_dtype(x_BTGHD.dtype))
     runs = [
         _scan(
             x_BTGHD[:, begin:end],
@@ -106,5 +107,8 @@ def _scan(
             raw_BGHD = raw_BGHD + b_GHD
         state = spec.step(raw_BGHD, state, n_floor)
         h_T.append(state[0].to(x_BTGHD.dtype))
-    h_BTHD = torch.stack(h_T, dim=1) if h_T else x_BTGHD.new_zeros(B, 0, H, D)
+    if h_T:
+        h_BTHD = torch.stack(h_T, dim=1)
+    else:
+        h_BTHD = no_tokens(x_BTGHD.new_zeros(B, 0, H, D), x_BTGHD, r_GHDE, b_GHD, state_SBHD)
     return h_BTHD, torch.stack(state)
