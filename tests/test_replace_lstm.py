@@ -168,3 +168,28 @@ def test_errors_are_those_of_torch(x, hx):
     with pytest.raises(theirs.type) as ours:
         layer(x, hx)
     assert str(ours.value)[:60] == str(theirs.value)[:60]
+
+
+@pytest.mark.medium
+def test_packed_sequences_compile_without_a_break():
+    """Sequences in any order; sorted ones do not say how many they are but by a value."""
+    layer = nn.LSTM(5, 8, num_layers=2, bidirectional=True)
+    xk.replace_layers(layer)
+
+    def run(packed):
+        y, (h, c) = layer(packed)
+        return y.data, h, c
+
+    with torch._dynamo.config.patch(allow_rnn=True):
+        compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+        for lengths in ((3, 20, 1), (4, 7, 30, 2)):
+            x = [torch.randn(n, 5) for n in lengths]
+            packed = pack_sequence(x, enforce_sorted=False)
+            for got, want in zip(compiled(packed), run(packed), strict=True):
+                assert relative_error(got, want) <= 1e-6
+            layer.zero_grad()
+            compiled(packed)[0].square().sum().backward()
+            gradient = layer.weight_ih_l0_reverse.grad.clone()
+            layer.zero_grad()
+            run(packed)[0].square().sum().backward()
+            assert relative_error(gradient, layer.weight_ih_l0_reverse.grad) <= 1e-6

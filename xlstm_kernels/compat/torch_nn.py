@@ -92,7 +92,8 @@ class FusedLSTM(Swapped, nn.LSTM):
         if hx is not None:
             hx = self.permute_hidden(hx, sorted_indices)
             self.check_forward_args(data, hx, batch_sizes)
-        rows = Rows.of(batch_sizes, data.device)
+        S = int(batch_sizes[0]) if sorted_indices is None else len(sorted_indices)
+        rows = Rows.of(batch_sizes, S, len(data), data.device)
         y, h, c = self._layers(data[rows.by_sequence].unsqueeze(0), hx, rows)
         packed = PackedSequence(
             y.squeeze(0)[rows.by_time], batch_sizes, sorted_indices, unsorted_indices
@@ -150,16 +151,17 @@ class Rows:
     starts: Tensor
 
     @classmethod
-    def of(cls, batch_sizes: Tensor, device: torch.device) -> Rows:
-        T, S = len(batch_sizes), int(batch_sizes[0])
+    def of(cls, batch_sizes: Tensor, S: int, N: int, device: torch.device) -> Rows:
+        """By shapes that are known without `batch_sizes`, so that torch.compile keeps one graph."""
         first_T = batch_sizes.cumsum(0) - batch_sizes
-        present_ST = torch.arange(S).unsqueeze(1) < batch_sizes
-        by_sequence = (first_T + torch.arange(S).unsqueeze(1))[present_ST]
-        lengths_S = present_ST.sum(1)
+        lengths_S = (torch.arange(S).unsqueeze(1) < batch_sizes).sum(1)
         starts = F.pad(lengths_S.cumsum(0), (1, 0))
-        t_N = torch.arange(T).expand(S, T)[present_ST]
-        last_N = (starts[1:] - 1).repeat_interleave(lengths_S)
-        found = by_sequence, by_sequence.argsort(), last_N - t_N, starts.int()
+        row_N = torch.arange(N)
+        sequence_N = torch.searchsorted(starts, row_N, right=True) - 1
+        t_N = row_N - starts[sequence_N]
+        by_sequence = first_T[t_N] + sequence_N
+        reverse = starts[sequence_N + 1] - 1 - t_N
+        found = by_sequence, by_sequence.argsort(), reverse, starts.int()
         return cls(*(index.to(device) for index in found))
 
 
