@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import xlstm_kernels as xk
 from distill.hybrid.options import HybridOptions
+from xlstm_kernels.nn.mlstm import GateProjection
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin of each token, (B or 1, T, R)
 STEP_TOKENS = 16  # that `xk.mlstm_step` takes at once
@@ -51,7 +52,7 @@ class HybridMixer(nn.Module):
             shape = head_dim, options.feature_dim or head_dim
             self.feature_q = nn.Parameter(torch.empty(heads, *shape))
             self.feature_k = nn.Parameter(torch.empty(self.states, *shape))
-        self.gates = nn.Linear(width, 2 * self.states)  # i, f
+        self.gates = GateProjection(width, 2 * self.states)  # i, f
         inputs = {"qkv": 3 * head_dim, "x": width}.get(options.output_gate)
         self.output_weight = None if inputs is None else nn.Parameter(torch.empty(heads, inputs))
         self.output_bias = nn.Parameter(torch.empty(heads))

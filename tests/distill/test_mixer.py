@@ -46,6 +46,21 @@ def phi(mixer, name, x, head):
     return torch.cat((y.softmax(-1), (-y).softmax(-1)))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gates_are_float32(dtype):
+    """In bfloat16 and under autocast, and saved under the names of a linear layer."""
+    mixer = stir(HybridMixer(8, 4, 2, 6, HybridOptions(window=3)).to(dtype))
+    assert {"gates.weight", "gates.bias"} < mixer.state_dict().keys()
+    x, q, k, v = (torch.randn(1, 5, *size, dtype=dtype) for size in ((8,), (4, 6), (2, 6), (2, 6)))
+    seen = []
+    mixer.observer = lambda *given: seen.append(given[3])
+    with torch.autocast("cpu", torch.bfloat16):
+        mixer(x, q, k, v)
+    want = torch.nn.functional.linear(x.float(), *(w.float() for w in mixer.gates.parameters()))
+    for gate, exact in zip(seen[0][3:], want.chunk(2, dim=-1), strict=True):
+        assert gate.dtype == torch.float32 and torch.equal(gate, exact.expand_as(gate))
+
+
 VARIANTS = [
     {},
     *({name: value} for name, values in CHOICES.items() for value in values[1:]),
