@@ -144,3 +144,46 @@ def test_inplace_gradient_under_a_softcap(backend, divergence):
         for inplace in (False, True)
     ]
     assert torch.equal(*grads)
+
+
+@EVERYWHERE_TOO
+@EVERY_DIVERGENCE
+@pytest.mark.parametrize("value", [float("nan"), INF])
+@pytest.mark.parametrize("kl_weight", [0.0, 1.0])
+def test_nan_and_inf_show_wherever_a_row_counts(backend, divergence, value, kl_weight):
+    """Beside what is wholly masked, in a teacher of no weight, as a row's weight."""
+    student, teacher = (normal(6, 50, seed=seed, dtype=torch.float32) for seed in (0, 1))
+    student[0], teacher[0, 7] = -INF, value
+    student[1, 7], teacher[1] = value, -INF
+    teacher[2, 7] = value
+    student[4] = -INF
+    weight, labels = torch.tensor([1.0, 1.0, 1.0, value, value, 1.0]), torch.arange(6)
+    how = {"divergence": divergence, "kl_weight": kl_weight, "ce_weight": 0.5, "backend": backend}
+    loss, grad = gradient(student, teacher, labels, row_weight=weight, reduction="none", **how)
+    assert loss[:5].isnan().all() and grad[:5].isnan().all()
+    assert loss[5].isfinite() and grad[5].isfinite().all()
+
+
+@EVERYWHERE_TOO
+@pytest.mark.parametrize("divergence", ["forward", "reverse"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("where", ["student", "teacher"])
+def test_the_lowest_number_is_a_number(backend, divergence, dtype, where):
+    student, teacher = (normal(2, 50, seed=seed, dtype=dtype) for seed in (0, 1))
+    (student if where == "student" else teacher)[0, 7] = torch.finfo(dtype).min
+    how = {"divergence": divergence, "reduction": "none", "row_weight": torch.tensor([1e-3, 1.0])}
+    loss, grad = gradient(student, teacher, backend=backend, **how)
+    exact = student.double(), teacher.double()
+    want_loss, want_grad = gradient(*exact, backend="reference", **how)
+    assert_close(loss.double(), want_loss, rtol=1e-5, atol=0)
+    assert_close(grad.double(), want_grad, rtol=1e-4 if dtype == torch.float32 else 2e-2, atol=1e-5)
+
+
+@EVERYWHERE_TOO
+@EVERY_DIVERGENCE
+def test_a_masked_word_of_a_heavy_row(backend, divergence):
+    student, teacher = (normal(2, 50, seed=seed, dtype=torch.float32) for seed in (0, 1))
+    student[:, 7] = -INF
+    how = {"divergence": divergence, "reduction": "none", "backend": backend}
+    _, grad = gradient(student, teacher, row_weight=torch.tensor([1.0, 1e6]), **how)
+    assert grad.isfinite().all() and ((grad[:, 7] == 0).all() or divergence == "forward")

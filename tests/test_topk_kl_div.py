@@ -161,6 +161,35 @@ def test_draws_are_unbiased(backend):
 
 @EVERYWHERE
 @pytest.mark.parametrize("support", SUPPORTS)
+@pytest.mark.parametrize("kl_weight", [0.0, 1.0])
+def test_nan_shows_wherever_a_row_counts(backend, support, kl_weight):
+    student, logprobs, ids = inputs(N=4)
+    student[0], logprobs[0, 0] = -INF, float("nan")
+    logprobs[1, 0] = float("nan")
+    student[2] = -INF
+    weight = torch.tensor([1.0, 1.0, INF, 1.0], dtype=student.dtype)
+    how = {"support": support, "kl_weight": kl_weight, "reduction": "none", "backend": backend}
+    labels = torch.arange(4)
+    loss, grad = gradient(student, logprobs, ids, labels, row_weight=weight, ce_weight=0.5, **how)
+    assert loss[:3].isnan().all() and grad[:3].isnan().all()
+    assert loss[3].isfinite() and grad[3].isfinite().all()
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_both_without_student_mass_inside(backend, divergence):
+    """q is 0 there: what is left of the divergence is a number that no logit changes."""
+    student, logprobs, ids = inputs(N=2)
+    student[0, ids[0]] = -INF
+    how = {"support": "both", "divergence": divergence, "reduction": "none"}
+    loss, grad = gradient(student, logprobs, ids, backend=backend, **how)
+    want, _ = gradient(student, logprobs, ids, backend="reference", **how)
+    assert_close(loss, want)
+    assert (grad[0] == 0).all() and (grad[1] != 0).any()
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("support", SUPPORTS)
 def test_masked_and_missing(backend, support):
     student, logprobs, ids = inputs(N=6)
     student[0] = -INF  # no student

@@ -20,7 +20,7 @@ XLSTM_HD double exp2(double x) { return ::exp2(x); }
 template <class C>
 constexpr C kMasked = -std::numeric_limits<C>::infinity();
 template <class C>
-constexpr C kFloor = std::numeric_limits<C>::lowest() / 2;
+constexpr C kFloor = std::numeric_limits<C>::lowest();
 
 template <class V>
 XLSTM_HD V softcapped(V z, element_t<V> cap) {
@@ -45,7 +45,8 @@ XLSTM_HD V gradient(V e_s, V kept, element_t<V> a, element_t<V> b) {
   if constexpr (kForm == Form::kDifference) {
     return (e_s - kept) * a + e_s * b;  // exactly 0 where student and teacher agree: then b is 0
   } else if constexpr (kForm == Form::kGap) {
-    return e_s * (kept * a + b);
+    // Of a masked word `kept` may be the largest number there is, and overflow.
+    return select(e_s == broadcast<V>(0), broadcast<V>(0), e_s * (kept * a + b));
   } else if constexpr (kForm == Form::kSlope) {
     return kept * a + e_s * b;
   } else {

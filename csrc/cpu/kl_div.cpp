@@ -59,7 +59,7 @@ class Row {
       return 0;
     }
     constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-    if (std::isnan(sums.sum_s) || std::isnan(sums.sum_t) || std::isnan(scale)) {
+    if (std::isnan(sums.sum_s) || std::isnan(sums.sum_t) || !std::isfinite(scale)) {
       if (g) fill(args_.grad_dtype, s.V, g, kNaN);
       return kNaN;
     }

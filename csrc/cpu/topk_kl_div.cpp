@@ -87,7 +87,7 @@ class Row {
     }
     total(sums);
     const bool known = teacher(n);
-    if (std::isnan(sum_) || std::isnan(scale) || std::isnan(tail_.p)) {
+    if (std::isnan(sum_) || !std::isfinite(scale) || std::isnan(tail_.p)) {
       if (g) fill(args_.grad_dtype, s.V, g, kNaN);
       return kNaN;
     }

@@ -158,8 +158,8 @@ class KlDivRow {
   __device__ __forceinline__ Plan<C> plan(const RowTask& task, const RowSums& row) const {
     const bool reverse = args_.divergence == Divergence::kReverse;
     Plan<C> plan{};
-    const bool nan = row.sum_s != row.sum_s || row.sum_t != row.sum_t || task.scale != task.scale;
-    plan.fate = nan || task.labelled_wrong          ? Fate::kNaN
+    const bool nan = row.sum_s != row.sum_s || row.sum_t != row.sum_t;
+    plan.fate = nan || task.wrong                   ? Fate::kNaN
                 : !(row.sum_s > 0 && row.sum_t > 0) ? Fate::kZero  // wholly masked
                                                     : Fate::kComputed;
     if (plan.fate == Fate::kNaN) plan.hard.loss = kNaN;

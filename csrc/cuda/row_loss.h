@@ -31,7 +31,7 @@ void sum_rows(const RowLoss& args, RowScale scale, void* stream);
 struct RowTask {
   std::int64_t n, label;
   double weight, scale;
-  bool skipped, labelled_wrong;
+  bool skipped, wrong;  // wrong: a label out of range, or a weight that is no finite number
 
   template <class C>
   __device__ __forceinline__ RowTask(const RowLoss& args, const RowScale& by, std::int64_t n, C one)
@@ -42,8 +42,9 @@ struct RowTask {
     skipped = ignored || weight == 0;
     if (skipped) weight = 0;  // whatever it was: a loss of 0 times NaN would be none
     // A negative one of a split row is another process's.
-    labelled_wrong = label >= args.V_student || (label < 0 && args.phase == Phase::kWhole);
-    if (labelled_wrong) label = 0;
+    const bool outside = label >= args.V_student || (label < 0 && args.phase == Phase::kWhole);
+    if (outside) label = 0;
+    wrong = outside || !(::fabs(scale) < XLSTM_ISA::kInfinity);
   }
 };
 

@@ -238,8 +238,8 @@ class TopkRow {
     const double sum = inside + (outside > 0 || outside != outside ? outside * raise : 0);
     Plan<C> plan{};
     const bool known = teacher(of[2], of[3], of[4], plan);
-    const bool nan = sum != sum || task.scale != task.scale || plan.rest.p != plan.rest.p;
-    plan.fate = nan || tops.wrong > 0 || task.labelled_wrong ? Fate::kNaN
+    const bool nan = sum != sum || plan.rest.p != plan.rest.p;
+    plan.fate = nan || tops.wrong > 0 || task.wrong ? Fate::kNaN
                 : !(sum > 0) || !known ? Fate::kZero  // wholly masked, or nothing to compare with
                                        : Fate::kComputed;
     if (plan.fate == Fate::kNaN) plan.hard.loss = kNaN;

@@ -101,9 +101,12 @@ def kl_div(
         dtype too. The gradient goes to student_logits alone. A masked logit, -inf, has probability
         0: the forward divergence is inf where the teacher has mass and the student is masked, the
         reverse one where the student has mass and the teacher is masked (its gradient is then NaN);
-        the others are finite. A row that is wholly masked, or ignored, or of weight 0, gives loss 0
-        and gradient 0; NaN and inf stay in their row of loss and gradient. Without any row the loss
-        is 0.
+        the others are finite. A number as low as `torch.finfo(dtype).min` is a number: where one
+        side alone has it, a divergence is as large, or inf. A row that is ignored or of weight 0
+        gives loss 0 and gradient 0 whatever it holds. A NaN or inf among another row's logits, also
+        the teacher's where kl_weight is 0, or for its weight, makes its loss and gradient NaN. One
+        without that whose student or teacher is wholly masked gives 0. Without any row the loss is
+        0.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.

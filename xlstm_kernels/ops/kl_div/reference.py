@@ -33,14 +33,13 @@ def forward(
         teacher_V = capped(teacher.to(dtype), options.teacher_softcap)
         valid = valid_rows("kl_div", student, labels, student.shape[-1], options.ignore_index)
         student_V, teacher_V = _same_width(student_V, teacher_V)
-        skip = ~valid | masked(student_V) | masked(teacher_V)
         weight = None if row_weight is None else row_weight.to(dtype)
-        if weight is not None:
-            skip = skip | (weight == 0)
-        # Rows that contribute nothing become rows of zeros: finite whatever stood there.
-        student_V = student_V.masked_fill(skip.unsqueeze(-1), 0)
-        teacher_V = teacher_V.masked_fill(skip.unsqueeze(-1), 0)
-        loss = student_V.new_zeros(student.shape[:-1])
+        wrong = unbounded(student_V) | unbounded(teacher_V)
+        skip, wrong = skipped(valid, weight, masked(student_V) | masked(teacher_V), wrong)
+        loss = nan_rows(student_V, wrong)
+        # Rows that contribute nothing, or NaN, become rows of zeros, whatever stood there.
+        student_V = student_V.masked_fill((skip | wrong).unsqueeze(-1), 0)
+        teacher_V = teacher_V.masked_fill((skip | wrong).unsqueeze(-1), 0)
         if options.kl_weight != 0:
             T = options.temperature
             log_q, log_p = F.log_softmax(student_V / T, -1), F.log_softmax(teacher_V / T, -1)
@@ -70,6 +69,30 @@ def _same_width(student_V: Tensor, teacher_V: Tensor) -> tuple[Tensor, Tensor]:
 
 def masked(logits_V: Tensor) -> Tensor:
     return (logits_V == float("-inf")).all(dim=-1)
+
+
+def skipped(
+    valid: Tensor, weight: Tensor | None, none: Tensor, wrong: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Which rows contribute nothing, and which NaN. `none`: those without a student or a teacher.
+    `wrong`: those with a NaN, which shows even there, but not where a row is ignored or weighs 0.
+    """
+    skip = ~valid
+    if weight is not None:
+        skip, wrong = skip | (weight == 0), wrong | ~weight.isfinite()
+    wrong = wrong & ~skip
+    return skip | (none & ~wrong), wrong
+
+
+def nan_rows(student_V: Tensor, wrong: Tensor) -> Tensor:
+    """A loss of NaN, with a gradient of NaN, for these rows, and 0 for the others."""
+    factor = torch.where(wrong, float("nan"), 0.0).to(student_V.dtype)
+    return (student_V.masked_fill(~wrong.unsqueeze(-1), 0) * factor.unsqueeze(-1)).sum(dim=-1)
+
+
+def unbounded(logits_V: Tensor) -> Tensor:
+    """Rows with a NaN or with inf, whose softmax is NaN."""
+    return ~(logits_V < float("inf")).all(dim=-1)
 
 
 def divergence(log_p: Tensor, log_q: Tensor, name: str, beta: float) -> Tensor:

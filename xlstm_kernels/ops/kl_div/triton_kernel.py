@@ -41,6 +41,7 @@ from .triton_rows import (
     rows_of,
     settled,
     store_gradient,
+    weighed_wrong,
 )
 from .triton_split import (
     EXCESS,
@@ -257,7 +258,7 @@ def kl_div_row(pair, rows, split, hard_by, mix_p, z_label, factors, scale, HOW: 
     else:
         sums = told_sums(split, rows, factors.scale, HOW)
         hard, z_label = told_hard(split, rows, sums.most_s, HOW)
-    nan = (sums.sum_s != sums.sum_s) | (sums.sum_t != sums.sum_t) | (rows.scale != rows.scale)
+    nan = (sums.sum_s != sums.sum_s) | (sums.sum_t != sums.sum_t) | weighed_wrong(rows)
     counts = (sums.sum_s > 0.0) & (sums.sum_t > 0.0) & (nan == 0)
     rest = tl.where(nan, float("nan"), 0.0).to(HOW.dtype)
     # From here on sums are positive: those of rows that do not count are not looked at.

@@ -108,6 +108,12 @@ def rows_of(given, V, N, ignore_index, HOW: tl.constexpr):
 
 
 @triton.jit
+def weighed_wrong(rows):
+    """By what is no finite number, or with a label out of range."""
+    return (tl.abs(rows.scale) < INFINITY) == 0
+
+
+@triton.jit
 def first_of(x, n, inner_rows):
     """Addresses of the rows' first elements."""
     return x.ptr + (n // inner_rows) * x.outer + (n % inner_rows) * x.inner

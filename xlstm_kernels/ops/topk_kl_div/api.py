@@ -60,7 +60,8 @@ def topk_kl_div(
 
             - "tail": they are one outcome more, with all the rest of the mass.
             - "renormalized": nothing, the mass inside is scaled to 1; the student's is not.
-            - "both": nothing, and the student's softmax goes over the words inside alone.
+            - "both": nothing, and the student's softmax goes over the words inside alone. Where it
+              is masked in all of them, its mass there counts as 0 and the gradient is 0.
             - "truncated": nothing, and nothing is scaled: sum p (log p - log q) over the words
               inside, which may be negative. Forward only.
             - "sampled": as "renormalized", for words drawn with replacement: exp(topk_logprobs) are

@@ -16,7 +16,16 @@ from torch import Tensor
 
 from ...cells import compute_dtype, no_autocast
 from ..kl_div.options import Options
-from ..kl_div.reference import capped, cross_entropy, divergence, masked, reduce
+from ..kl_div.reference import (
+    capped,
+    cross_entropy,
+    divergence,
+    masked,
+    nan_rows,
+    reduce,
+    skipped,
+    unbounded,
+)
 from ..kl_div.rows import valid_rows
 from .arguments import check_ids
 from .support import WITH_TAIL
@@ -41,18 +50,21 @@ def forward(
         V = student.shape[-1]
         valid = valid_rows("topk_kl_div", student, labels, V, options.ignore_index)
         weight = None if row_weight is None else row_weight.to(dtype)
-        skip = ~valid | masked(student_V)
-        if weight is not None:
-            skip = skip | (weight == 0)
         ids = topk_ids.to(torch.int64)
         check_ids("topk_kl_div", ids, V)
-        logprobs = topk_logprobs.to(dtype).masked_fill((ids < 0) | skip.unsqueeze(-1), -INF)
-        tail = None if tail_logmass is None else tail_logmass.to(dtype).masked_fill(skip, -INF)
+        logprobs = topk_logprobs.to(dtype).masked_fill(ids < 0, -INF)
+        tail = None if tail_logmass is None else tail_logmass.to(dtype)
+        wrong = unbounded(student_V) | unbounded(logprobs)
+        if tail is not None:
+            wrong = wrong | unbounded(tail.unsqueeze(-1))
+        skip, wrong = skipped(valid, weight, masked(student_V), wrong)
+        loss, unread = nan_rows(student_V, wrong), skip | wrong
+        logprobs = logprobs.masked_fill(unread.unsqueeze(-1), -INF)
+        tail = None if tail is None else tail.masked_fill(unread, -INF)
         T = 1.0 if support == "sampled" else options.temperature
         p_V, inside_V, p_tail = _teacher(logprobs, ids, tail, V, T, support)
-        skip = skip | ((p_V == 0).all(dim=-1) & (p_tail == 0))
-        student_V = student_V.masked_fill(skip.unsqueeze(-1), 0)
-        loss = student_V.new_zeros(student.shape[:-1])
+        skip = skip | (~wrong & (p_V == 0).all(dim=-1) & (p_tail == 0))
+        student_V = student_V.masked_fill((skip | wrong).unsqueeze(-1), 0)
         if options.kl_weight != 0:
             T = options.temperature
             D = _divergence(p_V, inside_V, p_tail, student_V / T, options, support)

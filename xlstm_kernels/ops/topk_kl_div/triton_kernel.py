@@ -38,6 +38,7 @@ from ..kl_div.triton_rows import (
     rows_of,
     settled,
     store_gradient,
+    weighed_wrong,
 )
 from ..kl_div.triton_split import (
     SHIFT_S,
@@ -192,7 +193,7 @@ def topk_row(
     p, log_p, p_tail, log_p_tail, mass = teacher_of(
         words, rows, inside, teacher_inverse_T, HOW, TOPK
     )
-    nan = (student.sum != student.sum) | (mass != mass) | (rows.scale != rows.scale) | inside.wrong
+    nan = (student.sum != student.sum) | (mass != mass) | weighed_wrong(rows) | inside.wrong
     counts = (student.sum > 0.0) & (mass > 0.0) & (nan == 0)
     rest = tl.where(nan, float("nan"), 0.0).to(HOW.dtype)
     D, slope, tail_slope = divergence(
