@@ -350,6 +350,8 @@ def test_flashrnn_refuses_states_of_another_cell():
     inputs = flashrnn_inputs("slstm", True)
     with pytest.raises(ValueError, match=r"states must have S = 2 and T = 1 .* \(4, 2, 1, 3, 8\)"):
         ours_flashrnn.flashrnn(**inputs, function="lstm")
+    with pytest.raises(ValueError, match=r"slstm: r must be .* got \(4, 8, 8\)"):
+        ours_flashrnn.flashrnn(**inputs | {"R": inputs["R"][:, 0]}, function="slstm")
     with pytest.raises(NotImplementedError, match="gradient_recurrent_clipval must be None"):
         config = ours_flashrnn.FlashRNNConfig(gradient_recurrent_clipval=1.0)
         ours_flashrnn.flashrnn(**flashrnn_inputs("lstm", False), config=config)

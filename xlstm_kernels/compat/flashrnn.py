@@ -140,6 +140,8 @@ def flashrnn(
 
 
 def _in_order(tensor: Tensor, letters: str, wanted: str) -> Tensor:
+    if letters == wanted:  # of any form: the operation says best what does not fit
+        return tensor
     return tensor.permute([letters.index(letter) for letter in wanted])
 
 
