@@ -54,8 +54,8 @@ void fill(xlstm::Recurrence& args, int cell, int dtype, std::array<std::int64_t,
   args.n_floor = n_floor, args.clip_grad = clip_grad;
 }
 
-// What only the CUDA kernels take: r_digits and the stream, then the scratch; and the teams. Members are
-// in their order.
+// What only the CUDA kernels take: the digits' members and the stream, then the scratch; and the teams.
+// Members are in their order.
 #ifdef XLSTM_BUILD_CUDA
 #define XLSTM_FOR_CUDA(count) \
   , std::array<Address, count> for_cuda, std::array<int, 5> deal, std::array<Address, 3> for_teams
@@ -74,15 +74,16 @@ xlstm::RecurrenceTeams teams_of(const std::array<int, 5>& deal,
 void recurrence_forward(int cell, int dtype, std::array<std::int64_t, 4> sizes, Address starts,
                         Address x, std::array<std::int64_t, 4> x_stride, Address r, Address b,
                         Address state, double n_floor, Address h, Address last, Address raw,
-                        Address checkpoints XLSTM_FOR_CUDA(2)) {
+                        Address checkpoints XLSTM_FOR_CUDA(3)) {
   xlstm::RecurrenceForward args;
   fill(args, cell, dtype, sizes, starts, x, x_stride, r, b, state, n_floor, 0.0);
   args.h = pointer(h), args.last = pointer(last);
   args.raw = pointer(raw), args.checkpoints = pointer(checkpoints);
   py::gil_scoped_release unlocked;
 #ifdef XLSTM_BUILD_CUDA
-  xlstm::recurrence_forward_cuda(args, teams_of(deal, for_teams), static_cast<DType>(for_cuda[0]),
-                                 pointer(for_cuda[1]));
+  xlstm::recurrence_forward_cuda(args, teams_of(deal, for_teams),
+                                 {static_cast<DType>(for_cuda[0]), for_cuda[1] != 0},
+                                 pointer(for_cuda[2]));
 #else
   xlstm::recurrence_forward_cpu(args);
 #endif
@@ -92,7 +93,7 @@ void recurrence_backward(int cell, int dtype, std::array<std::int64_t, 4> sizes,
                          Address r, double n_floor, double clip_grad, Address raw,
                          Address checkpoints, Address dh, std::array<std::int64_t, 3> dh_stride,
                          Address dlast, Address dx, Address dr, Address db,
-                         Address dstate XLSTM_FOR_CUDA(5)) {
+                         Address dstate XLSTM_FOR_CUDA(6)) {
   xlstm::RecurrenceBackward args;
   fill(args, cell, dtype, sizes, starts, 0, {}, r, 0, 0, n_floor, clip_grad);
   args.raw = pointer(raw), args.checkpoints = pointer(checkpoints);
@@ -103,8 +104,9 @@ void recurrence_backward(int cell, int dtype, std::array<std::int64_t, 4> sizes,
   py::gil_scoped_release unlocked;
 #ifdef XLSTM_BUILD_CUDA
   xlstm::recurrence_backward_cuda(
-      args, {pointer(for_cuda[2]), pointer(for_cuda[3]), pointer(for_cuda[4])},
-      teams_of(deal, for_teams), static_cast<DType>(for_cuda[0]), pointer(for_cuda[1]));
+      args, {pointer(for_cuda[3]), pointer(for_cuda[4]), pointer(for_cuda[5])},
+      teams_of(deal, for_teams), {static_cast<DType>(for_cuda[0]), for_cuda[1] != 0},
+      pointer(for_cuda[2]));
 #else
   xlstm::recurrence_backward_cpu(args);
 #endif

@@ -118,6 +118,43 @@ def test_more_clusters(chip, case, monkeypatch):
     check_recurrence(case)
 
 
+def to_tf32(x):
+    """Rounded as the kernels do: 11 bits, a tie up."""
+    return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.fixture(params=[False, True])
+def tf32_allowed(request):
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = request.param
+    yield request.param
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@emulated
+@pytest.mark.parametrize("D", [20, 72, 136])
+def test_float32s_products_are_of_tf32_where_that_is_allowed(D, tf32_allowed):
+    """R h and R^T draw, from what forward saves and backward returns of one step."""
+    case = RecurrenceCase("lstm", "cuda", B=2, T=1, H=1, D=D, bias=False)
+    inputs = recurrence_inputs(case)
+    x, r = inputs["x"], inputs["r"]
+    state = torch.stack([inputs["h0"], inputs["c0"]])
+    none = (None, "lstm", 0.0)
+    h, last, raw, checkpoints = op.forward(x, r, None, state, *none, True, "cuda")
+    saved = (h, last, r, raw, checkpoints, *none, None, x.new_empty(0))
+    dx, _, _, dstate = op.backward(*saved, [False, False, True], "cuda")
+    for given, equation, got, start in (
+        (state[0], "ghde,bhe->bghd", raw[:, 0], x[:, 0]),
+        (dx[:, 0], "ghde,bghd->bhe", dstate[0], 0),
+    ):
+        full, cut = (
+            start + torch.einsum(equation, of(r).double(), of(given).double())
+            for of in (torch.clone, to_tf32)
+        )
+        assert relative_error(got, cut if tf32_allowed else full) < 1e-6
+        assert 1e-5 < relative_error(got, full if tf32_allowed else cut) < 2**-10
+
+
 # One step without a gradient: rows of R read four elements at a time and one, of a whole tile of
 # sequences and of some more.
 STEPS = [

@@ -9,7 +9,8 @@
 // Operands are 32-bit words. Where R is bfloat16 a word is two of them, and the right operand is a sum
 // of two: 16 bits, of which x and h keep 8. Otherwise a word is a float32, of which tensor cores read 11
 // bits (tf32); both operands are sums of two such parts, and three products leave an error of float32's
-// size, two where R is float16 and has no second part.
+// size, two where R is float16 and has no second part. One product of the first parts is what is left
+// where tf32 is enough.
 #pragma once
 
 #include <cstdint>
@@ -133,9 +134,9 @@ struct ProductSum {
     return kPerWord == 1 ? parts[0][at] : parts[0][at] + parts[1][at];
   }
 
-  // Adds a b; where b is in two parts, b[1] is the second. `short_r`: a has no second part.
+  // Adds a b; where b is in two parts, b[1] is the second. `products`: how many float32 words take.
   __device__ __forceinline__ void add(const std::uint32_t (&a)[4],
-                                      const std::uint32_t (&b)[kPerWord][2], bool short_r) {
+                                      const std::uint32_t (&b)[kPerWord][2], int products) {
     if constexpr (kPerWord == 2) {
       mma_bf16(parts[0], a, b[0]);
       mma_bf16(parts[1], a, b[1]);
@@ -146,8 +147,8 @@ struct ProductSum {
 #pragma unroll
       for (int w = 0; w < 2; ++w) split(b[0][w], b_high[w], b_low[w]);
       float product[4]{};
-      if (!short_r) mma_tf32(product, a_low, b_high);
-      mma_tf32(product, a_high, b_low);
+      if (products > 2) mma_tf32(product, a_low, b_high);
+      if (products > 1) mma_tf32(product, a_high, b_low);
       mma_tf32(product, a_high, b_high);
 #pragma unroll
       for (int at = 0; at < 4; ++at) parts[0][at] += product[at];
@@ -232,7 +233,7 @@ struct Matrix {
   // sums[m] += row tile m of R times the operand rows.
   template <int kPerWord>
   __device__ __forceinline__ void multiply(const std::uint32_t* rows, const Lane& lane,
-                                           bool short_r,
+                                           int products,
                                            ProductSum<kPerWord> (&sums)[Shape::kRowTiles]) const {
     const std::uint32_t* row = rows + lane.group * Shape::kRowWords + lane.part;
     const auto multiply_column = [&](int k, auto fragment_of) {
@@ -244,7 +245,7 @@ struct Matrix {
       }
 #pragma unroll
       for (int m = 0; m < Shape::kRowTiles; ++m) {
-        sums[m].add(fragment_of(k * Shape::kRowTiles + m).w, b, short_r);
+        sums[m].add(fragment_of(k * Shape::kRowTiles + m).w, b, products);
       }
     };
     constexpr int kInRegisters = Shape::kHeld / Shape::kRowTiles;

@@ -17,7 +17,7 @@ namespace {
 
 template <class Cell, int kPerWord, int kWidth>
 __global__ void __launch_bounds__(RecurrenceShape<false, kPerWord, kWidth>::kThreads, 1)
-    recurrence_backward_kernel(RecurrenceBackward args, RecurrenceScratch scratch, bool short_r) {
+    recurrence_backward_kernel(RecurrenceBackward args, RecurrenceScratch scratch, int products) {
   using Shape = RecurrenceShape<false, kPerWord, kWidth>;
   Shared shared;
   const int heads = static_cast<int>(args.H), at_work = static_cast<int>(blockIdx.x);
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(RecurrenceShape<false, kPerWord, kWidth>::kThr
       }
       __syncthreads();
       ProductSum<kPerWord> sums[1];
-      matrix.multiply(now, lane, short_r, sums);
+      matrix.multiply(now, lane, products, sums);
 #pragma unroll
       for (int e = 0; e < 4; ++e) units[e].receive(t, sums[0][e], bound);
     }
@@ -100,27 +100,26 @@ __global__ void __launch_bounds__(RecurrenceShape<false, kPerWord, kWidth>::kThr
 }
 
 template <class Cell, int kPerWord>
-void run_backward(const RecurrenceBackward& args, const RecurrenceScratch& scratch, DType r_digits,
+void run_backward(const RecurrenceBackward& args, const RecurrenceScratch& scratch, Digits digits,
                   void* stream) {
   dispatch_width<kPerWord>(args.D, [&](auto width) {
     using Shape = RecurrenceShape<false, kPerWord, width()>;
     const auto blocks = static_cast<unsigned>(ceil_div(args.B, kColumns) * args.H);
     launch("recurrence_backward", {blocks, Shape::kThreads, Shape::kSharedBytes}, stream,
-           recurrence_backward_kernel<Cell, kPerWord, width()>, args, scratch,
-           r_digits != DType::kFloat32);
+           recurrence_backward_kernel<Cell, kPerWord, width()>, args, scratch, digits.products());
   });
 }
 
 }  // namespace
 
 void recurrence_backward_cuda(const RecurrenceBackward& args, const RecurrenceScratch& scratch,
-                              const RecurrenceTeams& teams, DType r_digits, void* stream) {
-  if (teams.units > 0) return recurrence_team_backward_cuda(args, scratch, teams, r_digits, stream);
+                              const RecurrenceTeams& teams, Digits digits, void* stream) {
+  if (teams.units > 0) return recurrence_team_backward_cuda(args, scratch, teams, digits, stream);
   XLSTM_ISA::dispatch_cell(args.cell, [&](auto cell) {
-    if (r_digits == DType::kBFloat16) {
-      run_backward<decltype(cell), 2>(args, scratch, r_digits, stream);
+    if (digits.r == DType::kBFloat16) {
+      run_backward<decltype(cell), 2>(args, scratch, digits, stream);
     } else {
-      run_backward<decltype(cell), 1>(args, scratch, r_digits, stream);
+      run_backward<decltype(cell), 1>(args, scratch, digits, stream);
     }
   });
 }

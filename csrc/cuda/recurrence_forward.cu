@@ -15,7 +15,7 @@ namespace {
 
 template <class Cell, int kPerWord, int kWidth>
 __global__ void __launch_bounds__(RecurrenceShape<true, kPerWord, kWidth>::kThreads, 1)
-    recurrence_forward_kernel(RecurrenceForward args, bool short_r) {
+    recurrence_forward_kernel(RecurrenceForward args, int products) {
   using Shape = RecurrenceShape<true, kPerWord, kWidth>;
   Shared shared;
   const int heads = static_cast<int>(args.H), at_work = static_cast<int>(blockIdx.x);
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(RecurrenceShape<true, kPerWord, kWidth>::kThre
       if (Shape::kFetchAhead) units[j].fetch(args, t + 1);
     }
     ProductSum<kPerWord> sums[2];
-    matrix.multiply(rows + t % 2 * Shape::kStepWords, lane, short_r, sums);
+    matrix.multiply(rows + t % 2 * Shape::kStepWords, lane, products, sums);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const float product[kGates] = {sums[0][j], sums[0][2 + j], sums[1][j], sums[1][2 + j]};
@@ -83,12 +83,12 @@ __global__ void __launch_bounds__(RecurrenceShape<true, kPerWord, kWidth>::kThre
 }
 
 template <class Cell, int kPerWord>
-void run_forward(const RecurrenceForward& args, DType r_digits, void* stream) {
+void run_forward(const RecurrenceForward& args, Digits digits, void* stream) {
   dispatch_width<kPerWord>(args.D, [&](auto width) {
     using Shape = RecurrenceShape<true, kPerWord, width()>;
     const auto blocks = static_cast<unsigned>(ceil_div(args.B, kColumns) * args.H);
     launch("recurrence_forward", {blocks, Shape::kThreads, Shape::kSharedBytes}, stream,
-           recurrence_forward_kernel<Cell, kPerWord, width()>, args, r_digits != DType::kFloat32);
+           recurrence_forward_kernel<Cell, kPerWord, width()>, args, digits.products());
   });
 }
 
@@ -110,16 +110,16 @@ std::vector<RecurrenceLaunchShape> recurrence_launch_shapes() {
 }
 
 void recurrence_forward_cuda(const RecurrenceForward& args, const RecurrenceTeams& teams,
-                             DType r_digits, void* stream) {
+                             Digits digits, void* stream) {
   if (args.T == 1 && !args.raw && !args.starts) {
-    return recurrence_step_cuda(args, r_digits, stream);
+    return recurrence_step_cuda(args, digits.r, stream);
   }
-  if (teams.units > 0) return recurrence_team_forward_cuda(args, teams, r_digits, stream);
+  if (teams.units > 0) return recurrence_team_forward_cuda(args, teams, digits, stream);
   XLSTM_ISA::dispatch_cell(args.cell, [&](auto cell) {
-    if (r_digits == DType::kBFloat16) {
-      run_forward<decltype(cell), 2>(args, r_digits, stream);
+    if (digits.r == DType::kBFloat16) {
+      run_forward<decltype(cell), 2>(args, digits, stream);
     } else {
-      run_forward<decltype(cell), 1>(args, r_digits, stream);
+      run_forward<decltype(cell), 1>(args, digits, stream);
     }
   });
 }

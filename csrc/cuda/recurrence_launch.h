@@ -41,18 +41,27 @@ std::vector<RecurrenceLaunchShape> recurrence_launch_shapes();
 // fragments, which depend on the head's width, are not counted.
 std::vector<RecurrenceLaunchShape> recurrence_team_shapes();
 
-// `r_digits`: the dtype that r had before, which has all the digits there are. `stream` is a
-// cudaStream_t of the current device. dr and db of the arguments are not read.
+// What products with R look at. `r`: the dtype that r had before, which has all the digits there are;
+// `tf32`: no more than tf32's, where r is float32.
+struct Digits {
+  DType r;
+  bool tf32;
+
+  // Of tensor cores, for one of float32 words.
+  int products() const { return r != DType::kFloat32 ? 2 : tf32 ? 1 : 3; }
+};
+
+// `stream` is a cudaStream_t of the current device. dr and db of the arguments are not read.
 void recurrence_forward_cuda(const RecurrenceForward& args, const RecurrenceTeams& teams,
-                             DType r_digits, void* stream);
+                             Digits digits, void* stream);
 void recurrence_backward_cuda(const RecurrenceBackward& args, const RecurrenceScratch& scratch,
-                              const RecurrenceTeams& teams, DType r_digits, void* stream);
-// What the first runs for one step of B whole sequences without a gradient: r is of dtype `r_digits`.
-void recurrence_step_cuda(const RecurrenceForward& args, DType r_digits, void* stream);
+                              const RecurrenceTeams& teams, Digits digits, void* stream);
+// What the first runs for one step of B whole sequences without a gradient: r is of `r_dtype`.
+void recurrence_step_cuda(const RecurrenceForward& args, DType r_dtype, void* stream);
 // Those of the two that run where there are teams.
 void recurrence_team_forward_cuda(const RecurrenceForward& args, const RecurrenceTeams& teams,
-                                  DType r_digits, void* stream);
+                                  Digits digits, void* stream);
 void recurrence_team_backward_cuda(const RecurrenceBackward& args, const RecurrenceScratch& scratch,
-                                   const RecurrenceTeams& teams, DType r_digits, void* stream);
+                                   const RecurrenceTeams& teams, Digits digits, void* stream);
 
 }  // namespace xlstm

@@ -138,11 +138,11 @@ void run(const RecurrenceForward& args, void* stream) {
 
 }  // namespace
 
-void recurrence_step_cuda(const RecurrenceForward& args, DType r_digits, void* stream) {
+void recurrence_step_cuda(const RecurrenceForward& args, DType r_dtype, void* stream) {
   XLSTM_ISA::dispatch_cell(args.cell, [&](auto cell) {
     using Cell = decltype(cell);
-    if (r_digits == DType::kBFloat16) return run<Cell, bf16>(args, stream);
-    if (r_digits == DType::kFloat16) return run<Cell, f16>(args, stream);
+    if (r_dtype == DType::kBFloat16) return run<Cell, bf16>(args, stream);
+    if (r_dtype == DType::kFloat16) return run<Cell, f16>(args, stream);
     run<Cell, float>(args, stream);
   });
 }

@@ -243,7 +243,7 @@ struct TeamMatrix {
   // sums[m] += row tile m of each product of R times this lane's words at operand_of(product), which
   // are in a row for kFetched of them; done(product) after those.
   template <int kPerWord, class F, class Done>
-  __device__ __forceinline__ void multiply(F operand_of, bool short_r,
+  __device__ __forceinline__ void multiply(F operand_of, int products,
                                            ProductSum<kPerWord> (&sums)[Shape::kRowTiles],
                                            Done done) const {
     const auto multiply_fetched = [&](int first, auto fragment_of) {
@@ -259,7 +259,7 @@ struct TeamMatrix {
       for (int at = 0; at < kFetched; ++at) {
 #pragma unroll
         for (int m = 0; m < Shape::kRowTiles; ++m) {
-          sums[m].add(fragment_of((first + at) * Shape::kRowTiles + m).w, b[at].w, short_r);
+          sums[m].add(fragment_of((first + at) * Shape::kRowTiles + m).w, b[at].w, products);
         }
       }
       done(first);
@@ -295,7 +295,7 @@ LaunchShape team_launch(const Recurrence& args, const RecurrenceTeams& teams) {
 
 // f(cell, elements a word, whether teams are clusters), as types and constants.
 template <class F>
-void dispatch_team(Cell cell, DType r_digits, const RecurrenceTeams& teams, F&& f) {
+void dispatch_team(Cell cell, Digits digits, const RecurrenceTeams& teams, F&& f) {
   const auto with_word = [&](auto type, auto per_word) {
     if (teams.cluster) {
       f(type, per_word, std::true_type{});
@@ -304,7 +304,7 @@ void dispatch_team(Cell cell, DType r_digits, const RecurrenceTeams& teams, F&& 
     }
   };
   XLSTM_ISA::dispatch_cell(cell, [&](auto type) {
-    if (r_digits == DType::kBFloat16) {
+    if (digits.r == DType::kBFloat16) {
       with_word(type, std::integral_constant<int, 2>{});
     } else {
       with_word(type, std::integral_constant<int, 1>{});

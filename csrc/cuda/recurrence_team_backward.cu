@@ -58,12 +58,12 @@ __device__ __forceinline__ void fill(TeamMatrix<Shape>& matrix, const Recurrence
 template <int kPerWord, class Shape>
 __device__ __forceinline__ void give_products(const TeamMatrix<Shape>& matrix,
                                               const Member<Shape>& member, const Turns& turns,
-                                              const std::uint32_t* draws, bool short_r) {
+                                              const std::uint32_t* draws, int products) {
   const int lane = static_cast<int>(threadIdx.x) % 32, D = member.parts * member.units;
   const std::uint32_t* operand = draws + lane * Shape::kLaneWords;
   ProductSum<kPerWord> sums[Shape::kRowTiles];
   matrix.template multiply<kPerWord>(
-      [&](int product) { return operand + turns.in_row(product) * Shape::kOperandWords; }, short_r,
+      [&](int product) { return operand + turns.in_row(product) * Shape::kOperandWords; }, products,
       sums,
       [&](int product) {
         if (turns.in_row(product + kFetched) != 0) return;
@@ -82,7 +82,7 @@ __device__ __forceinline__ void give_products(const TeamMatrix<Shape>& matrix,
 template <class Cell, int kPerWord, bool kCluster>
 __global__ void __launch_bounds__(kTeamThreads, 1)
     recurrence_team_backward_kernel(RecurrenceBackward args, RecurrenceScratch scratch,
-                                    RecurrenceTeams teams, bool short_r) {
+                                    RecurrenceTeams teams, int products) {
   if constexpr (kCluster && !kHasClusters) return;
   using Shape = TeamShape<false, kPerWord, kCluster>;
   Shared shared;
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
       if (owner) store_gates<Shape, kPerWord>(draws, of_block, column, draw);
       __syncthreads();
       if (slot > 0) grad.fetch(args, mine, head, unit, t - 1, states_at(slot - 1));
-      give_products<kPerWord>(matrix, member, turns, draws, short_r);
+      give_products<kPerWord>(matrix, member, turns, draws, products);
       member.publish_sums();
       member.await(0, member.parts);
       if (unit >= D) continue;
@@ -157,12 +157,12 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
 }  // namespace
 
 void recurrence_team_backward_cuda(const RecurrenceBackward& args, const RecurrenceScratch& scratch,
-                                   const RecurrenceTeams& teams, DType r_digits, void* stream) {
-  dispatch_team(args.cell, r_digits, teams, [&](auto cell, auto per_word, auto cluster) {
+                                   const RecurrenceTeams& teams, Digits digits, void* stream) {
+  dispatch_team(args.cell, digits, teams, [&](auto cell, auto per_word, auto cluster) {
     launch("recurrence_team_backward",
            team_launch<TeamShape<false, per_word(), cluster()>>(args, teams), stream,
            recurrence_team_backward_kernel<decltype(cell), per_word(), cluster()>, args, scratch,
-           teams, r_digits != DType::kFloat32);
+           teams, digits.products());
   });
 }
 

@@ -65,7 +65,7 @@ __device__ __forceinline__ float sum_slices(const float* sums_of_block, const Sl
 
 template <class Cell, int kPerWord, bool kCluster>
 __global__ void __launch_bounds__(kTeamThreads, 1)
-    recurrence_team_forward_kernel(RecurrenceForward args, RecurrenceTeams teams, bool short_r) {
+    recurrence_team_forward_kernel(RecurrenceForward args, RecurrenceTeams teams, int products) {
   if constexpr (kCluster && !kHasClusters) return;
   using Shape = TeamShape<true, kPerWord, kCluster>;
   static_assert(Shape::kUnits == Slice::kUnits);
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
       const std::uint32_t* operand = member.given() + slice.first_tile * Shape::kOperandWords +
                                      threadIdx.x % 32 * Shape::kLaneWords;
       const auto operand_of = [&](int tile) { return operand + tile * Shape::kOperandWords; };
-      matrix.template multiply<kPerWord>(operand_of, short_r, sums, [](int) {});
+      matrix.template multiply<kPerWord>(operand_of, products, sums, [](int) {});
       store_sums<Shape>(sums_of_block, lane, sums);
       __syncthreads();
       if (unit >= D) continue;
@@ -145,12 +145,12 @@ std::vector<RecurrenceLaunchShape> recurrence_team_shapes() {
 }
 
 void recurrence_team_forward_cuda(const RecurrenceForward& args, const RecurrenceTeams& teams,
-                                  DType r_digits, void* stream) {
-  dispatch_team(args.cell, r_digits, teams, [&](auto cell, auto per_word, auto cluster) {
+                                  Digits digits, void* stream) {
+  dispatch_team(args.cell, digits, teams, [&](auto cell, auto per_word, auto cluster) {
     launch("recurrence_team_forward",
            team_launch<TeamShape<true, per_word(), cluster()>>(args, teams), stream,
            recurrence_team_forward_kernel<decltype(cell), per_word(), cluster()>, args, teams,
-           r_digits != DType::kFloat32);
+           digits.products());
   });
 }
 

@@ -1,8 +1,9 @@
 """The recurrence in CUDA C++: check, allocate, launch, return.
 
 How heads are dealt to blocks is in `launch.py`. Gates, sums and states are float32, and so is the
-accuracy of R h, but for bfloat16 r: there h and the gates' gradients keep 16 bits as operands. dR
-is a product of what x's dtype leaves of them. One step without a gradient, as a decoder's, has a
+accuracy of R h, but for bfloat16 r: there h and the gates' gradients keep 16 bits as operands. With
+float32 r both operands keep 11, tf32's, where torch.backends.cuda.matmul.allow_tf32 says so. dR is
+a product of what x's dtype leaves of them. One step without a gradient, as a decoder's, has a
 kernel of its own, which reads r as it is and needs no memory beside what it returns.
 """
 
@@ -25,7 +26,7 @@ from .launch import (
     launch_shape,
     widest,
 )
-from .products import multiply_outer
+from .products import multiply_outer, tf32_allowed
 from .results import empty_like, forward_results
 from .shapes import CHECKPOINT_INTERVAL, last_shape
 
@@ -86,7 +87,7 @@ def forward(
             address(h_BTHD),
             address(last_SBHD),
             *([address(t) for t in saved] if save else (0, 0)),
-            (r_digits, stream),
+            (r_digits, tf32_allowed(), stream),
             *_teams(deal, mail, far),
         )
     return [h_BTHD, last_SBHD, *saved]
@@ -141,7 +142,7 @@ def backward(
             *(0, 0),
             address(dstate_SBHD) if want_state else 0,
             (
-                *(r_digits, stream),
+                *(r_digits, tf32_allowed(), stream),
                 address(states),
                 address(h_prev_BTHD) if want_r else 0,
                 address(db_parts) if want_b else 0,

@@ -1,9 +1,15 @@
-"""What the backends for GPUs leave to a matrix product over all tokens."""
+"""Matrix products of the backends for GPUs: whether float32's may be of tf32, and the one over all
+tokens that is left to torch."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def tf32_allowed() -> bool:
+    """By torch.backends.cuda.matmul.allow_tf32 and what else sets it."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def multiply_outer(draw_BTGHD: Tensor, h_prev_BTHD: Tensor, dr_GHDE: Tensor) -> None:

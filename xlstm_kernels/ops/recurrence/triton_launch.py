@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from .products import tf32_allowed
+
 WIDEST = 128
 # Shared memory that a program may have, KiB; 99 on other NVIDIA chips.
 SHARED_KIB = {"sm_80": 163, "sm_87": 163, "sm_90": 227, "sm_100": 227, "sm_103": 227, "hip": 64}
@@ -37,7 +39,7 @@ def operands(r_dtype: torch.dtype, chip: str) -> tuple[str, int]:
         return ("bf16_emulated" if chip == "interpreter" else "bf16"), 8
     if chip == "hip":
         return "ieee", 16
-    if r_dtype == torch.float16 or torch.backends.cuda.matmul.fp32_precision == "tf32":
+    if r_dtype == torch.float16 or tf32_allowed():
         return "tf32", 8
     return "tf32x2", 8
 
