@@ -37,6 +37,7 @@ from xlstm_kernels.ops.recurrence.launch import (
 INSTRUCTIONS = {
     "mma": r"[HQ]G?MMA|UTCHMMA",
     "async": r"LDGSTS|UBLKCP|UTMALDG|SYNCS|STAS",
+    "prefetch": r"CCTL\S*\.PF2",
     "acquire": r"LD\.?G?\S*\.STRONG\.(?:GPU|SYS)",
     "spills": r"STL",
 }
@@ -193,9 +194,9 @@ INTRODUCTION = """# CUDA kernels, as compiled
 Written by `make kernels`: do not edit. Registers and bytes of stack of a thread (stack is what
 spills) and numbers of instructions, as nvcc {nvcc} left them in `xlstm_kernels._cuda`. `mma`:
 matrix products on tensor cores; `async`: copies that a thread does not wait for, and their barriers
-(template argument `true` of a team: it is a cluster, which sm_80 has not); `acquire`: reads
-of another block's flag; `spills`: stores to the stack. `tests/test_cuda_kernels.py` holds them to
-budgets.
+(template argument `true` of a team: it is a cluster, which sm_80 has not); `prefetch`: memory that
+is asked for steps before it is read; `acquire`: reads of another block's flag; `spills`: stores to
+the stack. `tests/test_cuda_kernels.py` holds them to budgets.
 """
 MODEL = """
 ## What a step of the recurrence should take

@@ -51,9 +51,10 @@ def test_products_are_on_tensor_cores_and_teams_meet_as_they_are_to() -> None:
     for kernel in found:
         team, cluster = "team" in kernel.name, kernel.template.endswith("true")
         if "step" in kernel.name or (cluster and kernel.arch == "sm_80"):
-            expected = {"mma": False, "async": False, "acquire": False}
+            expected = dict.fromkeys(("mma", "prefetch", "async", "acquire"), False)
         else:
-            expected = {"mma": True, "async": cluster, "acquire": team and not cluster}
+            expected = {"mma": True, "prefetch": True}
+            expected |= {"async": cluster, "acquire": team and not cluster}
         if any(bool(kernel.counts[what]) != there for what, there in expected.items()):
             wrong.append(f"{kernel}: {kernel.counts}")
     assert not wrong, "\n".join(wrong)

@@ -92,6 +92,7 @@ LONG_FUNCTIONS = {
     "csrc/cuda/recurrence_backward.cu:__launch_bounds__": "matrix, units, chunks in reverse, steps",
     "csrc/cuda/recurrence_forward.cu:__launch_bounds__": "matrix, bias, units, steps",
     "csrc/cuda/recurrence_team_backward.cu:__launch_bounds__": "matrix, work, unit, steps",
+    "csrc/cuda/recurrence_team_forward.cu:__launch_bounds__": "matrix, work, unit, steps",
     "distill/cli/demo.py:add": "one add_argument after the other",
     **{
         f"xlstm_kernels/ops/mlstm/{kernel}": "a kernel's parameters stand one on a line"

@@ -46,8 +46,8 @@ struct RecurrenceShape {
                                           : (kPerWord == 1 ? 18 : 24);
   // Splitting R again at each step takes less room than both parts, which the compiler would keep.
   static constexpr bool kSplitEachStep = kPerWord == 1 && (!kForward || kWidth >= 128);
-  // Fetching x a step ahead; where a product takes long, it hides the latency as well.
-  static constexpr bool kFetchAhead = kWidth < 128;
+  // Fetching x a step ahead; where a product takes long, it hides the latency of L2 as well.
+  static constexpr bool kFetchAhead = kWidth < (kPerWord == 1 ? 64 : 128);
   static constexpr int kRowWords = kDepth * kTileWords + kPadWords;
   static constexpr int kPlaneWords = kColumns * kRowWords;
   static constexpr int kStepWords = kPerWord * kPlaneWords;  // bfloat16 is in two parts

@@ -54,6 +54,7 @@ __global__ void __launch_bounds__(RecurrenceShape<false, kPerWord, kWidth>::kThr
   for (int e = 0; e < 4; ++e) units[e].start(args, columns[e % 2], work.head, unit_of(e));
   float db[2][kGates]{};
   int turn = 0;
+  const AskBackward ahead(args, work, lane.warp * Shape::kUnits, lane);
 #pragma unroll 1
   for (int begin = (work.longest - 1) / kCheckpointInterval * kCheckpointInterval;
        begin >= 0 && work.longest > 0; begin -= kCheckpointInterval) {
@@ -69,6 +70,7 @@ __global__ void __launch_bounds__(RecurrenceShape<false, kPerWord, kWidth>::kThr
 #pragma unroll 1
     for (int t = stop - 1; t >= begin; --t, turn ^= 1) {
       std::uint32_t* const now = rows + turn * Shape::kStepWords;
+      ahead.ask(args, t);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         float draw[kGates];

@@ -57,9 +57,11 @@ __global__ void __launch_bounds__(RecurrenceShape<true, kPerWord, kWidth>::kThre
     for (int j = 0; j < 2; ++j) units[j].fetch(args, 0);
   }
   __syncthreads();
+  const AskForward ahead(args, work, lane.warp * Shape::kUnits, lane);
 
 #pragma unroll 1
   for (int t = 0; t < work.longest; ++t) {
+    ahead.ask(args, t + kAhead);
     float x[2][kGates];
 #pragma unroll
     for (int j = 0; j < 2; ++j) {

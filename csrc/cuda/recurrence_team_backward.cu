@@ -100,8 +100,11 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
       thread / (kTileUnits * kColumns) * kTileUnits + unit_of_row(place / 16 + place % 4 / 2 * 8);
   const int column = place / 4 % 4 * 2 + place % 2;
   const bool owner = of_block < member.units;
-  const int D = static_cast<int>(args.D);
-  const int unit = owner ? member.part * member.units + of_block : D;
+  const int D = static_cast<int>(args.D), first = member.part * member.units;
+  const int unit = owner ? first + of_block : D;
+  // Of the warps that have kTileUnits units the first asks for all that they read.
+  const bool asks = owner && thread % (kTileUnits * kColumns) < 32;
+  const int asked = asks ? first + thread / (kTileUnits * kColumns) * kTileUnits : D;
   const int tiles = static_cast<int>(ceil_div(args.B, kColumns));
   // Scratch: [block][slot][state][thread].
   const auto states_at = [&](int slot) {
@@ -121,6 +124,7 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
     UnitGrad<Cell, 1> grad;
     grad.start(args, mine, head, unit);
     float db[kGates]{};
+    const AskBackward ahead(args, work, asked, lane);
 #pragma unroll 1
     for (int t = work.longest - 1; t >= 0; --t) {
       const int slot = t % kCheckpointInterval;
@@ -137,6 +141,7 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
       if (owner) store_gates<Shape, kPerWord>(draws, of_block, column, draw);
       __syncthreads();
       if (slot > 0) grad.fetch(args, mine, head, unit, t - 1, states_at(slot - 1));
+      ahead.ask(args, t);
       give_products<kPerWord>(matrix, member, turns, draws, products);
       member.publish_sums();
       member.await(0, member.parts);

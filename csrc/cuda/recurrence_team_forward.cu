@@ -97,6 +97,7 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
     Unit<Cell> mine(args, work, column, unit);
     const std::int64_t at = static_cast<std::int64_t>(head) * D + unit;
     mine.fetch(args, 0);
+    const AskForward ahead(args, work, slice.slice == 0 ? slice.unit - lane.group : D, lane);
 #pragma unroll 1
     for (int t = 0; t < work.longest; ++t) {
       if (unit < D) store_exchanged<Shape, kPerWord>(member.slot(), unit, column, mine.state[0]);
@@ -104,6 +105,7 @@ __global__ void __launch_bounds__(kTeamThreads, 1)
       float x[kGates], product[kGates];
       for (int g = 0; g < kGates; ++g) x[g] = mine.x[g];
       mine.fetch(args, t + 1);
+      ahead.ask(args, t + kAhead);
       ProductSum<kPerWord> sums[Shape::kRowTiles];
       member.await(slice.first_source, slice.end_source);
       const std::uint32_t* operand = member.given() + slice.first_tile * Shape::kOperandWords +

@@ -3,12 +3,34 @@
 #pragma once
 
 #include "cells/options.h"
+#include "cuda/prefetch.h"
 #include "cuda/recurrence.h"
 #include "cuda/recurrence_launch.h"
 
 namespace xlstm {
 
 using XLSTM_ISA::CellOptions;
+
+constexpr int kAhead = 4;  // so many steps take longer than memory does
+
+// Asks for what the units of a warp from `unit` on will read: a lane for one gate of one sequence.
+struct AskForward {
+  __device__ __forceinline__ AskForward(const RecurrenceForward& args, const Work& work, int unit,
+                                        const Lane& lane) {
+    const Sequence sequence(args, work.first + lane.group);
+    end = unit < args.D ? sequence.length : 0;
+    const std::int64_t first = sequence.offset(args, args.x_stride[0], args.x_stride[1]) +
+                               lane.part * args.x_stride[2] + work.head * args.x_stride[3] + unit;
+    x = static_cast<const char*>(args.x) + first * size_of(args.dtype);
+    for (int t = 0; t < kAhead; ++t) ask(args, t);
+  }
+  __device__ __forceinline__ void ask(const RecurrenceForward& args, int t) const {
+    if (t < end) prefetch(x + t * args.x_stride[1] * size_of(args.dtype));
+  }
+
+  int end;
+  const char* x;
+};
 
 // In the forward pass; `at` is the unit's place among H x D.
 template <class Cell>
@@ -84,6 +106,38 @@ struct Unit {
   std::int64_t x_at;  // of gate i at time 0
   float state[kStates];
   float x[kGates]{};  // fetched last
+};
+
+// The same in the backward pass, which walks down: raw of the chunk before this one, whose states are
+// recomputed from it one by one, and dh.
+struct AskBackward {
+  __device__ __forceinline__ AskBackward(const RecurrenceBackward& args, const Work& work, int unit,
+                                         const Lane& lane) {
+    const Column column(args, work.first + lane.group);
+    end = unit < args.D ? column.length : 0;
+    const std::int64_t at = work.head * args.D + unit, width = args.H * args.D;
+    raw = static_cast<const float*>(args.raw) + (column.token * kGates + lane.part) * width + at;
+    const int last = (work.longest - 1) / kCheckpointInterval * kCheckpointInterval;
+    for (int t = last; t < work.longest; ++t) ask_raw(args, t);
+    if (!args.dh || lane.part != 0) return;  // the lanes of one gate are enough
+    const std::int64_t first =
+        Sequence(args, column.b).offset(args, args.dh_stride[0], args.dh_stride[1]) +
+        work.head * args.dh_stride[2] + unit;
+    dh = static_cast<const char*>(args.dh) + first * size_of(args.dtype);
+  }
+  // Before step t.
+  __device__ __forceinline__ void ask(const RecurrenceBackward& args, int t) const {
+    ask_raw(args, t - kCheckpointInterval);
+    t -= kAhead;
+    if (dh && t >= 0 && t < end) prefetch(dh + t * args.dh_stride[1] * size_of(args.dtype));
+  }
+  __device__ __forceinline__ void ask_raw(const RecurrenceBackward& args, int t) const {
+    if (t >= 0 && t < end) prefetch(raw + t * kGates * args.H * args.D);
+  }
+
+  int end;
+  const float* raw;
+  const char* dh = nullptr;
 };
 
 // In the backward pass; `at` is the unit's place among H x D. States come from scratch that the
