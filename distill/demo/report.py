@@ -48,8 +48,10 @@ def publish(metrics: dict[str, Any], folder: Path, console: Console) -> None:
 
 
 def summary(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """A row for each part: means over seeds, and how far they spread."""
-    heads = ["held-out text", "bits per byte", "agrees with teacher", "parameters"]
+    """A row for each part: means over seeds, and how far they spread. It is the first seed's model
+    that reads."""
+    heads = ["held-out text", "bits per byte", "agrees with teacher", "parameters", "MB"]
+    heads.append("tokens/s read")
     rows = []
     for part, models in metrics["parts"].items():
         bits = [model["bits_per_byte"] for model in models]
@@ -60,6 +62,8 @@ def summary(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
                 _spread(bits, "{:.3f}"),
                 _spread(agreement, "{:.1%}"),
                 f"{models[0]['parameters']:,}",
+                f"{models[0]['bytes'] / 1e6:.1f}",
+                f"{metrics['reading'][part]:,.0f}",
             ]
         )
     return heads, rows
@@ -105,7 +109,7 @@ def _more(change: float) -> str:
 
 def render(metrics: Mapping[str, Any]) -> str:
     """The page."""
-    found = judge(metrics)
+    found, config = judge(metrics), metrics["config"]
     run = RunFolder.read(Path(metrics["run"]))
     scores = {"gates": metrics["scores"]["gates"], "bench": metrics["scores"]["bench"]}
     scores["models"] = {name: {} for name in metrics["scores"]["bench"]["models"]}
@@ -128,7 +132,8 @@ def render(metrics: Mapping[str, Any]) -> str:
     meanings = "; ".join(f"{part}: {what}" for part, what in WHAT.items())
     parts.append(
         '<p class="soft">Means over seeds, which decide the order of the text, and half of their'
-        f" range. Lower bits per byte are better. {html.escape(meanings)}.</p>"
+        f" range. Lower bits per byte are better. Tokens/s: {config['rows']} rows of"
+        f" {config['length']}, no gradients. {html.escape(meanings)}.</p>"
     )
     for caption, draw in (
         ("Every seed", partial(_seeds, metrics=metrics, colors=colors)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from distill.data.capture import load_model
 from distill.data.rows import byte_tokenizer
 from distill.demo.config import Recipes
 from distill.demo.run import PARTS, Demo, seeds_of
-from distill.demo.speed import compare_backends
+from distill.demo.speed import compare_backends, reading_rates
 from distill.evaluation.assessment import Plan, assess
 from distill.machine import describe_machine
 
@@ -42,6 +43,7 @@ def measure(demo: Demo) -> dict[str, Any]:
             demo.reporter.say(message)
 
     scores = assess(models, byte_tokenizer(), demo.corpus.heldout, plan, say=say)
+    writers = _writers(models, demo)
     return {
         "machine": describe_machine(),
         "config": {**asdict(demo.config), "corpus": str(demo.config.corpus)},
@@ -54,8 +56,9 @@ def measure(demo: Demo) -> dict[str, Any]:
         },
         "parts": parts_of(scores["models"], demo.config.seeds),
         "scores": scores,
+        "reading": reading_rates(writers, training_ids(demo), config.speed_repeats),
         "training": time_training(demo, folders),
-        "samples": write_samples(_writers(models, demo), demo.config.sample_tokens),
+        "samples": write_samples(writers, demo.config.sample_tokens),
         "run": str(folders["hybrid"][0].parent),
         "trained_s": demo.trained_s,
         "wall_s": time.perf_counter() - began,
@@ -131,11 +134,16 @@ def judge(metrics: Mapping[str, Any]) -> Verdict:
     )
 
 
+def training_ids(demo: Demo) -> torch.Tensor:
+    """(rows, length): as many tokens as a training step takes."""
+    shape = demo.config.rows, demo.config.length
+    return torch.from_numpy(demo.tokens.ids_N[: math.prod(shape)].astype("int64")).view(shape)
+
+
 def time_training(demo: Demo, folders: Mapping[str, Sequence[Path]]) -> dict[str, Any]:
     """The hybrid's step of the second stage, on our kernels and on eager torch."""
     config, teacher = demo.config, folders["teacher"][0]
     stage = Recipes(config, teacher).hybrid(config.seeds[0]).stages[-1]
-    ids_N = torch.from_numpy(demo.tokens.ids_N[: config.rows * config.length].astype("int64"))
     with demo.reporter.meter("time steps", 2 * (config.speed_repeats + 1)) as meter:
 
         def after_step(done: int) -> None:
@@ -147,7 +155,7 @@ def time_training(demo: Demo, folders: Mapping[str, Sequence[Path]]) -> dict[str
             teacher,
             stage,
             config.backend,
-            ids_N.view(config.rows, config.length),
+            training_ids(demo),
             config.speed_repeats,
             after_step,
         )

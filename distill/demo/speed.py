@@ -1,10 +1,11 @@
-"""The hybrid's training step on the fused kernels and in plain eager torch: equal, then timed."""
+"""The hybrid's training step on the fused kernels and in plain eager torch: equal, then timed. And
+how fast each model reads."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -126,3 +127,17 @@ def parity(
     plain = Step(*models, REFERENCE).gradient(input_ids)
     ours = Step(*models, backend).gradient(input_ids)
     return Parity(relative_error(ours, exact), budget(plain, exact, torch.float32))
+
+
+@torch.no_grad()
+def reading_rates(
+    models: Mapping[str, torch.nn.Module], input_ids: Tensor, repeats: int
+) -> dict[str, float]:
+    """Tokens/s of a forward pass, by model, turn by turn; the first turn does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(repeats + 1):
+        for name, model in models.items():
+            began = time.perf_counter()
+            model(input_ids)
+            seconds[name].append(time.perf_counter() - began)
+    return {name: input_ids.numel() / statistics.median(took[1:]) for name, took in seconds.items()}
