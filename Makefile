@@ -33,7 +33,7 @@ EMULATED = build/emulated
 BUILD_EMULATED = XLSTM_EMULATED=1 XLSTM_SANITIZE=$(2) $(PYTHON) setup.py --quiet build_ext \
   --build-lib $(EMULATED)/$(1) --build-temp $(EMULATED)/$(1)/temp
 
-.PHONY: help install demo ci check test test-fast test-isas test-compat test-oldest-triton emulated sanitize sanitize-emulated kernels gpu lint format bench clean
+.PHONY: help install demo ci check test test-fast test-isas test-compat test-oldest-triton emulated sanitize sanitize-emulated emulated-address emulated-thread kernels gpu lint format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -49,8 +49,9 @@ install: .venv/bin/python  ## torch and this package, editable, with everything 
 demo:  ## distil a language model on this machine, in a few minutes
 	$(PYTHON) -m distill demo
 
-ci: lint test-isas emulated  ## what CI runs: everything but the slow tests and the sanitizers
+ci: lint test-isas emulated sanitize-emulated  ## what CI runs: all but slow tests and the CPU's sanitizers
 	$(PARALLEL) -m "not slow"
+	$(MAKE) test-oldest-triton MARKED='"not slow"'
 
 check: lint test test-compat test-oldest-triton sanitize sanitize-emulated  ## everything that must hold before a change goes in
 
@@ -97,7 +98,8 @@ $(OLDEST_TRITON):
 
 # What one release folds into a constant or takes as an argument, another refuses to compile.
 test-oldest-triton: $(OLDEST_TRITON)  ## Triton's kernels, compiled for one chip by the oldest release
-	PYTHONPATH=$(OLDEST_TRITON) $(PARALLEL) -k "sm_90 or hopper" tests/test_*_compile.py
+	PYTHONPATH=$(OLDEST_TRITON) $(PARALLEL) -m $(or $(MARKED),"") \
+	  -k "sm_90 or hopper or compilation" tests/test_*_compile.py
 
 kernels:  ## what nvcc made of the CUDA kernels, and what they should take, into docs/kernels.md
 	$(PYTHON) setup.py --quiet build_ext --inplace
@@ -108,23 +110,28 @@ kernels:  ## what nvcc made of the CUDA kernels, and what they should take, into
 gpu:  ## on a machine with a GPU: its tests, natively, and what it measures
 	$(PYTHON) -m benchmarks.gpu $(GPU)
 
+# One beside the other: each is a single process.
+sanitize-emulated:  ## the CUDA kernels' tests on builds with AddressSanitizer and ThreadSanitizer
+	@$(MAKE) --no-print-directory -j 2 --output-sync=target emulated-address emulated-thread
+
 # The kernels alone are instrumented; torch is not looked at. A sanitizer ends the process before pytest
 # would show what it captured of its report.
-sanitize-emulated:  ## the CUDA kernels' tests on builds with AddressSanitizer and ThreadSanitizer
-	@$(call BUILD_EMULATED,address,address$(comma)undefined)
-	@$(call BUILD_EMULATED,thread,thread)
-	@set -e; for kind in address thread; do \
-	  echo "CUDA kernels on the emulator, $$kind sanitizer"; \
-	  preload="$$(g++ -print-file-name=lib$${kind%$${kind#?}}san.so)"; \
-	  LD_PRELOAD="$$preload" OMP_NUM_THREADS=1 \
+emulated-address: SANITIZERS = address,undefined
+emulated-address: SANITIZER_LIBRARY = libasan.so
+emulated-thread: SANITIZERS = thread
+emulated-thread: SANITIZER_LIBRARY = libtsan.so
+emulated-address emulated-thread: emulated-%:
+	@$(call BUILD_EMULATED,$*,$(SANITIZERS))
+	@echo "CUDA kernels on the emulator, $* sanitizer"
+	@LD_PRELOAD="$$(g++ -print-file-name=$(SANITIZER_LIBRARY))" \
+	  OMP_NUM_THREADS=1 \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1 \
-	  XLSTM_CUDA_EMULATOR=$$(echo $(EMULATED)/$$kind/xlstm_kernels/_emulated*.so) \
+	  XLSTM_CUDA_EMULATOR=$$(echo $(EMULATED)/$*/xlstm_kernels/_emulated*.so) \
 	  $(PYTEST) tests/test_recurrence.py tests/test_recurrence_cuda.py tests/test_cuda.py \
 	    tests/test_kl_div_cuda.py -p no:cacheprovider --capture=sys -m "not slow" \
 	    -k "(test_dtypes or test_packed_sequences or test_slstm_options or test_teams or test_clusters or test_one_step \
-	    or scale_rows or (every_cut and 2500)) and cuda"; \
-	done
+	    or scale_rows or (every_cut and 2500)) and cuda"
 
 lint:  ## formatting, lint and types
 	@$(PYTHON) -c "import ruff, mypy" 2>/dev/null || { echo "lint: $(PYTHON) has no ruff or mypy;" \

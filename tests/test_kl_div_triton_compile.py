@@ -41,10 +41,16 @@ CALLS = {
 SPILLS = {"sm_120": 16}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("chip", CHIPS)
-def test_kernels_stay_within_the_chip(chip: str) -> None:
-    for row in compiled(chip, list(CALLS.values())):
+@pytest.mark.medium
+@pytest.mark.parametrize(
+    ("chip", "names"),
+    [
+        pytest.param("sm_90", ["js", "words_hard"], id="sm_90-main"),
+        *(pytest.param(chip, list(CALLS), marks=pytest.mark.slow, id=chip) for chip in CHIPS),
+    ],
+)
+def test_kernels_stay_within_the_chip(chip: str, names: list[str]) -> None:
+    for row in compiled(chip, [CALLS[name] for name in names]):
         assert row["spills"] <= SPILLS.get(chip, 0), row
         assert row["shared"] <= CHIPS[chip][1] * 1024, row
         _, _, columns, _, grad, *_ = row["flags"]["HOW"]

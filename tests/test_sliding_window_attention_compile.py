@@ -34,9 +34,17 @@ HIP_SPILLS = {"main": 29, "packed": 1, "no_sinks": 22, "wide": 103}
 KERNELS = {"forward_kernel", "queries_kernel", "keys_kernel", "sinks_kernel"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize(
+    ("chip", "name"),
+    [
+        pytest.param("sm_90", "main", marks=pytest.mark.medium, id="sm_90-medium"),
+        *(
+            pytest.param(chip, name, marks=pytest.mark.slow, id=f"{chip}-{name}")
+            for chip in CHIPS
+            for name in CALLS
+        ),
+    ],
+)
 def test_kernels_stay_within_the_chip(chip: str, name: str) -> None:
     call = CALLS[name]
     rows = compiled(chip, [{"op": "attention", **call}])
