@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import xlstm_kernels as xk
 from distill.hybrid.options import HybridOptions
-from xlstm_kernels.nn.mlstm import GateProjection
+from xlstm_kernels.nn import GateProjection
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin of each token, (B or 1, T, R)
 STEP_TOKENS = 16  # that `xk.mlstm_step` takes at once

@@ -2,7 +2,7 @@
 
 from .block import XLSTMBlock
 from .lstm import LSTM, LSTMCell
-from .mlstm import MLSTM
+from .mlstm import MLSTM, GateProjection
 from .slstm import SLSTM
 
-__all__ = ["LSTM", "MLSTM", "SLSTM", "LSTMCell", "XLSTMBlock"]
+__all__ = ["LSTM", "MLSTM", "SLSTM", "GateProjection", "LSTMCell", "XLSTMBlock"]

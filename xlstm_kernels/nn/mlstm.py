@@ -207,7 +207,8 @@ class MLSTM(nn.Module):
 
 
 class GateProjection(nn.Linear):
-    """A linear layer in float32, float64 for float64 x, whatever dtype it has and autocast says.
+    """A linear layer (..., in_features) -> (..., out_features) in float32, float64 for float64 x,
+    whatever dtype it has and autocast says.
 
     Gates are exponents: near -10, where input gates start, bfloat16 has steps of 1/16.
     """
