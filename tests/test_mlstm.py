@@ -8,13 +8,16 @@ from functools import partial
 import pytest
 import torch
 from mlstm_cases import (
+    BACKENDS,
     EACH_BACKEND,
     FLAGS,
     FLOAT64,
+    INPUTS,
     STATE,
     MLSTMCase,
     call_mlstm,
     check_mlstm,
+    exact_mlstm,
     mlstm_inputs,
     on_every_backend,
     run_mlstm,
@@ -104,6 +107,37 @@ def test_initial_states(case):
 )
 def test_saturated_gates(case):
     check_mlstm(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    on_every_backend(
+        *({**flags, "B": 1, "T": 130, "K": 8, "V": 8} for flags in FLAGS),
+        {"lengths": (130, 700), "H": 1, "K": 8, "V": 8},
+        backends=("reference", *BACKENDS),
+    ),
+)
+def test_nothing_stays_nothing_until_a_gate_opens(case):
+    """A state of m = -inf holds nothing, whatever c and n are; a token whose gates are both closed
+    leaves nothing."""
+    inputs = mlstm_inputs(case)
+    inputs["m0"].fill_(-torch.inf)
+    inputs["i"][:, :3] = inputs["i"][:, 20:100] = inputs["f"][:, 20] = -torch.inf
+    exact, got = exact_mlstm(case, inputs), run_mlstm(case, inputs, case.backend)
+    for name, want in exact.items():
+        assert got[name].isfinite().all(), name
+        assert relative_error(got[name], want) <= 1e-4, name
+    assert not got["h"][:, :3].any() and not got["h"][:, 20:100].any()
+    assert not got["d_c0"][0].any() and not got["d_n0"][0].any()
+    # Where it opens again, the tokens before might as well not be there.
+    end = 130
+    later = {name: inputs[name][:, 100:end] for name in (*INPUTS, "weight_h")}
+    some = {name: x[:1] for name, x in inputs.items() if name.startswith("weight_last")}
+    later |= some | {"c0": 0 * inputs["c0"][:1], "n0": 0 * inputs["n0"][:1]}
+    later["m0"] = torch.full_like(inputs["m0"][:1], -1e4)
+    fresh = run_mlstm(replace(case, lengths=None, T=30), later, case.backend)
+    for name in ("h", *(f"d_{name}" for name in INPUTS)):
+        assert relative_error(got[name][:, 100:end], fresh[name]) <= 1e-4, name
 
 
 @pytest.mark.parametrize("case", on_every_backend(*LENGTHS))

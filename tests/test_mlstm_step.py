@@ -4,9 +4,11 @@ test_mlstm_step_pool.py."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from mlstm_cases import FLAGS, INPUTS, STATE, WIDENED, MLSTMCase, mlstm_inputs
+from mlstm_cases import DEVICES, FLAGS, INPUTS, STATE, WIDENED, MLSTMCase, mlstm_inputs
 from mlstm_step_cases import (
     BACKENDS,
     DTYPES,
@@ -33,6 +35,23 @@ SIZES = (1, 24, 48, 130)
 )
 def test_gates_normalizers_and_dtypes(case):
     check_step(case)
+
+
+@pytest.mark.parametrize("case", every(*FLAGS))
+def test_nothing_stays_nothing_until_a_gate_opens(case):
+    """A state of m = -inf holds nothing, whatever c and n are."""
+    device = DEVICES.get(case.backend, "cpu")
+    q, k, v, i, f = (mlstm_inputs(replace(case, T=3))[name].to(device) for name in INPUTS)
+    i[:, :2], f[:, 1] = -torch.inf, -torch.inf
+    c, n, m = (mlstm_inputs(case)[f"{field}0"].to(device) for field in STATE)
+    state = (c, n, torch.full_like(m, -torch.inf))
+    flags = {"input_gate": case.input_gate, "normalizer": case.normalizer}
+    h, last = xk.mlstm_step(q, k, v, i, f, state, **flags, backend=case.backend)
+    assert not h[:, :2].any()
+    nothing = (0 * c, 0 * n, torch.full_like(m, -1e4))
+    want = xk.mlstm_step(*(x[:, 2:] for x in (q, k, v, i, f)), nothing, **flags)
+    for a, b in zip((h[:, 2:], *last), (want[0], *want[1]), strict=True):
+        check("step", a, b.double(), b)
 
 
 @pytest.mark.parametrize("case", every(*({"K": K, "V": V} for K in SIZES for V in SIZES)))

@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "common/parallel.h"
 #include "common/scratch.h"
@@ -68,6 +69,13 @@ XLSTM_HD V lane_index() {
   return index;
 }
 
+// What exponents are taken from: m, or 0 where a state that holds nothing takes nothing, as -inf - -inf
+// is NaN.
+template <class T>
+T finite_base(T m) {
+  return m == -std::numeric_limits<T>::infinity() ? T{0} : m;
+}
+
 // The gates of one chunk; arrays of L, matrices L x L.
 template <class T>
 struct Gates {
@@ -103,8 +111,9 @@ struct Gates {
       const T kept = log_f[r] + m_r;
       m_r = sigmoid_gate ? T{0} : log_i[r] > kept ? log_i[r] : kept;
       m[r] = m_r;
-      keep[r] = kept - m_r;
-      take[r] = log_i[r] - m_r;
+      const T base = finite_base(m_r);
+      keep[r] = kept - base;
+      take[r] = log_i[r] - base;
     }
     return m_r;
   }

@@ -172,8 +172,9 @@ struct StepTask {
     const V logs = log_sigmoid<T>(pair);
     const T kept = logs[0] + m, taken = sigmoid_gate ? logs[1] : i;
     m = sigmoid_gate ? T{0} : taken > kept ? taken : kept;
-    pair = broadcast<V>(taken - m);
-    pair[0] = kept - m;
+    const T base = finite_base(m);
+    pair = broadcast<V>(taken - base);
+    pair[0] = kept - base;
     const V factors = exp_factor(pair);
     token.keep = factors[0];
     const T take = factors[1], scale = static_cast<T>(args.scale);

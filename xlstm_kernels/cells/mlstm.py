@@ -65,13 +65,20 @@ def step(
         m_BH = torch.zeros_like(m_BH)
     else:
         m_BH = torch.where(li_BH > lf_BH, li_BH, lf_BH)
-    i_BH1, f_BH1 = (li_BH - m_BH).exp()[..., None], (lf_BH - m_BH).exp()[..., None]
+    base_BH = finite_base(m_BH)
+    i_BH1, f_BH1 = (li_BH - base_BH).exp()[..., None], (lf_BH - base_BH).exp()[..., None]
     c_BHKV = f_BH1[..., None] * c_BHKV + (i_BH1 * k_BHK)[..., None] * v_BHV[..., None, :]
     n_BHK = f_BH1 * n_BHK + i_BH1 * k_BHK
     q_BHK = options.scale * q_BHK
     num_BHV = torch.einsum("bhk,bhkv->bhv", q_BHK, c_BHKV)
     den_BH = torch.einsum("bhk,bhk->bh", q_BHK, n_BHK)
     return normalize(num_BHV, den_BH, m_BH, options), MLSTMState(c_BHKV, n_BHK, m_BH)
+
+
+def finite_base(m: Tensor) -> Tensor:
+    """What exponents are taken from: m, or 0 where a state that holds nothing takes nothing, as
+    -inf - -inf is NaN. Both weights are 0 there."""
+    return m.masked_fill(m == -torch.inf, 0.0)
 
 
 def normalize(num: Tensor, den: Tensor, m: Tensor, options: Options) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...arguments import check_is_tensor, check_tensor
 from ...cells import MLSTMState
+from ...cells.mlstm import finite_base
 
 AXES = "(B, H, K, V)", "(B, H, K)", "(B, H)"
 
@@ -56,8 +57,7 @@ def mlstm_combine(
     c_b, n_b, m_b = state_b
     m_a = log_decay_b + m_a
     m = torch.where(m_b > m_a, m_b, m_a)  # at a tie its gradient goes to a, as in the recurrence
-    # -inf - -inf is NaN; where both segments hold nothing, both weights are 0.
-    base = m.masked_fill(m == -torch.inf, 0.0)
+    base = finite_base(m)
     keep_BH1, add_BH1 = (m_a - base).exp()[..., None], (m_b - base).exp()[..., None]
     c = keep_BH1[..., None] * c_a + add_BH1[..., None] * c_b
     return MLSTMState(c, keep_BH1 * n_a + add_BH1 * n_b, m)

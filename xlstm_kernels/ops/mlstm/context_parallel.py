@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...cells import MLSTMState, compute_dtype, no_autocast
-from ...cells.mlstm import log_gates
+from ...cells.mlstm import finite_base, log_gates
 from .shapes import state_shapes
 
 Tokens = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # q, k, v, i, f
@@ -122,7 +122,7 @@ def _weigh(
     # Relative to the m that is returned, so that its rounding does not count. Gradients through
     # `base` cancel against those through the exponents: float64 as well.
     rounded_BH = m_BH.to(dtype)
-    base_BH = m_BH.masked_fill(m_BH == -torch.inf, 0.0)
+    base_BH = finite_base(m_BH)
     base_BH = base_BH + (base_BH.detach().to(dtype).double() - base_BH.detach())
     exponent_NBH = exponent_NBH - base_BH
     # Products with a smaller weight are subnormal, and ten times as slow.

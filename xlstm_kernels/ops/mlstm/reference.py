@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...arguments import token_starts
 from ...cells import compute_dtype, no_autocast, no_tokens
-from ...cells.mlstm import MLSTMState, Options, log_gates, normalize, step
+from ...cells.mlstm import MLSTMState, Options, finite_base, log_gates, normalize, step
 from .shapes import state_shapes
 
 # q, k, v, i, f
@@ -133,8 +133,9 @@ def _chunk(
     m_BHT = torch.maximum(old_BHT, exponent_BHTT.amax(-1))
     if options.input_gate == "sigmoid":
         m_BHT = torch.zeros_like(m_BHT)
-    decay_BHTT = (exponent_BHTT - m_BHT[..., None]).exp()
-    inter_BHT = (old_BHT - m_BHT).exp()
+    base_BHT = finite_base(m_BHT)
+    decay_BHTT = (exponent_BHTT - base_BHT[..., None]).exp()
+    inter_BHT = (old_BHT - base_BHT).exp()
     scores_BHTT = torch.einsum("bthk,bshk->bhts", q_BTHK, k_BTHK) * decay_BHTT
     inter_q_BHTK = inter_BHT[..., None] * q_BTHK.transpose(1, 2)
     num_BHTV = torch.einsum("bhts,bshv->bhtv", scores_BHTT, v_BTHV) + inter_q_BHTK @ c_BHKV
@@ -173,6 +174,6 @@ def parallel(
     if options.input_gate == "sigmoid":
         m_BHT = torch.zeros_like(m_BHT)
     scores_BHTT = options.scale * torch.einsum("bthk,bshk->bhts", q_BTHK, k_BTHK)
-    scores_BHTT = scores_BHTT * (exponent_BHTT - m_BHT[..., None]).exp()
+    scores_BHTT = scores_BHTT * (exponent_BHTT - finite_base(m_BHT)[..., None]).exp()
     num_BHTV = torch.einsum("bhts,bshv->bhtv", scores_BHTT, v_BTHV)
     return normalize(num_BHTV, scores_BHTT.sum(-1), m_BHT, options).transpose(1, 2)

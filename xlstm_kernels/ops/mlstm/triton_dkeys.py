@@ -22,6 +22,7 @@ from ...cells.triton_products import dot
 from .triton_gradients import takes
 from .triton_tiles import (
     Sizes,
+    finite_base,
     load_block,
     load_gate,
     load_log_f,
@@ -92,7 +93,8 @@ def keys_kernel(
     p = own // PER * PER + tl.arange(0, PER)
     after = tl.load(tile_scratch.decay + tiles + p, (p > own) & (p < end), other=0.0)
     out = tl.load(token_scratch.key_log + tokens + t, inside, other=float("-inf"))
-    out = tl.exp(out + tl.sum(after, 0) - tl.load(tile_scratch.m_end + tiles + end - 1))
+    m_end = tl.load(tile_scratch.m_end + tiles + end - 1)
+    out = tl.exp(out + tl.sum(after, 0) - finite_base(m_end))
     u = tl.zeros((TILE,), tl.float32)
     dk_tile = tl.zeros((TILE, BLOCK_K), tl.float32)
     dv_tile = tl.zeros((TILE, BLOCK_V), tl.float32)
@@ -126,7 +128,7 @@ def keys_kernel(
     lf = load_log_f(gates, at, head, t, at.length)
     li = load_log_i(gates, at, head, t, at.length, INPUT_GATE)
     m = tl.load(row_m + (at.token + t) * H + head, inside, other=float("inf"))
-    D = tl.exp(own_logs(lf, li, 1, TILE) - m[None, :])
+    D = tl.exp(own_logs(lf, li, 1, TILE) - finite_base(m)[None, :])
     q_tile = load_tile(q, at, head, own, kk, K, TILE)
     dh_tile = load_tile(dh, at, head, own, vv, V, TILE)
     dnum = tl.load(token_scratch.dnum + tokens + t, inside, other=0.0)
@@ -153,7 +155,7 @@ def keys_kernel(
     # Later tiles of the interval.
     log = tl.load(token_scratch.key_log + tokens + t, inside, other=float("-inf"))
     largest = tl.max(log, 0)
-    key_weight = tl.exp(log - largest)
+    key_weight = tl.exp(log - finite_base(largest))
     for x in tl.range(own + 1, end):
         s = t + (x - own) * TILE
         q_tile = load_tile(q, at, head, x, kk, K, TILE)

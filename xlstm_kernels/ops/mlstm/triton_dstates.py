@@ -19,6 +19,7 @@ from .triton_states import walk
 from .triton_tiles import (
     INTERVAL,
     Sizes,
+    finite_base,
     first_slot,
     indices,
     load_block,
@@ -33,7 +34,7 @@ def interval_keep(tile_scratch, tiles, first, end, TILE: tl.constexpr):
     p = first + tl.arange(0, INTERVAL // TILE)
     decay = tl.sum(tl.load(tile_scratch.decay + tiles + p, p < end, other=0.0), 0)
     m = tl.load(tile_scratch.m + tiles + first)
-    return tl.exp(decay + m - tl.load(tile_scratch.m_end + tiles + end - 1))
+    return tl.exp(decay + m - finite_base(tl.load(tile_scratch.m_end + tiles + end - 1)))
 
 
 @triton.jit
@@ -114,7 +115,7 @@ def dstates_kernel(
         inside = t < at.length
         m = tl.load(tile_scratch.m + tiles + x)
         keep = tl.load(tile_scratch.decay + tiles + x) + m
-        keep = tl.exp(keep - tl.load(tile_scratch.m_end + tiles + x))
+        keep = tl.exp(keep - finite_base(tl.load(tile_scratch.m_end + tiles + x)))
         query_log = tl.load(token_scratch.query_log + tokens + t, inside, other=float("-inf"))
         dnum = tl.load(token_scratch.dnum + tokens + t, inside, other=0.0)
         dden = tl.load(token_scratch.dden + tokens + t, inside, other=0.0)

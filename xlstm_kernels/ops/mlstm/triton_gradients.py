@@ -23,6 +23,7 @@ from ...cells.triton_products import dot
 from .triton_tiles import (
     INTERVAL,
     Sizes,
+    finite_base,
     load_block,
     load_key_log,
     load_log_f,
@@ -97,7 +98,7 @@ def prepare_kernel(
     m = tl.load(row_m + rows, inside, other=0.0)
     dnum, _, _ = row_scale(tl.load(row_den + rows, inside, other=1.0), m, eps, NORMALIZER)
     to = here.tokens + t
-    tl.store(token_scratch.query_log + to, tl.cumsum(lf, 0) - m, inside)
+    tl.store(token_scratch.query_log + to, tl.cumsum(lf, 0) - finite_base(m), inside)
     log = load_key_log(gates, at, head, t, own * TILE + TILE, INPUT_GATE)
     tl.store(token_scratch.key_log + to, log, inside)
     tl.store(token_scratch.dnum + to, dnum, inside)
@@ -205,7 +206,7 @@ def queries_kernel(
         largest = tl.max(log_s, 0)
         k_tile = load_tile(k, at, head, own - back, kk, K, TILE)
         v_tile = load_tile(v, at, head, own - back, vv, V, TILE)
-        D = tl.exp(query_log + largest)[:, None] * tl.exp(log_s - largest)[None, :]
+        D = tl.exp(query_log + largest)[:, None] * tl.exp(log_s - finite_base(largest))[None, :]
         P = (
             product(q_tile, k_tile, q, k, at, head, own, own - back, K, BLOCK_K, TILE, DOT)
             * scale
@@ -225,7 +226,7 @@ def queries_kernel(
     li = load_log_i(gates, at, head, t, at.length, INPUT_GATE)
     rows = (at.token + t) * H + head
     m = tl.load(row_m + rows, inside, other=0.0)
-    D = tl.exp(own_logs(lf, li, 0, TILE) - m[:, None])
+    D = tl.exp(own_logs(lf, li, 0, TILE) - finite_base(m)[:, None])
     k_tile = load_tile(k, at, head, own, kk, K, TILE)
     v_tile = load_tile(v, at, head, own, vv, V, TILE)
     P = product(q_tile, k_tile, q, k, at, head, own, own, K, BLOCK_K, TILE, DOT) * scale * D
@@ -248,7 +249,8 @@ def queries_kernel(
             s = t - back * TILE
             log_s = tl.load(token_scratch.key_log + tokens + s)
             largest = tl.max(log_s, 0)
-            D = (dden * tl.exp(query_log + largest))[:, None] * tl.exp(log_s - largest)[None, :]
+            key_weight = tl.exp(log_s - finite_base(largest))
+            D = (dden * tl.exp(query_log + largest))[:, None] * key_weight[None, :]
             dq_tile += dot(D, load_tile(k, at, head, own - back, kk, K, TILE), DOT)
             query_log += tl.load(tile_scratch.decay + tiles + own - back)
     store_tile(dq, at, head, own, kk, scale * dq_tile, K, TILE)

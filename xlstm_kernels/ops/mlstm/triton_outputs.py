@@ -16,6 +16,7 @@ import triton.language as tl
 from ...cells.triton_products import dot
 from .triton_tiles import (
     Sizes,
+    finite_base,
     load_block,
     load_log_f,
     load_log_i,
@@ -74,10 +75,11 @@ def outputs_kernel(
     lf = load_log_f(gates, at, head, t, at.length)
     log = own_logs(lf, load_log_i(gates, at, head, t, at.length, INPUT_GATE), 0, TILE)
     since = tl.cumsum(lf, 0)
-    m = since * 0.0
+    m = finite_base(since) * 0.0
     if INPUT_GATE == "exp":
         m = tl.maximum(tl.load(tile_m + tiles + own) + since, tl.max(log, 1))
-    query_log = since - m
+    base = finite_base(m)
+    query_log = since - base
 
     # The state before the interval.
     p = own // PER * PER + tl.arange(0, PER)
@@ -97,7 +99,7 @@ def outputs_kernel(
     # The own tile.
     k_tile = load_tile(k, at, head, own, kk, K, TILE)
     scores = product(q_tile, k_tile, q, k, at, head, own, own, K, BLOCK_K, TILE, DOT)
-    scores *= scale * tl.exp(log - m[:, None])
+    scores *= scale * tl.exp(log - base[:, None])
     den += tl.sum(scores, 1)
     sums += dot(scores, load_tile(v, at, head, own, vv, V, TILE), DOT)
 
@@ -110,7 +112,7 @@ def outputs_kernel(
         scores = product(q_tile, k_tile, q, k, at, head, own, own - back, K, BLOCK_K, TILE, DOT)
         # Two factors, each at most 1, cost fewer exponentials than one of the sum.
         scores *= (scale * tl.exp(query_log + largest))[:, None]
-        scores *= tl.exp(log_s - largest)[None, :]
+        scores *= tl.exp(log_s - finite_base(largest))[None, :]
         den += tl.sum(scores, 1)
         sums += dot(scores, load_tile(v, at, head, own - back, vv, V, TILE), DOT)
         query_log += tl.load(decay + tiles + own - back)

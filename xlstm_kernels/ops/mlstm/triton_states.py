@@ -18,6 +18,7 @@ from ...cells.triton_products import dot
 from .triton_tiles import (
     INTERVAL,
     Sizes,
+    finite_base,
     first_slot,
     indices,
     load_block,
@@ -102,10 +103,11 @@ def states_kernel(
             tl.store(decay + tiles + x, total)
             tl.store(tile_m + tiles + x, m)
         kept = total + m
-        m = tl.maximum(kept, tl.max(log, 0)) if INPUT_GATE == "exp" else m * 0.0
-        keep = tl.exp(kept - m)
+        m = tl.maximum(kept, tl.max(log, 0)) if INPUT_GATE == "exp" else finite_base(m) * 0.0
+        base = finite_base(m)
+        keep = tl.exp(kept - base)
         k_tile = load_tile(k, at, head, x, kk, K, TILE).to(tl.float32)
-        k_tile *= tl.exp(log - m)[:, None]
+        k_tile *= tl.exp(log - base)[:, None]
         v_tile = load_tile(v, at, head, x, vv, V, TILE)
         c = c * keep + dot(tl.trans(k_tile), v_tile, DOT)
         n = n * keep + tl.sum(k_tile, 0)
@@ -173,9 +175,10 @@ def scan_kernel(
             tile = tl.maximum(tl.cumsum(before, 0) + m, tile)
             tl.store(tile_m + tiles + first + p, tile, inside)
         kept = total + m
-        m = tl.maximum(kept, added) if INPUT_GATE == "exp" else m * 0.0
-        c = tl.exp(kept - m) * c + tl.exp(added - m) * own_c
-        n = tl.exp(kept - m) * n + tl.exp(added - m) * own_n
+        m = tl.maximum(kept, added) if INPUT_GATE == "exp" else finite_base(m) * 0.0
+        keep, add = tl.exp(kept - finite_base(m)), tl.exp(added - finite_base(m))
+        c = keep * c + add * own_c
+        n = keep * n + add * own_n
     store_block(last, at.sequence, head, H, kk, vv, c, n, K, V)
     if block == 0:
         tl.store(last.m + at.sequence * H + head, m)

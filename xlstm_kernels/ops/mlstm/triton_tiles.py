@@ -267,6 +267,12 @@ def own_logs(lf, li, AXIS: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
+def finite_base(m):
+    """As cells/mlstm.py has it."""
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
 def row_scale(den, m, eps, NORMALIZER: tl.constexpr):
     """What a row's sums are multiplied by to give h; what <dh, h> is, to give dden and dm."""
     if NORMALIZER == "none":

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ...cells.triton_math import log_sigmoid
-from ..mlstm.triton_tiles import row_scale
+from ..mlstm.triton_tiles import finite_base, row_scale
 
 # Strides that vary with T and make no load wider: of the gates, of `read` and of `kept`. They stand
 # in no tuple, within which Triton specialises on every integer.
@@ -57,10 +57,11 @@ def step_gates(i, f, m, INPUT_GATE: tl.constexpr):
     kept = log_sigmoid(f) + m
     if INPUT_GATE == "sigmoid":
         i = log_sigmoid(i)
-        m = m * 0.0
+        m = finite_base(m) * 0.0
     else:
         m = tl.where(i > kept, i, kept)
-    return m, tl.exp(kept - m), tl.exp(i - m)
+    base = finite_base(m)
+    return m, tl.exp(kept - base), tl.exp(i - base)
 
 
 @triton.jit
