@@ -29,8 +29,9 @@ OLDEST_TRITON = build/triton-3.6
 comma = ,
 
 # setup.py's build of the CUDA kernels for the host, into the folder $(1), for sanitizer $(2) or none.
+# ninja would ask for make's job server, which does not reach it.
 EMULATED = build/emulated
-BUILD_EMULATED = XLSTM_EMULATED=1 XLSTM_SANITIZE=$(2) $(PYTHON) setup.py --quiet build_ext \
+BUILD_EMULATED = MAKEFLAGS= XLSTM_EMULATED=1 XLSTM_SANITIZE=$(2) $(PYTHON) setup.py --quiet build_ext \
   --build-lib $(EMULATED)/$(1) --build-temp $(EMULATED)/$(1)/temp
 
 .PHONY: help install demo ci check test test-fast test-isas test-compat test-oldest-triton emulated sanitize sanitize-emulated emulated-address emulated-thread kernels gpu lint format bench clean

@@ -35,7 +35,7 @@ def publish(metrics: dict[str, Any], folder: Path, console: Console) -> None:
     """Write metrics.json and report.html into the folder, then print the table."""
     write_atomically(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     write_atomically(folder / "report.html", render(metrics))
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     heads, rows = summary(metrics)
     for at, head in enumerate(heads):
         table.add_column(head, justify="right" if at else "left")
