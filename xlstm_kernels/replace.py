@@ -10,7 +10,16 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from .compat import handwritten
-from .compat.swap import Found, NotDerivable, Swap, Swapped, restore_class, swap_class
+from .compat.swap import (
+    SUBCLASS,
+    Found,
+    NotDerivable,
+    Swap,
+    Swapped,
+    class_among,
+    restore_class,
+    swap_class,
+)
 
 # Package that a layer's class, or a base of it, comes from -> module of compat that knows it.
 LIBRARIES = {
@@ -163,7 +172,9 @@ def _look_at(layer: nn.Module) -> Found:
         for package in dict.fromkeys(bases):
             if found is None and package in LIBRARIES:
                 compat = importlib.import_module(f"xlstm_kernels.compat.{LIBRARIES[package]}")
-                found = compat.find(layer)
+                known = class_among(layer, compat.KNOWN)
+                if known is not None:
+                    found = compat.find(layer) if known is type(layer) else SUBCLASS
         # torch's own containers and wrappers are no one's hand-written layers.
         if found is None and type(layer).__module__.partition(".")[0] != "torch":
             found = handwritten.find(layer)

@@ -27,16 +27,7 @@ from torch import Tensor, nn
 
 from ..ops.mlstm.api import mlstm
 from ..ops.mlstm_step.api import mlstm_step
-from .swap import (
-    SUBCLASS,
-    Found,
-    Swap,
-    Swapped,
-    class_among,
-    fused_backend,
-    no_kernel,
-    swapped_class,
-)
+from .swap import Found, Swap, Swapped, fused_backend, no_kernel, swapped_class
 
 State = tuple[Tensor, Tensor, Tensor]
 
@@ -335,9 +326,6 @@ KNOWN = ("mlstm_kernels.torch.backend_module.mLSTMBackend",)
 
 
 def find(layer: nn.Module) -> Found:
-    known = class_among(layer, KNOWN)
-    if known is not type(layer):
-        return SUBCLASS if known else None
     # It has no parameters that would tell the device.
     backend = fused_backend("mlstm", torch.empty(0))
     if backend is None:

@@ -98,8 +98,8 @@ STEP = "measured: one step is no faster here; a module that loops over it is, or
 # Why a layer is left whose class has one that we know among its bases.
 SUBCLASS = "a subclass may compute something else"
 
-# What a library's `find(layer)` says: a swap, the reason why not, or None for a layer that it does
-# not know.
+# What a library's `find(layer)` says of a layer of just a class in its KNOWN: a swap, or why not.
+# None: a layer that nobody knows.
 Found = Swap | str | None
 
 

@@ -10,16 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .swap import (
-    SUBCLASS,
-    Found,
-    Swap,
-    Swapped,
-    class_among,
-    fused_backend,
-    no_kernel,
-    swapped_class,
-)
+from .swap import Found, Swap, Swapped, fused_backend, no_kernel, swapped_class
 from .xlstm import by_gate, run_cell
 
 
@@ -43,9 +34,6 @@ KNOWN = ("tirex.models.slstm.cell.sLSTMCell",)
 
 
 def find(layer: nn.Module) -> Found:
-    known = class_among(layer, KNOWN)
-    if known is not type(layer):
-        return SUBCLASS if known else None
     weight = next(layer.parameters())
     backend = fused_backend("recurrence", weight, weight, "slstm")
     if backend is None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..ops.recurrence.api import lstm
-from .swap import STEP, SUBCLASS, Found, Swap, Swapped, fused_backend, no_kernel
+from .swap import STEP, Found, Swap, Swapped, fused_backend, no_kernel
 
 # Where our kernel is faster than what torch calls (oneDNN for dense float32 and bfloat16, a loop
 # over steps for packed sequences and projections), measured on one core of an AVX-512 Xeon for B 1
@@ -227,12 +227,12 @@ LEFT: dict[type, str] = {
 }
 
 
-def find(layer: nn.Module) -> Found:
+KNOWN = tuple(f"{known.__module__}.{known.__name__}" for known in (nn.LSTM, *LEFT))
+
+
+def find(layer: Any) -> Found:
     if type(layer) in LEFT:
         return LEFT[type(layer)]
-    if type(layer) is not nn.LSTM:
-        known = (*LEFT, nn.LSTM)
-        return SUBCLASS if isinstance(layer, known) else None
     weight: Any = layer.weight_ih_l0
     backend = fused_backend("recurrence", weight, weight, "lstm")
     if backend is None:

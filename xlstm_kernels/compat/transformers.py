@@ -17,16 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .mlstm_kernels import run_backend
-from .swap import (
-    SUBCLASS,
-    Found,
-    Swap,
-    Swapped,
-    class_among,
-    fused_backend,
-    no_kernel,
-    swapped_class,
-)
+from .swap import Found, Swap, Swapped, fused_backend, no_kernel, swapped_class
 
 MODELING = "transformers.models.xlstm.modeling_xlstm"
 
@@ -94,16 +85,13 @@ KNOWN = (f"{MODELING}.xLSTMBackend", f"{MODELING}.xLSTMModel")
 
 
 def find(layer: nn.Module) -> Found:
-    known = class_among(layer, KNOWN)
-    if known is not type(layer):
-        return SUBCLASS if known else None
     weight = next(layer.parameters(), torch.empty(0))
     backend = fused_backend("mlstm", weight)
     if backend is None:
         return no_kernel("mlstm", weight)
-    if known.__name__ == "xLSTMModel":
+    if (name := type(layer).__name__) == "xLSTMModel":
         # save_pretrained writes the name of the class.
-        become = swapped_class(FusedXLSTMModel, type(layer), known.__name__)
+        become = swapped_class(FusedXLSTMModel, type(layer), name)
         return Swap(become, backend, "its cache keeps float32 states")
     become = swapped_class(FusedXLSTMBackend, type(layer))
     return Swap(become, backend, "every call on CPU tensors")
