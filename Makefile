@@ -17,9 +17,12 @@ PARALLEL = OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadgroup
 ISAS = $(shell $(PYTHON) -c "from xlstm_kernels.backends import load_cpu; print(*load_cpu().supported_isas())")
 SANITIZED = build/sanitized
 COMPAT = build/compat
-# setuptools has the reader of TOML that Python 3.10 lacks.
+# Python 3.10 has no reader of TOML; pytest brings it one.
 define COMPAT_EXTRA
-from setuptools.compat.py310 import tomllib
+try:
+    import tomllib
+except ImportError:
+    import tomli as tomllib
 with open("pyproject.toml", "rb") as file:
     print(*tomllib.load(file)["project"]["optional-dependencies"]["compat"])
 endef
