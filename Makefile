@@ -82,7 +82,7 @@ sanitize:  ## the operations' tests on a build with AddressSanitizer and UBSan
 	$(PYTHON) setup.py --quiet build --build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/temp
 	@set -e; for isa in $(ISAS); do \
 	  echo "operations on $$isa, sanitized"; \
-	  XLSTM_CPU_ISA=$$isa PYTHONPATH=$(SANITIZED)/lib OMP_NUM_THREADS=1 \
+	  XLSTM_CPU_ISA=$$isa PYTHONPATH=$(SANITIZED)/lib:. OMP_NUM_THREADS=1 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  $(SCRIPTS)/pytest -q -n 2 -m "not slow" -k "not triton and not cuda" tests/test_sanitizers.py $(OP_TESTS); \

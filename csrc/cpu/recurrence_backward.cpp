@@ -152,6 +152,7 @@ struct BackwardTask {
                               (plan.sequences.start(r) + t) * args.dh_stride[1] +
                               tile.head * args.dh_stride[2] + unit * kW;
           d_state[0] += load(dh, lanes);
+          __builtin_prefetch(dh - args.dh_stride[1]);  // the step that comes next is the one before
         }
         Cell::step_grad(prev, next, aux, d_state, draw);
         for (int s = 1; s < kStates; ++s) store(buffers.d + s * plane() + at, d_state[s]);

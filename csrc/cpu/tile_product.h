@@ -18,6 +18,9 @@ namespace xlstm::XLSTM_ISA {
 
 #if defined(__AMX_TILE__)
 
+// gcc does not know how much of memory tile instructions read: what they read must be stored before.
+inline void stores_before_tiles() { asm volatile("" ::: "memory"); }
+
 // Tiles of this thread, all of 16 rows of 64 bytes, while it lives.
 class TileScope {
  public:
@@ -28,6 +31,7 @@ class TileScope {
       std::uint8_t rows[16] = {};
     } config;
     for (int tile = 0; tile < 8; ++tile) config.row_bytes[tile] = 64, config.rows[tile] = 16;
+    stores_before_tiles();
     _tile_loadconfig(&config);
   }
   ~TileScope() { _tile_release(); }
@@ -123,7 +127,7 @@ struct TileProducts {
         _tile_zero(1);
         _tile_zero(2);
         _tile_zero(3);
-        asm volatile("" ::: "memory");  // tile loads are not known to read what was stored before
+        stores_before_tiles();
         (add(row, column, terms), ...);
         constexpr int kRowBytes = sizeof sum[0];
         _tile_stored(0, sum[0], kRowBytes);
