@@ -77,8 +77,18 @@ def test_chunks_for_a_gpu_are_larger():
         )
         given = Inputs(*student, None, *teacher, *(None,) * 6)
         how = [True, True, False], torch.bfloat16, None
-        assert plan.plan_rows(given, *how, host=False) == rows
-        assert plan.plan_rows(given, *how, host=True) <= 512
+        assert plan.plan_rows(N, given, *how, host=False) == rows
+        assert plan.plan_rows(N, given, *how, host=True) <= 512
+
+
+def test_chunks_are_about_as_large():
+    """Room is for 320 rows of 32000 words: 1024 are four times 256, not three of 320 and one of 64."""
+    student, teacher = (
+        [torch.empty(n, 1024, device="meta") for n in (1024, 32000)] for _ in range(2)
+    )
+    given = Inputs(*student, None, *teacher, *(None,) * 6)
+    how = given, [True, True, False], torch.float32, None
+    assert [plan.plan_rows(N, *how, host=True) for N in (320, 1024, 0)] == [320, 256, 0]
 
 
 def test_what_it_cannot_run():

@@ -73,7 +73,7 @@ def _run(inputs: Inputs, settings: Settings, wanted: list[bool], kernels: Kernel
     held = holds_rows(inputs, wanted, student.dtype, total)
     gradients = Gradients(student, inputs, wanted, held, settings.shard)
     how = inputs, wanted, student.dtype, settings.shard, kernels.on_host
-    size = min(total, settings.chunk_rows or plan_rows(*how))
+    size = min(total, settings.chunk_rows or plan_rows(total, *how))
     target = Target(inputs, settings, N, kernels)
     sizes = size, total if held else size
     z, dz, spare = _buffers(student, target, sizes, dtype, wanted, kernels.on_host)

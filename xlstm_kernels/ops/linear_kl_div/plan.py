@@ -5,11 +5,13 @@ each chunk the products read the weights, and the sum of the weight's gradient m
 twice, beside 8 C operations an element: from some hundred rows on the products hide it. So C is
 what fits, beside that sum, into EAGER_SHARE of the memory that eager torch takes, or into
 LEAST_BYTES where that is more, within limits of the machine. The gradient by the logits takes their
-place on a host, and has its own on a GPU.
+place on a host, and has its own on a GPU. All chunks are about as large: a short last one costs a
+pass over the weights and the sum like the others.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -44,9 +46,14 @@ BLOCK_BYTES = 40 << 20
 
 
 def plan_rows(
-    inputs: Inputs, wanted: list[bool], product_dtype: torch.dtype, shard: Shard | None, host: bool
+    total: int,
+    inputs: Inputs,
+    wanted: list[bool],
+    product_dtype: torch.dtype,
+    shard: Shard | None,
+    host: bool,
 ) -> int:
-    """Rows of a chunk, the same on all ranks of a shard."""
+    """Rows of a chunk of `total`, the same on all ranks of a shard."""
     limits = HOST_ROWS if host else GPU_ROWS
     N, itemsize = inputs.hidden.shape[:-1].numel(), inputs.hidden.dtype.itemsize
     sum_itemsize = compute_dtype(inputs.hidden.dtype).itemsize
@@ -59,7 +66,9 @@ def plan_rows(
         budget -= min(sum_itemsize * V * E + BLOCK_BYTES, itemsize * N * V)
     own = 0 if host or product_dtype.itemsize == sum_itemsize else product_dtype.itemsize * V
     rows = int(max(budget, LEAST_BYTES) / (sum_itemsize * (V + teacher_V) + own * any(wanted)))
-    return min(max(rows // ROWS_STEP * ROWS_STEP, limits.least), limits.most)
+    rows = min(max(rows // ROWS_STEP * ROWS_STEP, limits.least), limits.most)
+    chunks = max(1, math.ceil(total / rows))
+    return math.ceil(total / chunks / ROWS_STEP) * ROWS_STEP
 
 
 def holds_rows(inputs: Inputs, wanted: list[bool], product_dtype: torch.dtype, total: int) -> bool:
