@@ -361,7 +361,7 @@ MEMORY = """if True:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_peak_memory_is_a_tenth_of_eager_torch(dtype):
-    """Of the process, in MiB, beyond what a call on 64 rows takes. On cpu: a GPU's chunks are larger."""
+    """Of the process, in MiB, beyond a call on 64 rows. On cpu: chunks for a GPU are larger."""
     program = MEMORY.format(N=5120, E=32, V=16000, dtype=dtype)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -82,7 +82,7 @@ def test_chunks_for_a_gpu_are_larger():
 
 
 def test_chunks_are_about_as_large():
-    """Room is for 320 rows of 32000 words: 1024 are four times 256, not three of 320 and one of 64."""
+    """Room is for 320 rows: 1024 are four times 256, not three of 320 and one of 64."""
     student, teacher = (
         [torch.empty(n, 1024, device="meta") for n in (1024, 32000)] for _ in range(2)
     )
