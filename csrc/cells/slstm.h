@@ -41,9 +41,9 @@ struct SLSTM {
     next[C] = multiply_add(f, prev[C], i * z);
     const element_t<V> n_floor = static_cast<element_t<V>>(options.n_floor);
     next[N] = clamp_min(n_sum, n_floor);
-    // o' c' / n' with one reciprocal.
+    // o' c' / n' with one division.
     const V o_inverse = sigmoid_inverse(raw[O]);
-    next[H] = next[C] * reciprocal(next[N] * o_inverse);
+    next[H] = next[C] / (next[N] * o_inverse);
     if constexpr (kWantAux) {
       const V o = reciprocal(o_inverse);
       aux[AI] = i, aux[AF] = f, aux[AZ] = z, aux[AO] = o;
@@ -60,7 +60,7 @@ struct SLSTM {
                                  V (&d)[4], V (&draw)[4]) {
     const V i = aux[AI], f = aux[AF], z = aux[AZ], o = aux[AO];
     // z dc + dn cancels where z is near c'/n': both must come from the same rounded factors.
-    const V n_inverse = reciprocal(next[N]);
+    const V n_inverse = 1 / next[N];
     const V weight = d[H] * o * n_inverse;
     const V dc = d[C] + weight;
     const V dn = (d[N] - weight * (next[C] * n_inverse)) * aux[ANFree];
