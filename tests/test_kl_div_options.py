@@ -165,6 +165,18 @@ def test_nan_and_inf_show_wherever_a_row_counts(backend, divergence, value, kl_w
 
 
 @EVERYWHERE_TOO
+@pytest.mark.parametrize("value", [float("nan"), INF, -INF])
+def test_a_cap_lets_a_row_that_does_not_count_hold_anything(backend, value):
+    student, teacher = normal(4, 50), normal(4, 50, seed=1)
+    student[:2, 7] = value
+    weight, labels = torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.tensor([-100, 1, 2, 3])
+    how = {"softcap": 5.0, "ce_weight": 0.5, "reduction": "none", "backend": backend}
+    loss, grad = gradient(student, teacher, labels, row_weight=weight, **how)
+    assert (loss[:2] == 0).all() and (grad[:2] == 0).all()
+    assert (loss[2:] > 0).all() and grad.isfinite().all()
+
+
+@EVERYWHERE_TOO
 @pytest.mark.parametrize("divergence", ["forward", "reverse"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("where", ["student", "teacher"])

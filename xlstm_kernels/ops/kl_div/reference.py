@@ -54,7 +54,9 @@ def forward(
 def capped(logits_V: Tensor, cap: float | None) -> Tensor:
     if cap is None:
         return logits_V
-    return torch.where(logits_V == float("-inf"), logits_V, cap * torch.tanh(logits_V / cap))
+    kept = (logits_V == float("-inf")) | logits_V.isnan()
+    # tanh sees neither: a gradient of 0 times NaN's slope would be NaN.
+    return torch.where(kept, logits_V, cap * torch.tanh(logits_V.masked_fill(kept, 0) / cap))
 
 
 def _same_width(student_V: Tensor, teacher_V: Tensor) -> tuple[Tensor, Tensor]:
