@@ -54,6 +54,17 @@ def test_every_backward_gives_the_same(backend, function, reduction, dtype):
             assert relative_error(got, want) <= 16 * torch.finfo(dtype).eps
 
 
+@EVERYWHERE_TOO
+@EVERY_FUNCTION
+def test_rows_that_do_not_count_leave_no_trace(backend, function):
+    case = Case(backend, function, bias=True, ce_weight=0.4, weighted=True)
+    t = inputs(case)
+    want = run(case, t, backend)
+    t["hidden"][:, 0] = t["hidden"][0, -1] = float("nan")  # of an ignored label, of weight 0
+    for name, got in run(case, t, backend).items():
+        assert_close(got, want[name])
+
+
 @EVERY_BACKEND
 @pytest.mark.parametrize("wanted", [HEAD[:1], HEAD[1:2], HEAD[2:], HEAD[::2]], ids=str)
 @REDUCTIONS

@@ -19,8 +19,11 @@ def forward(inputs: Inputs, settings: Settings) -> Tensor:
     """The loss in the compute dtype: a scalar, or the leading shape for reduction "none"."""
     options, hard, shard = settings.options, (inputs.labels, inputs.row_weight), settings.shard
     with no_autocast(inputs.hidden.device):
-        valid_rows(inputs, settings)
-        hidden = ranks.enter(inputs.hidden, shard)
+        counts = valid_rows(inputs, settings)
+        if inputs.row_weight is not None:
+            counts = counts & (inputs.row_weight != 0)
+        # Zeros for the others: NaN there would meet the zeros of their gradient.
+        hidden = ranks.enter(inputs.hidden.masked_fill(~counts.unsqueeze(-1), 0), shard)
         student = ranks.whole(_logits(hidden, inputs.weight, inputs.bias), shard)
         if inputs.topk_logprobs is not None and inputs.topk_ids is not None:
             target = inputs.topk_logprobs, inputs.topk_ids, inputs.tail_logmass
