@@ -191,6 +191,12 @@ def test_gates_are_not_rounded(dtype):
         assert_near(memory, want, 0.006)
 
 
+def test_a_projection_of_gates_without_bias():
+    projection = seeded(xk.nn.GateProjection, 8, 4, bias=False)
+    x = torch.randn(3, 8)
+    assert torch.equal(projection(x), F.linear(x, projection.weight))
+
+
 @pytest.mark.medium
 def test_compiles_without_a_recompile_per_shape():
     torch.compiler.reset()

@@ -216,7 +216,8 @@ class GateProjection(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         dtype = compute_dtype(x.dtype)
         with no_autocast(x.device):
-            return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return F.linear(x.to(dtype), self.weight.to(dtype), bias)
 
 
 class HeadNorm(nn.Module):
