@@ -110,6 +110,6 @@ def test_forward_compiles_for_hopper() -> None:
 
 @pytest.mark.slow
 def test_one_compilation_serves_every_length() -> None:
-    """Heads are 16: gates' strides between sequences are then multiples of 16 at any length."""
+    """With 4 heads gates' strides between sequences are multiples of 16 at some lengths alone."""
     for split in (False, True):
-        check_compiled_once({"K": 16, "V": 16, "H": 16, "split": split}, LENGTHS[split:])
+        check_compiled_once({"K": 16, "V": 16, "H": 4, "split": split}, LENGTHS[split:])

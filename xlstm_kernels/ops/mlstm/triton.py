@@ -60,14 +60,14 @@ def forward(
     gate = {"INPUT_GATE": input_gate}
     flags = {"HAS_INITIAL": bool(given), **gate}
     with call.on_device():
-        args: Args = (call.k, call.v, call.gates, initial, own, last, key_log, decay, tile_m)
+        args: Args = (call.k, call.v, *call.gates, initial, own, last, key_log, decay, tile_m)
         call.walk(
             triton_states.states_kernel, blocks, split, args, {"DOT": dot, "SPLIT": split, **flags}
         )
         if split:
             args = (initial, states, own.m, last, decay, tile_m)
             call.walk(triton_states.scan_kernel, call.launch.scan, False, args, flags)
-        args = (call.q, call.k, call.v, call.rows(h_BTHV), call.gates, states, key_log, decay)
+        args = (call.q, call.k, call.v, call.rows(h_BTHV), *call.gates, states, key_log, decay)
         args += (tile_m, row_m, row_den, scale, eps)
         flags = {"NORMALIZER": normalizer, "DOT": dot, "SAVE": save, **gate}
         call.each_tile(triton_outputs.outputs_kernel, call.launch.outputs, "values", args, flags)
@@ -157,19 +157,19 @@ class _Gradients:
         dh, dq, dk, dv = self.rows
         inputs: Args = call.q, call.k, call.v, dh
         rows: Args = self.row_m, self.row_den, *scratch
-        args: Args = (call.gates, self.states, *rows, eps)
+        args: Args = (*call.gates, self.states, *rows, eps)
         call.each_tile(triton_gradients.prepare_kernel, launch.gates, None, args, gate | normal)
-        args = (*inputs, dq, call.gates, self.states, *rows, self.crossings, scale, eps)
+        args = (*inputs, dq, *call.gates, self.states, *rows, self.crossings, scale, eps)
         flags = gate | normal | dot
         call.each_tile(triton_gradients.queries_kernel, launch.queries, "keys", args, flags)
         carry = self.run_states(scale, dot | {"WANT_INITIAL": want_state})
-        args = (*inputs, dk, dv, call.gates, self.dstates, self.row_m, *scratch)
+        args = (*inputs, dk, dv, *call.gates, self.dstates, self.row_m, *scratch)
         args += (self.crossings, scale)
         for part in launch.key_flags(call.K, call.V):
             over = "keys" if part["DK"] else "values"
             flags = gate | dot | part
             call.each_tile(triton_dkeys.keys_kernel, launch.keys, over, args, flags)
-        args = (call.gates, self.row_m, self.dlast.m, *self.gates, self.dinitial.m, *scratch)
+        args = (*call.gates, self.row_m, self.dlast.m, *self.gates, self.dinitial.m, *scratch)
         args += (self.crossings, carry)
         parts = carry.shape[2]
         flags = {"CARRIES": parts, "PARTS": block(parts, parts), "WANT_INITIAL": want_state}

@@ -21,6 +21,8 @@ import triton.language as tl
 from ...cells.triton_products import dot
 from .triton_gradients import takes
 from .triton_tiles import (
+    GATE_STRIDES,
+    GateRows,
     Sizes,
     finite_base,
     load_block,
@@ -36,7 +38,7 @@ from .triton_tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["T", "BT", "slots", "scale"])
+@triton.jit(do_not_specialize=[*GATE_STRIDES, "T", "BT", "slots", "scale"])
 def keys_kernel(
     q,
     k,
@@ -44,7 +46,14 @@ def keys_kernel(
     dh,
     dk,
     dv,
-    gates,
+    i_ptr,
+    f_ptr,
+    stride_ib,
+    stride_it,
+    stride_ih,
+    stride_fb,
+    stride_ft,
+    stride_fh,
     dstates,
     row_m,
     token_scratch,
@@ -71,6 +80,7 @@ def keys_kernel(
 ):
     """dk if DK, with what pairs of a column give the gates, and dv if DV. Both, where one block is
     all keys and one all values, share the products."""
+    gates = GateRows(i_ptr, f_ptr, stride_ib, stride_it, stride_ih, stride_fb, stride_ft, stride_fh)
     sizes = Sizes(T, BT, slots, H)
     head, block = tl.program_id(1), tl.program_id(2)
     here = locate(packing, sizes, TILE, PACKED)
@@ -208,9 +218,16 @@ def arriving_m(tile_scratch, tiles, own, count, last):
     return m + tl.where(is_open, last, 0.0)
 
 
-@triton.jit(do_not_specialize=["T", "BT", "slots"])
+@triton.jit(do_not_specialize=[*GATE_STRIDES, "T", "BT", "slots"])
 def gates_kernel(
-    gates,
+    i_ptr,
+    f_ptr,
+    stride_ib,
+    stride_it,
+    stride_ih,
+    stride_fb,
+    stride_ft,
+    stride_fh,
     row_m,
     dlast_m,
     di,
@@ -235,6 +252,7 @@ def gates_kernel(
 ):
     """di, df and, from the first tile, dm of the initial state. CARRIES: parts of carry; PARTS: the
     power of two that holds them."""
+    gates = GateRows(i_ptr, f_ptr, stride_ib, stride_it, stride_ih, stride_fb, stride_ft, stride_fh)
     sizes = Sizes(T, BT, slots, H)
     head = tl.program_id(1)
     here = locate(packing, sizes, TILE, PACKED)

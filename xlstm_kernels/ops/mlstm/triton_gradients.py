@@ -21,7 +21,9 @@ import triton.language as tl
 
 from ...cells.triton_products import dot
 from .triton_tiles import (
+    GATE_STRIDES,
     INTERVAL,
+    GateRows,
     Sizes,
     finite_base,
     load_block,
@@ -64,9 +66,16 @@ class TileScratch(NamedTuple):
     through: Any
 
 
-@triton.jit(do_not_specialize=["T", "BT", "slots", "eps"])
+@triton.jit(do_not_specialize=[*GATE_STRIDES, "T", "BT", "slots", "eps"])
 def prepare_kernel(
-    gates,
+    i_ptr,
+    f_ptr,
+    stride_ib,
+    stride_it,
+    stride_ih,
+    stride_fb,
+    stride_ft,
+    stride_fh,
     states,
     row_m,
     row_den,
@@ -85,6 +94,7 @@ def prepare_kernel(
     PACKED: tl.constexpr,
 ):
     """What a tile's gates and divisors make, for the kernels that meet it many times."""
+    gates = GateRows(i_ptr, f_ptr, stride_ib, stride_it, stride_ih, stride_fb, stride_ft, stride_fh)
     sizes = Sizes(T, BT, slots, H)
     head = tl.program_id(1)
     here = locate(packing, sizes, TILE, PACKED)
@@ -123,14 +133,21 @@ def takes(gates, row_m, tile_m, here, head, H, t, TILE: tl.constexpr, INPUT_GATE
     return (load_log_i(gates, at, head, t, at.length, INPUT_GATE) > kept).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["T", "BT", "slots", "scale", "eps"])
+@triton.jit(do_not_specialize=[*GATE_STRIDES, "T", "BT", "slots", "scale", "eps"])
 def queries_kernel(
     q,
     k,
     v,
     dh,
     dq,
-    gates,
+    i_ptr,
+    f_ptr,
+    stride_ib,
+    stride_it,
+    stride_ih,
+    stride_fb,
+    stride_ft,
+    stride_fh,
     states,
     row_m,
     row_den,
@@ -157,6 +174,7 @@ def queries_kernel(
     PACKED: tl.constexpr,
 ):
     """dq, dden, and what pairs of a row give the gates."""
+    gates = GateRows(i_ptr, f_ptr, stride_ib, stride_it, stride_ih, stride_fb, stride_ft, stride_fh)
     sizes = Sizes(T, BT, slots, H)
     head, block = tl.program_id(1), tl.program_id(2)
     here = locate(packing, sizes, TILE, PACKED)

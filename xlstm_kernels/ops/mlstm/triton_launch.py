@@ -1,7 +1,7 @@
 """How the mLSTM's Triton kernels are launched: the sizes of blocks, by shape, dtype and chip.
 
-Chosen from what the compiler reports of the compiled kernels, which tests/test_mlstm_compile.py
-holds them to, and not by timing in the user's process.
+Chosen from what the compiler reports of the compiled kernels, to which
+tests/test_mlstm_triton_compile.py holds them, and not by timing in the user's process.
 """
 
 from __future__ import annotations

@@ -15,6 +15,8 @@ import triton.language as tl
 
 from ...cells.triton_products import dot
 from .triton_tiles import (
+    GATE_STRIDES,
+    GateRows,
     Sizes,
     finite_base,
     load_block,
@@ -29,13 +31,20 @@ from .triton_tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["T", "BT", "slots", "scale", "eps"])
+@triton.jit(do_not_specialize=[*GATE_STRIDES, "T", "BT", "slots", "scale", "eps"])
 def outputs_kernel(
     q,
     k,
     v,
     h,
-    gates,
+    i_ptr,
+    f_ptr,
+    stride_ib,
+    stride_it,
+    stride_ih,
+    stride_fb,
+    stride_ft,
+    stride_fh,
     states,
     key_log,
     decay,
@@ -62,6 +71,7 @@ def outputs_kernel(
     PACKED: tl.constexpr,
     SAVE: tl.constexpr,
 ):
+    gates = GateRows(i_ptr, f_ptr, stride_ib, stride_it, stride_ih, stride_fb, stride_ft, stride_fh)
     sizes = Sizes(T, BT, slots, H)
     head, block = tl.program_id(1), tl.program_id(2)
     here = locate(packing, sizes, TILE, PACKED)

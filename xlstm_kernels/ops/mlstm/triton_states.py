@@ -16,7 +16,9 @@ import triton.language as tl
 
 from ...cells.triton_products import dot
 from .triton_tiles import (
+    GATE_STRIDES,
     INTERVAL,
+    GateRows,
     Sizes,
     finite_base,
     first_slot,
@@ -44,11 +46,18 @@ def walk(row, packing, sizes, TILE: tl.constexpr, PACKED: tl.constexpr, SPLIT: t
         return at, first_slot(at, sizes, INTERVAL, PACKED), 0, tl.cdiv(at.length, TILE)
 
 
-@triton.jit(do_not_specialize=["T", "BT", "slots"])
+@triton.jit(do_not_specialize=[*GATE_STRIDES, "T", "BT", "slots"])
 def states_kernel(
     k,
     v,
-    gates,
+    i_ptr,
+    f_ptr,
+    stride_ib,
+    stride_it,
+    stride_ih,
+    stride_fb,
+    stride_ft,
+    stride_fh,
     initial,
     states,
     last,
@@ -75,6 +84,7 @@ def states_kernel(
     """Also key_log of every token, and decay and m before every tile; with SPLIT, m from nothing,
     and an interval's own state in place of the one before it."""
     BLOCKS: tl.constexpr = tl.cdiv(K, BLOCK_K) * tl.cdiv(V, BLOCK_V)
+    gates = GateRows(i_ptr, f_ptr, stride_ib, stride_it, stride_ih, stride_fb, stride_ft, stride_fh)
     sizes = Sizes(T, BT, slots, H)
     head, block = tl.program_id(1), tl.program_id(0) % BLOCKS
     kk, vv = indices(block, V, BLOCK_K, BLOCK_V)

@@ -35,8 +35,13 @@ class Rows(NamedTuple):
     h: Any
 
 
+# Strides of contiguous i and f that vary with T: not specialised, as `Sizes`. The others are, as a
+# constant saves registers.
+GATE_STRIDES = ("stride_ib", "stride_fb")
+
+
 class GateRows(NamedTuple):
-    """i and f, (B, T, H), and their strides."""
+    """i and f, (B, T, H), and their strides. Kernels take them apart."""
 
     i: Any
     f: Any
