@@ -120,8 +120,8 @@ def backward(
         dlast=State(*dlast),
         dinitial=State(*dinitial),
         dstates=State(*(call.empty(*part.shape) for part in states)),
-        tokens=TokenScratch(*call.empty(9, call.H, call.sizes.BT)),
-        tiles=TileScratch(*call.empty(5, call.H, call.sizes.slots)),
+        tokens=TokenScratch(*call.scratch(9, call.sizes.BT)),
+        tiles=TileScratch(*call.scratch(5, call.sizes.slots)),
         crossings=call.empty(call.intervals, call.H, *[2 * STATE_INTERVAL // call.launch.tile] * 2),
     )
     with call.on_device():

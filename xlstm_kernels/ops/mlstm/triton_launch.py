@@ -190,6 +190,11 @@ class Call:
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
+    def scratch(self, count: int, size: int) -> Tensor:
+        """Rows with room for (H, size), all at multiples of 16 bytes: Triton compiles a kernel anew
+        for an address that is none."""
+        return self.empty(count, -(-self.H * size // 4) * 4)
+
     def on_device(self) -> AbstractContextManager[Any]:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
