@@ -352,6 +352,12 @@ def test_flashrnn_refuses_states_of_another_cell():
         ours_flashrnn.flashrnn(**inputs, function="lstm")
     with pytest.raises(ValueError, match=r"slstm: r must be .* got \(4, 8, 8\)"):
         ours_flashrnn.flashrnn(**inputs | {"R": inputs["R"][:, 0]}, function="slstm")
+    with pytest.raises(ValueError, match=r"flashrnn: R must be GHPD, got \(4, 8, 8\)"):
+        config = ours_flashrnn.FlashRNNConfig(function="slstm", recurrent_shape="GHPD")
+        ours_flashrnn.flashrnn(**inputs | {"R": inputs["R"][:, 0]}, config=config)
+    with pytest.raises(ValueError, match=r"states must have S = 4 and T = 1 .* got \(4, 2\)"):
+        states = inputs["states"][:, :, 0, 0, 0]
+        ours_flashrnn.flashrnn(**inputs | {"states": states}, function="slstm")
     with pytest.raises(NotImplementedError, match="gradient_recurrent_clipval must be None"):
         config = ours_flashrnn.FlashRNNConfig(gradient_recurrent_clipval=1.0)
         ours_flashrnn.flashrnn(**flashrnn_inputs("lstm", False), config=config)

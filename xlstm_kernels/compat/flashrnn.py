@@ -121,8 +121,8 @@ def flashrnn(
     if config is None:
         config = FlashRNNConfig(function=function, backend=backend)
     x_BTGHD = Wx if config.input_shape == "BTGHD" else Wx.transpose(0, 1)
-    r_GHDP = _in_order(R, config.recurrent_shape, "GHDP")
-    b_GHD = _in_order(b, config.bias_shape, "GHD")
+    r_GHDP = _in_order("R", R, config.recurrent_shape, "GHDP")
+    b_GHD = _in_order("b", b, config.bias_shape, "GHD")
     given = _initial(config, x_BTGHD, states)
     if every_state:
         steps_T = []
@@ -136,12 +136,14 @@ def flashrnn(
         steps_SBTHD = h_BTHD.unsqueeze(0)
     last_SBTHD = torch.stack(tuple(last)).unsqueeze(2)
     order = "SBTHD", config.output_shape
-    return _in_order(steps_SBTHD, *order), _in_order(last_SBTHD, *order)
+    return _in_order("h", steps_SBTHD, *order), _in_order("states", last_SBTHD, *order)
 
 
-def _in_order(tensor: Tensor, letters: str, wanted: str) -> Tensor:
+def _in_order(name: str, tensor: Tensor, letters: str, wanted: str) -> Tensor:
     if letters == wanted:  # of any form: the operation says best what does not fit
         return tensor
+    if tensor.dim() != len(letters):
+        raise ValueError(f"flashrnn: {name} must be {letters}, got {tuple(tensor.shape)}")
     return tensor.permute([letters.index(letter) for letter in wanted])
 
 
@@ -162,8 +164,8 @@ def _initial(config: FlashRNNConfig, x_BTGHD: Tensor, states: Tensor | None) -> 
     """The initial states, each (B, N, D), or None for zeros."""
     count = CELLS[config.function].states
     if states is not None:
-        states_SBTHD = _in_order(states, config.output_shape, "SBTHD")
-        if states_SBTHD.shape[0] != count or states_SBTHD.shape[2] != 1:
+        states_SBTHD = _in_order("states", states, config.output_shape, "SBTHD")
+        if tuple(states_SBTHD.shape[:3:2]) != (count, 1):
             raise ValueError(
                 f"flashrnn: states must have S = {count} and T = 1 with function="
                 f"{config.function!r}, got {tuple(states.shape)} as {config.output_shape}"
