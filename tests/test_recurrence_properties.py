@@ -175,6 +175,16 @@ def test_nan_stays_in_its_sequence(cell, backend):
     assert last[-1][2, 0].isnan().all() and last[-1][[0, 1, 3, 4]].isfinite().all()
 
 
+@EVERY_BACKEND
+def test_slstm_of_a_state_that_overflows_a_float(backend):
+    """n' / o' does at n = 1e13 and o = -60: what is left of h is 0."""
+    x_BTGHD, r_GHDE = torch.zeros(1, 3, 4, 1, 16), torch.zeros(4, 1, 16, 16)
+    x_BTGHD[:, :, 3], x_BTGHD[:, :, 1] = -60, 50
+    state = xk.SLSTMState(*(torch.full((1, 1, 16), value) for value in (0, 5e12, 1e13, 0)))
+    h_BTHD, _ = xk.slstm(x_BTGHD, r_GHDE, state=state, backend=backend)
+    assert h_BTHD.abs().max() < 1e-20
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", on_every_backend({"B": 1, "T": 20_000, "H": 1, "D": 4}))
 def test_long_sequences_do_not_drift(case):
