@@ -69,6 +69,18 @@ def test_what_waits_for_a_failure_is_skipped(tmp_path: Path) -> None:
     assert "NVIDIA H200" in text and "| b | skipped |" in text
 
 
+def test_what_was_skipped_is_done_when_it_can_be(tmp_path: Path) -> None:
+    """As where nvcc was not found, and is by the next call."""
+    done: list[str] = []
+    build = replace(step("build", done, "failed"), always=True)
+    after = step("a", done, after=("build",))
+    assert run_steps([build, after], Ledger(tmp_path / "p.json", "abc"), None) == RED
+    built = replace(step("build", done), always=True)
+    for _ in range(2):
+        assert run_steps([built, after], Ledger(tmp_path / "p.json", "abc"), None) == OK
+    assert done == ["build", "build", "a", "build"]
+
+
 def test_what_is_built_is_built_in_every_call(tmp_path: Path) -> None:
     """What is remembered may come from a machine that is gone."""
     done: list[str] = []
