@@ -5,7 +5,8 @@
 builds, runs every operation's tests natively, then small ones under compute-sanitizer where that is
 installed, and times the cases of operations whose tests pass. A step that is done is not done again
 for the same sources: a call that runs out of its budget says so and exits with 75, and the next
-goes on from there. A step for which all of a call's budget is too little has failed: it may hang.
+goes on from there. A step for which all of a call's budget is too little, or twice what the build
+leaves of it, has failed: it may hang.
 Results: benchmarks/results/<gpu>/<op>.csv and summary.md.
 """
 
@@ -36,7 +37,7 @@ OK, RED, USAGE, GO_ON = 0, 1, 2, 75
 NOTHING_TO_RUN = 5  # pytest's
 # What a step may take where there is no budget; a hang would otherwise be for ever.
 STEP_S = 1800.0
-ALL_OF_IT = 0.9  # of a call's budget: more than that is what a step may have in any call
+ALL_OF_IT = 0.9  # of some time: a step that has had so much of it would not end in the rest
 # After so many seconds in one test pytest says where it stands.
 FAULT_HANDLER = ("-o", "faulthandler_timeout=120")
 OPS = sorted(path.parent.name for path in machine.ROOT.glob("xlstm_kernels/ops/*/op.py"))
@@ -264,12 +265,15 @@ def run_steps(todo: Sequence[Step], ledger: Ledger, budget_s: float | None) -> i
             try:
                 outcome = step.run(left_s)
             except subprocess.TimeoutExpired:
-                if budget_s is not None and left_s < ALL_OF_IT * min(STEP_S, budget_s):
-                    print(f"  not done in {left_s:.0f} s; run it again for this and the others")
-                    return GO_ON
-                outcome = Outcome("failed", f"not done in {left_s:.0f} s", left_s)
+                hangs = left_s >= ALL_OF_IT * min(STEP_S, budget_s or STEP_S)
+                hangs = hangs or _had_s(step, ledger) >= ALL_OF_IT * left_s
+                status = "failed" if hangs else "unfinished"
+                outcome = Outcome(status, f"not done in {left_s:.0f} s", left_s)
         print(f"  {outcome.status} in {outcome.seconds:.1f} s: {outcome.note}", flush=True)
         ledger.add(step.name, outcome)
+        if outcome.status == "unfinished":
+            print("  run it again for this and the others")
+            return GO_ON
     failed = [s.name for s in todo if ledger.outcomes[s.name].status == "failed"]
     print("failed: " + ", ".join(failed) if failed else f"all {len(todo)} steps are done")
     return RED if failed else OK
@@ -278,9 +282,15 @@ def run_steps(todo: Sequence[Step], ledger: Ledger, budget_s: float | None) -> i
 def _is_done(step: Step, ledger: Ledger) -> bool:
     """What was skipped unrun is not: what it waited for may be there by now."""
     was = ledger.outcomes.get(step.name)
-    if was is None or step.always:
+    if was is None or step.always or was.status == "unfinished":
         return False
     return was.status != "skipped" or was.seconds > 0
+
+
+def _had_s(step: Step, ledger: Ledger) -> float:
+    """The seconds that a call before gave the step, which were not enough."""
+    was = ledger.outcomes.get(step.name)
+    return was.seconds if was and was.status == "unfinished" else 0.0
 
 
 def _waits_in_vain(step: Step, ledger: Ledger) -> str:

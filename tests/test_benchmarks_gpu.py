@@ -105,12 +105,26 @@ def test_a_program_that_takes_too_long_is_done_later(tmp_path: Path) -> None:
     ]
     ledger = Ledger(tmp_path / "p.json", "abc")
     assert run_steps(todo, ledger, 0.6) == GO_ON
-    assert list(ledger.outcomes) == ["first"]
+    assert list(ledger.outcomes) == ["first", "sleep"]
+    assert ledger.outcomes["sleep"].status == "unfinished"
     # All of a call was not enough: the next has to be spared it.
     assert run_steps(todo, ledger, 0.4) == GO_ON
     assert ledger.outcomes["sleep"].status == "failed"
     assert run_steps(todo, ledger, 60.0) == RED
     assert list(ledger.outcomes) == ["first", "sleep", "last"]
+
+
+def test_a_step_that_hangs_after_a_long_build_has_failed(tmp_path: Path) -> None:
+    """On a machine where nothing is built yet, as each may be, no call gives it more."""
+
+    def build(seconds: float) -> Outcome:
+        time.sleep(0.5)
+        return Outcome("passed", "", 0.5)
+
+    hang = command(sys.executable, "-c", "import time; time.sleep(60)")
+    todo = [Step("build", build, always=True), Step("hang", hang)]
+    # The second call says so, or one more where this machine was busy meanwhile.
+    assert any(run_steps(todo, Ledger(tmp_path / "p.json", "abc"), 1.0) == RED for _ in range(4))
 
 
 def test_a_programs_children_end_with_it(
