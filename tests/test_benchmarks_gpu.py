@@ -192,6 +192,8 @@ def test_times_are_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ours, peer = gpu.rows.read(tmp_path / "lstm.csv", gpu.GpuRow)
     assert (ours.time_us, ours.samples, ours.reason) == (3.0, 30, "")
     assert peer.reason == "ImportError: none"
+    said = json.dumps({"cuda": times, "triton": "RuntimeError: no"})
+    assert gpu._timed(case, tmp_path, HERE)(9.0).status == "failed"
 
 
 def test_every_case_waits_for_tests_that_are_there(tmp_path: Path) -> None:
