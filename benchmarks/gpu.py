@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -271,13 +272,20 @@ def run_steps(todo: Sequence[Step], ledger: Ledger, budget_s: float | None) -> i
                 hangs = hangs or _had_s(step, ledger) >= ALL_OF_IT * left_s
                 status = "failed" if hangs else "unfinished"
                 outcome = Outcome(status, f"not done in {left_s:.0f} s", left_s)
+            except Exception as error:  # the other steps are not to wait for another call
+                traceback.print_exc()
+                why = f"{type(error).__name__}: {error}".splitlines()[0]
+                outcome = Outcome("failed", why, 0.0)
         print(f"  {outcome.status} in {outcome.seconds:.1f} s: {outcome.note}", flush=True)
         ledger.add(step.name, outcome)
         if outcome.status == "unfinished":
             print("  run it again for this and the others")
             return GO_ON
     failed = [s.name for s in todo if ledger.outcomes[s.name].status == "failed"]
-    print("failed: " + ", ".join(failed) if failed else f"all {len(todo)} steps are done")
+    skipped = sum(ledger.outcomes[s.name].status == "skipped" for s in todo)
+    print(f"all {len(todo)} steps are done" + f", {skipped} of them skipped" * bool(skipped))
+    if failed:
+        print("failed: " + ", ".join(failed))
     return RED if failed else OK
 
 

@@ -196,6 +196,17 @@ def test_times_are_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert gpu._timed(case, tmp_path, HERE)(9.0).status == "failed"
 
 
+def test_an_error_in_a_step_ends_that_step_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done: list[str] = []
+    todo = [Step("a", lambda _: json.loads("no JSON")), step("b", done), step("c", done, "skipped")]
+    ledger = Ledger(tmp_path / "p.json", "abc")
+    assert run_steps(todo, ledger, None) == RED and done == ["b", "c"]
+    assert ledger.outcomes["a"].note.startswith("JSONDecodeError: ")
+    assert "all 3 steps are done, 1 of them skipped\nfailed: a\n" in capsys.readouterr().out
+
+
 def test_every_case_waits_for_tests_that_are_there(tmp_path: Path) -> None:
     todo = list(gpu.steps(gpu.OPS, tmp_path, HERE))
     names = [step.name for step in todo]
