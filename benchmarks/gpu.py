@@ -137,7 +137,7 @@ def finished(
             output, errors = process.communicate(timeout=seconds)
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
-            print(process.communicate()[0], flush=True)
+            print(*filter(None, process.communicate()), sep="\n", flush=True)
             raise
     return subprocess.CompletedProcess(arguments, process.returncode, output, errors)
 

@@ -130,16 +130,23 @@ def test_a_step_that_hangs_after_a_long_build_has_failed(tmp_path: Path) -> None
 def test_a_programs_children_end_with_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    child = f"import time; time.sleep(1); open({str(tmp_path / 'alive')!r}, 'w')"
+    alive = tmp_path / "alive"
+    child = f"""import time
+for _ in range(200):
+    open({str(alive)!r}, 'a').write('.')
+    time.sleep(0.05)
+"""
     parent = (
-        "import subprocess, sys; print('begun', flush=True);"
-        f" subprocess.run([sys.executable, '-c', {child!r}])"
+        "import subprocess, sys; print('begun', flush=True); print('why', file=sys.stderr);"
+        " null = {'stdout': subprocess.DEVNULL, 'stderr': subprocess.DEVNULL};"
+        f" subprocess.run([sys.executable, '-c', {child!r}], **null)"
     )
     with pytest.raises(subprocess.TimeoutExpired):
-        command(sys.executable, "-c", parent)(0.5)
-    assert "begun" in capsys.readouterr().out
-    time.sleep(1.2)
-    assert not (tmp_path / "alive").exists()
+        gpu.finished((sys.executable, "-c", parent), 2.0, subprocess.PIPE)
+    assert capsys.readouterr().out == "begun\n\nwhy\n\n"
+    written = alive.stat().st_size
+    time.sleep(0.5)
+    assert alive.stat().st_size == written > 0
 
 
 def test_what_a_program_says_at_its_end() -> None:
