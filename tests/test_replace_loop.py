@@ -203,8 +203,10 @@ def test_autocast_keeps_the_dtypes(cell, stateful):
 @contextlib.contextmanager
 def float64_by_default():
     torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:  # a failure would change what the tests after it compute
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize(
