@@ -288,9 +288,10 @@ def test_second_derivative_is_an_error(backend):
 )
 @pytest.mark.parametrize("chunk_size", [None, 16])
 def test_no_tokens_leave_a_state_of_its_own_and_a_gradient(case, chunk_size):
-    inputs = mlstm_inputs(case)
-    given = {name: inputs[name] for name in (*INPUTS, "c0", "n0", "m0")}
-    options = {"cu_seqlens": case.cu_seqlens, "backend": case.backend, "chunk_size": chunk_size}
+    inputs, device = mlstm_inputs(case), DEVICES.get(case.backend, "cpu")
+    given = {name: inputs[name].to(device) for name in (*INPUTS, "c0", "n0", "m0")}
+    cu_seqlens = None if case.cu_seqlens is None else case.cu_seqlens.to(device)
+    options = {"cu_seqlens": cu_seqlens, "backend": case.backend, "chunk_size": chunk_size}
     *tokens, c, n, m = given.values()
     _, last = xk.mlstm(*tokens, (c, n, m), **options)
     for before, after in zip((c, n, m), last, strict=True):

@@ -182,9 +182,10 @@ def test_inplace_in_inference_mode(backend):
 @pytest.mark.parametrize("case", every(*FLAGS, {"dtype": torch.bfloat16}))
 def test_gradients_are_those_of_a_sequence_of_one_token(case):
     token, state = step_inputs(case)
+    device = DEVICES.get(case.backend, "cpu")
     results = []
     for step in (True, False):
-        leaves = [x.detach().requires_grad_() for x in (*token, *state)]
+        leaves = [x.detach().to(device).requires_grad_() for x in (*token, *state)]
         flags = {"input_gate": case.input_gate, "normalizer": case.normalizer}
         if step:
             h, last = xk.mlstm_step(*leaves[:5], tuple(leaves[5:]), **flags)

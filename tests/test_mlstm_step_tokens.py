@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mlstm_cases import FLAGS, INPUTS, SLOW, STATE, MLSTMCase, mlstm_inputs, on_every_backend
+from mlstm_cases import (
+    DEVICES,
+    FLAGS,
+    INPUTS,
+    SLOW,
+    STATE,
+    MLSTMCase,
+    mlstm_inputs,
+    on_every_backend,
+)
 from mlstm_step_cases import (
     BACKENDS,
     DTYPES,
@@ -67,9 +76,9 @@ def test_one_call_gives_the_bits_of_single_steps_on_any_number_of_threads(case, 
     _, state = step_inputs(case, one=False)
     for count in (1, 2, 5):
         threads(count)
-        h, states = xk.mlstm_step(*tokens, state, all_states=True, backend=case.backend)
+        every_state = call(case, tokens, state, all_states=True)
         last = call(case, tokens, state)
-        for name, got in {"h": h, **states._asdict()}.items():
+        for name, got in every_state.items():
             assert torch.equal(got, torch.stack([step[name] for step in single], 1)), name
             assert torch.equal(last[name], got if name == "h" else got[:, -1]), name
 
@@ -181,11 +190,11 @@ def test_gradients_are_those_of_the_sequence(case, all_states):
 
     def gradients(backend, dtype):
         leaves = [x.detach().to(dtype).requires_grad_() for x in (*tokens, *state)]
-        start = tuple(leaves[5:])
+        given = [x.to(DEVICES.get(backend, "cpu")) for x in leaves]
         how = {**flags, "all_states": all_states, "backend": backend}
-        h, after = xk.mlstm_step(*leaves[:5], start, **how)
+        h, after = xk.mlstm_step(*given[:5], tuple(given[5:]), **how)
         weights = [torch.randn(x.shape, generator=draw.manual_seed(0)) for x in (h, *after)]
-        loss = sum((x * w).sum() for x, w in zip((h, *after), weights, strict=True))
+        loss = sum((x.cpu() * w).sum() for x, w in zip((h, *after), weights, strict=True))
         return torch.autograd.grad(loss, leaves)
 
     got, plain = gradients(case.backend, torch.float32), gradients("reference", torch.float32)
