@@ -91,6 +91,7 @@ def test_chunks_are_about_as_large():
     assert [plan.plan_rows(N, *how, host=True) for N in (320, 1024, 0)] == [320, 256, 0]
 
 
+@ON_CPU
 def test_what_it_cannot_run():
     x, w = torch.zeros(2, 3), torch.zeros(9000, 3)
     words = torch.zeros(2, 5000), torch.zeros(2, 5000, dtype=torch.int64)
