@@ -36,6 +36,9 @@ QUICK_ON_EMULATOR = {
     *("test_supports_by_their_formulas", "test_masked_and_missing"),
 }
 
+# Those of `backend` that bring their tensors to a GPU where Triton's kernels run there.
+ON_ITS_DEVICE = {"test_against_the_oracle"}
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
@@ -56,7 +59,7 @@ def pytest_collection_modifyitems(items):
         if backend == "triton" and "triton" not in item.path.name:
             if TRITON_INTERPRETED:
                 item.add_marker(pytest.mark.slow)
-            elif "backend" in params:
+            elif "backend" in params and item.originalname not in ON_ITS_DEVICE:
                 why = "its tensors are on the CPU"
         if why is not None:
             item.add_marker(pytest.mark.skip(reason=f"backend {backend!r}: {why}"))
