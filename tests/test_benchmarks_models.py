@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
-from setuptools.compat.py310 import tomllib
 from torch import nn
 
 from benchmarks import packages, peak
 from benchmarks.replay import Replay
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # of pytest
 
 
 class Doubled(nn.Module):

@@ -180,7 +180,7 @@ def test_slstm_of_a_state_that_overflows_a_float(backend):
     """n' / o' does at n = 1e13 and o = -60: what is left of h is 0."""
     x_BTGHD, r_GHDE = torch.zeros(1, 3, 4, 1, 16), torch.zeros(4, 1, 16, 16)
     x_BTGHD[:, :, 3], x_BTGHD[:, :, 1] = -60, 50
-    state = xk.SLSTMState(*(torch.full((1, 1, 16), value) for value in (0, 5e12, 1e13, 0)))
+    state = xk.SLSTMState(*(torch.full((1, 1, 16), value) for value in (0.0, 5e12, 1e13, 0.0)))
     h_BTHD, _ = xk.slstm(x_BTGHD, r_GHDE, state=state, backend=backend)
     assert h_BTHD.abs().max() < 1e-20
 
