@@ -4,6 +4,8 @@
 // Tensors: launch.h. R is packed once per call, per head: [unit block][in][gate][lane].
 // Tasks: recurrence.h. Accumulators: compute type. Saved: raw, and the states before every
 //   kCheckpointInterval-th step.
+// Measured and left: R h on AMX tiles, both in three bfloat16 parts, takes 0.6 of the product's time, and
+//   a step as long as here, since its sums pass through memory and wait for each other.
 #include "common/pack.h"
 #include "common/simd.h"
 #include "common/stream.h"
