@@ -191,8 +191,8 @@ def test_long_sequences_do_not_drift(case):
     inputs = recurrence_inputs(case)
     exact = {name: t.double() for name, t in inputs.items()}
     got = run_recurrence(case, inputs, case.backend)
-    # The oracle is cpu in float64, which other tests hold to the reference: a loop of 20000 steps in
-    # plain torch takes a minute.
+    # The oracle is cpu in float64, which other tests hold to the reference: a loop of 20000 steps
+    # in plain torch takes a minute.
     want = run_recurrence(replace(case, dtype=torch.float64), exact, "cpu")
     for name in ("h", "d_x"):
         assert relative_error(got[name][:, :100], want[name][:, :100]) < 1e-4, name
